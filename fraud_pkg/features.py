@@ -7,7 +7,6 @@ __all__ = ['SIDES', 'DIRECTIONS', 'SLICE', 'transaction_feature_names', 'side_fe
            'transaction_features', 'flow_features', 'history_features', 'both_sides', 'matrix']
 
 # %% ../nbs/05_features.ipynb #92f006ce
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,0 +1,72 @@
+"""Workspaces: copies of the project in which a test may run anything."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+COPIED = ("settings.ini", "dvc.yaml", ".dvc/config", ".dvcignore", "jobs", "fraud_pkg")
+SHARED = Path(os.environ.get("FRAUD_SHARED_DATA", PROJECT.parent / "shared" / "data"))
+
+# Small enough to run often, large enough that every period has every kind of fraud.
+SMALL = {"simulate.rows": 60_000, "simulate.days": 60, "simulate.fraud_rate": 0.01, "split.test_hours": 336, "split.validation_hours": 168,
+         "evaluate.resamples": 50, "tensorflow.epochs": 3, "xgboost.rounds": 80, "features.spark_memory": "2g", "features.spark_master": "local[2]"}
+
+
+@dataclass
+class Workspace:
+    """A copy of the project, and the settings that every command in it is given."""
+
+    root: Path
+    overrides: dict = field(default_factory=dict)
+
+    def fraud(self, *arguments: str, ok: bool = True, **overrides) -> subprocess.CompletedProcess:
+        """Runs the command line; with `ok` a failure fails the test with what was printed."""
+        given = self.overrides | {key.replace("__", "."): value for key, value in overrides.items()}
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+        environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.root, env=environ, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0 or not ok, f"fraud {' '.join(arguments)}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def json(self, path: str) -> dict:
+        return json.loads((self.root / path).read_text(encoding="utf-8"))
+
+    def last_run(self) -> dict:
+        return json.loads((self.root / "reports/history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+    def states(self) -> dict[str, str]:
+        """What the last run did with each job."""
+        return {job["job"]: job["status"] for job in self.last_run()["jobs"]}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Callable[..., Workspace]:
+    """Makes workspaces; keyword arguments override settings, with __ for the dot."""
+
+    def make(**overrides) -> Workspace:
+        root = tmp_path_factory.mktemp("project")
+        for name in COPIED:
+            source, target = PROJECT / name, root / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+        return Workspace(root, SMALL | {key.replace("__", "."): value for key, value in overrides.items()})
+
+    return make
+
+
+def shared(name: str) -> Path:
+    """A file that this project did not make; the test is skipped where it is not there."""
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not in {SHARED}; FRAUD_SHARED_DATA names another folder")
+    return SHARED / name

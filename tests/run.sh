@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Every test, from quick to slow. `make test` sets up and calls this; it ends with pytest's closing line.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD" MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true DVC_NO_ANALYTICS=1 TF_CPP_MIN_LOG_LEVEL=3
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+part() {  # name, command...
+    local name=$1 began=$SECONDS
+    shift
+    printf '\n== %s\n' "$name"
+    "$@"
+    printf '== %s: %s s\n' "$name" "$((SECONDS - began))"
+}
+
+job_notebooks() {  # every job notebook in the order of the pipeline, on a small simulation in a folder of its own
+    FRAUD_PATHS_DATA=$scratch/data FRAUD_PATHS_MODELS=$scratch/models FRAUD_PATHS_REPORTS=$scratch/reports \
+    FRAUD_REGISTRY_TRACKING_URI=sqlite:///$scratch/mlflow.db FRAUD_REGISTRY_ARTIFACTS=$scratch/mlartifacts \
+    FRAUD_SIMULATE_ROWS=40000 FRAUD_SIMULATE_DAYS=60 FRAUD_SIMULATE_FRAUD_RATE=0.01 FRAUD_FEATURES_ENGINE=local \
+    FRAUD_TENSORFLOW_EPOCHS=2 FRAUD_XGBOOST_ROUNDS=50 FRAUD_EVALUATE_RESAMPLES=50 FRAUD_GATE_MIN_AVERAGE_PRECISION=0 \
+        pytest -q -p no:cacheprovider --nbval-lax jobs/{acquire,features,train_xgboost,train_tensorflow,promote,monitor,report}.ipynb
+}
+
+part "tests in the notebooks" nbdev-test --path nbs --n_workers 2 --pause 0
+part "stored outputs of the notebooks" pytest -q -p no:cacheprovider --nbval nbs
+part "job notebooks" job_notebooks
+part "end to end" pytest -q tests

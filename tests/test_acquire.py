@@ -1,0 +1,210 @@
+"""Acquire on data that this project did not make, and on the bad days of a disk."""
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from fraud_pkg import acquire as module
+from fraud_pkg.acquire import acquire
+from fraud_pkg.schema import arrow_schema
+from fraud_pkg.settings import FraudError, Settings, load_settings, project_root
+
+HEADER = "step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n"
+ROW = "1,PAYMENT,9839.64,C1,170136,160296.36,M1,0,0,0,0\n"
+HANDBOOK = {"columns.tx_id": "TRANSACTION_ID", "columns.timestamp": "TX_DATETIME", "columns.nameOrig": "CUSTOMER_ID",
+            "columns.nameDest": "TERMINAL_ID", "columns.amount": "TX_AMOUNT", "columns.isFraud": "TX_FRAUD",
+            "columns.scenario": "TX_FRAUD_SCENARIO", "data.orig_prefix": "C", "data.dest_prefix": "M"}
+
+
+def project(folder: Path, source: Path | str, **cli) -> Settings:
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.ini").touch()
+    return load_settings(file=folder / "settings.ini", cli={"data.source": str(source)} | cli, environ={})
+
+
+def shared(name: str) -> Path:
+    folder = Path(os.environ.get("FRAUD_SHARED_DATA") or project_root().parent / "shared" / "data")
+    if not (folder / name).is_file():
+        pytest.skip(f"{folder / name} is not there; set FRAUD_SHARED_DATA to the folder that holds it")
+    return folder / name
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    "What a project's outputs hold, hidden leftovers included."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix not in (".ini", ".csv")}
+
+
+@pytest.mark.external
+def test_paysim_head(tmp_path):
+    manifest = acquire(project(tmp_path, shared("paysim_head.csv")))
+    assert (manifest["rows"], manifest["quarantined"], manifest["reasons"]) == (19_999, 0, {})
+    assert (manifest["first_step"], manifest["last_step"], manifest["epoch"]) == (1, 8, None)
+    assert (manifest["source"], manifest["sampled"]) == ("paysim_head.csv", False)
+
+    table = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])
+    assert table.schema.equals(arrow_schema())
+    assert pc.sum(table["isFraud"]).as_py() == 81
+    assert table["tx_id"].to_pylist() == list(range(19_999))
+    assert table.slice(2, 1).to_pylist()[0] == {
+        "tx_id": 2, "step": 1, "type": "TRANSFER", "amount": 181.0, "nameOrig": "C1305486145", "oldbalanceOrg": 181.0, "newbalanceOrig": 0.0,
+        "nameDest": "C553264065", "oldbalanceDest": 0.0, "newbalanceDest": 0.0, "isFraud": 1, "isFlaggedFraud": 0, "scenario": None}
+    assert pc.max(table["oldbalanceDest"]).as_py() >= 1e7  # those the spreadsheet wrote in scientific notation
+
+    profile = json.loads((tmp_path / "reports" / "data" / "profile.json").read_text())
+    assert (profile["rows"], profile["frauds"]) == (19_999, 81)
+    frauds = table.filter(pc.equal(table["isFraud"], 1))
+    assert set(frauds["type"].to_pylist()) == {"TRANSFER", "CASH_OUT"}
+    assert {kind for kind, count in profile["types"].items() if count["frauds"]} == {"TRANSFER", "CASH_OUT"}
+
+
+@pytest.mark.external
+def test_every_wrapping_of_the_head_is_the_same_data(tmp_path):
+    content = shared("paysim_head.csv").read_bytes()
+    plain = acquire(project(tmp_path, shared("paysim_head.csv")))["fingerprint"]
+    raw = pq.read_table(next((tmp_path / "data" / "raw").glob("*.parquet")))
+    (tmp_path / "head.bin").write_bytes(gzip.compress(content))
+    (tmp_path / "windows.csv").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    pq.write_table(raw.drop_columns(["tx_id"]), tmp_path / "head.parquet", row_group_size=777)
+    for name in ("head.bin", "windows.csv", "head.parquet"):
+        assert acquire(project(tmp_path, name))["fingerprint"] == plain, name
+
+
+@pytest.mark.external
+def test_handbook(tmp_path):
+    manifest = acquire(project(tmp_path, shared("handbook_until_2018-07-10.parquet"), **HANDBOOK))
+    assert (manifest["rows"], manifest["quarantined"]) == (968_731, 0)
+    assert (manifest["epoch"], manifest["first_step"]) == ("2018-03-26T00:00", 144)
+    assert manifest["last_step"] == 144 + 101 * 24 - 1  # 2018-04-01 to 2018-07-10, both included
+
+    table = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])
+    empty = ["type", "oldbalanceOrg", "newbalanceOrig", "oldbalanceDest", "newbalanceDest", "isFlaggedFraud"]
+    assert all(table[name].null_count == table.num_rows for name in empty)
+    assert table["scenario"].is_valid().to_pylist() == pc.equal(table["isFraud"], 1).to_pylist()
+    assert set(table["scenario"].drop_null().unique().to_pylist()) == {"1", "2", "3"}
+    assert all(name.startswith("C") for name in table["nameOrig"].unique().to_pylist())
+    assert all(name.startswith("M") for name in table["nameDest"].unique().to_pylist())
+
+
+@pytest.mark.external
+def test_handbook_needs_prefixes_and_can_be_sampled(tmp_path):
+    source = shared("handbook_until_2018-07-10.parquet")
+    with pytest.raises(FraudError, match="columns CUSTOMER_ID and TERMINAL_ID are both numbered"):
+        acquire(project(tmp_path, source, **{k: v for k, v in HANDBOOK.items() if k.startswith("columns")}))
+    manifest = acquire(project(tmp_path, source, **HANDBOOK, **{"data.sample_size": 50_000}))
+    assert manifest["sampled"] and 50_000 <= manifest["rows"] < 51_000
+    kept = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])["nameOrig"].value_counts().to_pylist()
+    customers = pq.read_table(source, columns=["CUSTOMER_ID"])["CUSTOMER_ID"].cast(pa.string()).value_counts().to_pylist()
+    counts = {f"C{c['values']}": c["counts"] for c in customers}
+    assert all(counts[k["values"]] == k["counts"] for k in kept)
+
+
+BAD = {  # content of log.csv, settings, words of the one line
+    "no header": (b"1\n2\n", {}, "neither CSV nor Parquet"),
+    "binary": (bytes(range(256)) * 40, {}, "neither CSV nor Parquet"),
+    "a page": (b"<!DOCTYPE html>, or so\n", {}, "neither CSV nor Parquet"),
+    "empty": (b"", {}, "log.csv: empty"),
+    "header only": (HEADER.encode(), {}, "a header and no rows"),
+    "truncated gzip": (gzip.compress((HEADER + ROW * 999).encode())[:-20], {}, "truncated archive"),
+    "half a Parquet file": (b"PAR1" + b"\0" * 99, {}, "broken Parquet file"),
+    "missing column": (HEADER.replace("amount,", "").encode() + b"1\n", {}, "no column for amount"),
+    "extra column": (HEADER.replace("\n", ",device\n").encode() + b"1\n", {}, "unknown column device"),
+    "negative amount": (HEADER + ROW.replace("9839.64", "-1"), {}, "amount: below 0 (1, first in line 2)"),
+    "unknown type": (HEADER + ROW.replace("PAYMENT", "GIFT"), {}, "type: not one of CASH_IN"),
+    "text in a number": (HEADER + ROW.replace("9839.64", "much"), {}, "amount: not a number (1, first in line 2)"),
+    "duplicate ids": ("tx_id," + HEADER + ("7," + ROW) * 2, {}, "tx_id: seen before (1, first in line 3)"),
+    "a step back": (HEADER + "2" + ROW[1:] + ROW, {}, "step: goes backwards (1, first in line 3)"),
+    "no UTF-8": (HEADER.encode() + ROW.replace("C1", "Zoë").encode("latin-1"), {}, "nameOrig: not UTF-8 (1, first in line 2)"),
+    "a NUL byte": (HEADER + ROW.replace("C1", "C\0"), {}, "nameOrig: a NUL byte (1, first in line 2)"),
+    "too few fields": (HEADER + "1,PAYMENT\n", {}, "row: fewer fields than the header (1, first in line 2)"),
+    "an open quote": (HEADER + ROW + '1,"PAYMENT,5\n' + ROW * 3, {}, "row: quote not closed (4, first in line 3)"),
+    "a broken moment": (HEADER.replace("step", "timestamp") + ("2018-04-01" + ROW[1:]) * 5 + "2018-02-30" + ROW[1:], {}, "timestamp: not a date and time (1, first in line 7)"),
+    "before the epoch": (HEADER.replace("step", "timestamp") + "2018-04-01" + ROW[1:], {"data.epoch": "2020-01-01"}, "timestamp: before the epoch"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_the_old_data(tmp_path, case):
+    content, cli, words = BAD[case]
+    (tmp_path / "good.csv").write_text(HEADER + ROW)
+    acquire(project(tmp_path, "good.csv"))
+    before = everything(tmp_path)
+    (tmp_path / "log.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FraudError) as error:
+        acquire(project(tmp_path, "log.csv", **cli))
+    assert words in str(error.value) and "log.csv" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    after = everything(tmp_path)
+    quarantined = {name for name in before | after if name.startswith("data/quarantine/")}
+    assert {n: c for n, c in before.items() if n not in quarantined} == {n: c for n, c in after.items() if n not in quarantined}
+    if "first in line" in words:
+        assert next(iter(quarantined & set(after))) in str(error.value)
+    else:
+        assert before.keys() == after.keys() or "see data/quarantine/" in str(error.value)
+
+
+@pytest.mark.parametrize("source, words", [("nowhere.csv", "nowhere.csv: No such file"), (".", "a folder"), ("ftp://x/y", "expected simulate://")])
+def test_no_file(tmp_path, source, words):
+    with pytest.raises(FraudError, match=words):
+        acquire(project(tmp_path, source))
+
+
+def test_interrupted_while_writing(tmp_path, monkeypatch):
+    (tmp_path / "log.csv").write_text(HEADER + ROW)
+    acquire(project(tmp_path, "log.csv"))
+    before = everything(tmp_path)
+    (tmp_path / "log.csv").write_text(HEADER + ROW * 2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_profile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        acquire(project(tmp_path, "log.csv"))
+    assert everything(tmp_path) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A real file system of 256 kB."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def some_rows(count: int) -> str:
+    return HEADER + "".join(f"1,PAYMENT,{i * 7919 % 999983 / 100},C{i * 104729 % 1299709},{i * 31 % 7919}.5,0,M{i * 15485863 % 982451653},0,0,0,0\n" for i in range(count))
+
+
+def test_full_disk(tmp_path, small_disk):
+    (tmp_path / "small.csv").write_text(HEADER + ROW)
+    (tmp_path / "big.csv").write_text(some_rows(50_000))
+    acquire(project(small_disk, tmp_path / "small.csv"))
+    before = everything(small_disk)
+    with pytest.raises(FraudError) as error:
+        acquire(project(small_disk, tmp_path / "big.csv"))
+    assert str(error.value) == f"{small_disk / 'data'}: cannot write: No space left on device; nothing was replaced"
+    assert everything(small_disk) == before
+
+
+def test_file_size_limit(tmp_path):
+    (tmp_path / "big.csv").write_text(some_rows(50_000))
+    project(tmp_path, "big.csv")
+    code = ("from fraud_pkg.acquire import acquire; from fraud_pkg.settings import FraudError, load_settings\n"
+            "try: acquire(load_settings(cli={'data.source': 'big.csv'}))\n"
+            "except FraudError as error: print(error)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"FRAUD_ROOT": str(tmp_path)},
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
+    assert run.stdout == f"{tmp_path / 'data'}: cannot write: File too large; nothing was replaced\n", run.stderr
+    assert everything(tmp_path) == {}

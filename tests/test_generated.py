@@ -1,0 +1,23 @@
+"""Generated files are what the notebooks say: made again in a copy, nothing changes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import PROJECT
+
+BIN = Path(sys.executable).parent
+IGNORED = shutil.ignore_patterns(".venv", ".git", ".dvc_store", "cache", "data", "models", "mlartifacts", "reports", "__pycache__", ".hypothesis", "*.egg-info", "tmp")
+
+
+def test_making_them_again_changes_nothing(tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(PROJECT, copy, ignore=IGNORED)
+    environ = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["make", "export"], cwd=copy, env=environ, check=True, capture_output=True, timeout=300)
+    generated = [*sorted((PROJECT / "fraud_pkg").glob("*.py")), PROJECT / "README.md", PROJECT / "dvc.yaml", *sorted((PROJECT / "nbs").rglob("*.ipynb")), *sorted((PROJECT / "jobs").glob("*.ipynb"))]
+    stale = [str(file.relative_to(PROJECT)) for file in generated if file.read_bytes() != (copy / file.relative_to(PROJECT)).read_bytes()]
+    assert not stale, f"{', '.join(stale)}: make export"
+    assert sorted(p.name for p in (copy / "fraud_pkg").glob("*.py")) == sorted(p.name for p in (PROJECT / "fraud_pkg").glob("*.py"))
