@@ -72,6 +72,7 @@ def _unzip(path: Path, name: str) -> bytes:
             raise FraudError(f"{name}: a zip with {len(members)} files: expected exactly one CSV or Parquet file in it")
         return archive.read(members[0])
 
+# %% ../nbs/03_acquire.ipynb #463e91a4
 def _unpack(path: Path, name: str, magic: bytes) -> bytes | mmap.mmap:
     try:
         if magic.startswith(b"\x1f\x8b"):
@@ -106,6 +107,7 @@ def _first_line(content: bytes | mmap.mmap) -> bytes:
     lines = content[:65536].removeprefix(codecs.BOM_UTF8).splitlines()
     return lines[0] if lines else b""
 
+# %% ../nbs/03_acquire.ipynb #681919c9
 def read_header(
     content: bytes | mmap.mmap,
     name: str,  # how messages call the file
@@ -134,6 +136,7 @@ def _is_utf8(content: bytes | mmap.mmap) -> bool:
         return False
     return True
 
+# %% ../nbs/03_acquire.ipynb #62a43ead
 def _as_utf8(content: bytes | mmap.mmap) -> bytes | mmap.mmap:
     if _is_utf8(content):
         return content
@@ -172,6 +175,7 @@ def _heights(table: pa.Table) -> np.ndarray:
     breaks = [np.asarray(pc.count_substring(column, "\n")) for column in table.columns]
     return 1 + np.sum(breaks, axis=0, dtype=np.int64)
 
+# %% ../nbs/03_acquire.ipynb #a1bf21e1
 def _blank_rows(table: pa.Table) -> np.ndarray:
     "Positions of the rows without any content."
     rows = np.arange(table.num_rows)
@@ -289,6 +293,8 @@ def download_s3(
     import s3fs
     from botocore.exceptions import BotoCoreError
 
+    if not re.fullmatch("s3://[^/]+/.*[^/]", source):
+        raise FraudError(f"[data] source = {source}: expected s3://BUCKET/KEY")
     path = folder / source.rpartition("/")[2]
     try:
         s3fs.S3FileSystem(skip_instance_cache=True).get_file(source, str(path))
@@ -305,6 +311,7 @@ def _simulated(settings: Settings) -> Source:
     table = simulate(settings.simulate)
     return Source("simulate://", table, np.arange(1, table.num_rows + 1), np.arange(table.num_rows))
 
+# %% ../nbs/03_acquire.ipynb #07582725
 def _public_name(path: Path, root: Path) -> str:
     "Inside the project relative to it; outside the file's name alone, which says nothing about this machine."
     path = path.resolve()
@@ -438,9 +445,11 @@ def monday_before(second: int) -> int:
     days = second // DAY
     return (days - (days + 3) % 7) * DAY
 
+# %% ../nbs/03_acquire.ipynb #65e10a7a
 def _moment_text(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).isoformat(timespec="seconds").removesuffix("+00:00").removesuffix(":00")
 
+# %% ../nbs/03_acquire.ipynb #805da80a
 def _epoch_seconds(text: str) -> int:
     moment = datetime.fromisoformat(text)
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
@@ -470,6 +479,7 @@ def _readable(kind: str, storage: pa.DataType) -> bool:
         tests += [pa.types.is_boolean, pa.types.is_decimal]
     return any(test(storage) for test in tests)
 
+# %% ../nbs/03_acquire.ipynb #e5e08bbc
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column)
@@ -499,6 +509,7 @@ def _numbered(accounts: pa.ChunkedArray) -> bool:
     share = pc.mean(pc.match_substring_regex(accounts, "^[0-9]+$").cast(pa.int8())).as_py()
     return share is not None and share >= 0.5
 
+# %% ../nbs/03_acquire.ipynb #8b2760f1
 def _prefixed(accounts: pa.ChunkedArray, prefix: str) -> pa.ChunkedArray:
     if not prefix:
         return accounts
@@ -525,6 +536,7 @@ def _unreadable_text(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarra
     texts = [column.name for column in CONTRACT if column.kind == "text" and column.name in columns]
     return {f"{name}: {reason}": np.asarray(pc.match_substring(columns[name], sign).fill_null(False)) for name in texts for reason, sign in signs.items()}
 
+# %% ../nbs/03_acquire.ipynb #213b2201
 def _ordered(table: pa.Table) -> pa.Table:
     "By (step, tx_id)."
     step, tx_id = table["step"].to_numpy(), table["tx_id"].to_numpy()
@@ -556,6 +568,7 @@ def _shown(column: pa.ChunkedArray) -> pa.ChunkedArray:
     except pa.ArrowNotImplementedError:  # lists and structures
         return pa.chunked_array([pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())])
 
+# %% ../nbs/03_acquire.ipynb #b1f308d6
 def _reason_lists(rows: np.ndarray, reasons: dict[str, np.ndarray]) -> pa.ListArray:
     "The reasons of each of `rows`, in the order of `reasons`."
     if not reasons:
@@ -665,6 +678,7 @@ def _by(codes: np.ndarray, fraud: np.ndarray, size: int) -> dict[str, list[int]]
     "Rows and frauds for each code in [0, size)."
     return {"rows": np.bincount(codes, minlength=size).tolist(), "frauds": np.bincount(codes, fraud, size).astype(int).tolist()}
 
+# %% ../nbs/03_acquire.ipynb #acd576fe
 def _quantiles(amount: np.ndarray) -> dict[str, float]:
     names = {"min": 0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99, "max": 1}
     return dict(zip(names, np.quantile(amount, list(names.values())).round(2).tolist(), strict=True)) if len(amount) else {}
@@ -695,6 +709,7 @@ def _rate(counts: dict[str, list[int]]) -> np.ndarray:
     rows = np.array(counts["rows"], dtype=float)
     return 1000 * np.divide(counts["frauds"], rows, out=np.full(len(rows), np.nan), where=rows > 0)
 
+# %% ../nbs/03_acquire.ipynb #ffe5e1c3
 def _draw_counts(axes, x, counts: dict, xlabel: str) -> None:
     axes.bar(x, counts["rows"], color=HONEST, width=0.9)
     axes.set(xlabel=xlabel, ylabel="transactions")
@@ -703,7 +718,7 @@ def _draw_counts(axes, x, counts: dict, xlabel: str) -> None:
     rate.set_ylabel("frauds per 1,000", color=FRAUD)
     rate.set_ylim(bottom=0)
 
-# %% ../nbs/03_acquire.ipynb #ffe5e1c3
+# %% ../nbs/03_acquire.ipynb #733d139c
 def _draw_types(axes, types: dict) -> None:
     names = list(types)[::-1]
     rows = [types[name]["rows"] for name in names]
@@ -712,11 +727,13 @@ def _draw_types(axes, types: dict) -> None:
         axes.annotate(f" {rows[y]:,}, {types[name]['frauds']:,} frauds", (rows[y], y), va="center", fontsize=8)
     axes.set(xlabel="transactions", xlim=(0, 1.6 * max(rows)))
 
+# %% ../nbs/03_acquire.ipynb #bad3f979
 def _draw_amounts(axes, amounts: dict) -> None:
     rows, frauds = np.array(amounts["rows"]), np.array(amounts["frauds"])
     for label, counts, color in [("honest", rows - frauds, HONEST), ("fraud", frauds, FRAUD)]:
         axes.stairs(counts / max(counts.sum(), 1), AMOUNT_EDGES, label=label, color=color, fill=color == HONEST, alpha=0.8)
-    axes.set(xscale="log", xlabel="amount", ylabel="share of its class")
+    used = np.flatnonzero(rows)[[0, -1]]
+    axes.set(xscale="log", xlim=(AMOUNT_EDGES[used[0]], AMOUNT_EDGES[used[1] + 1]), xlabel="amount", ylabel="share of its class")
     axes.legend(fontsize=8)
 
 # %% ../nbs/03_acquire.ipynb #b0b3f1c8
@@ -742,12 +759,14 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise FraudError(f"{folder}: cannot write: {os.strerror(error.errno) if error.errno else _one_line(error)}; nothing was replaced") from error
 
+# %% ../nbs/03_acquire.ipynb #9800c819
 def _write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, row_group_size=1_000_000, compression="zstd")
 
+# %% ../nbs/03_acquire.ipynb #e5bbc40c
 def _write_profile(profile: dict, folder: Path) -> None:
     (folder / "profile.json").write_text(json.dumps(profile, indent=1) + "\n")
-    profile_figure(profile).savefig(folder / "profile.png", dpi=90, metadata={"Software": None})
+    profile_figure(profile).savefig(folder / "profile.png", dpi=80, metadata={"Software": None})
 
 # %% ../nbs/03_acquire.ipynb #97765849
 def _too_many(source: Source, checked: Checked, settings: Settings, version: str) -> FraudError | None:
@@ -768,6 +787,7 @@ def _manifest(table: pa.Table, checked: Checked, source: str, digest: str) -> di
             "quarantined": checked.quarantine.num_rows, "reasons": {reason: count for reason, (count, _) in checked.reasons().items()}, "source": source,
             "first_step": table["step"][0].as_py(), "last_step": table["step"][-1].as_py(), "epoch": checked.epoch, "sampled": table.num_rows < checked.good.num_rows}
 
+# %% ../nbs/03_acquire.ipynb #ae20a2a3
 def acquire(settings: Settings) -> dict:
     "Brings `[data] source` into `data/raw`, `data/quarantine` and `reports/data`; the manifest of what is there now."
     source, recorded = read_source(settings)

@@ -149,8 +149,8 @@ def monitor(overrides: Overrides = None) -> None:
 @app.command()
 def report(overrides: Overrides = None) -> None:
     "Write reports/index.html from what is there."
-    from fraud_pkg.report import write_report
-    print(write_report(_settings(overrides)))
+    from fraud_pkg.report import build_report
+    print(build_report(_settings(overrides)))
 
 # %% ../nbs/18_cli.ipynb #06560490
 def _jobs():
@@ -291,3 +291,7 @@ def models_rollback(name: Annotated[str | None, typer.Argument(help="A former ch
     from fraud_pkg.registry import rollback
     back = rollback(_settings(overrides), name)
     print(f"champion: {back.bundle_version} ({back.contender})")
+
+# %% ../nbs/18_cli.ipynb #6a62c59e
+if __name__ == "__main__" and __spec__:  # python -m fraud_pkg.cli; a notebook has no __spec__
+    main()

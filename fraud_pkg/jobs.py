@@ -768,6 +768,48 @@ def _targets(order: Sequence[Job], only: str | None, force: bool) -> list[list[s
     return [*([list(job.needs)] if job.needs else []), ["--force", "--single-item", only]]
 
 # %% ../nbs/17_jobs.ipynb #50e30f37
+def _agreement(settings: Settings) -> Callable[[], bool]:
+    "Starts asking whether registry and models/champion agree (MLflow takes seconds to load); the result waits for the answer."
+    if not (settings.models_dir / "champion").exists():
+        return lambda: True
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fraud_pkg.registry import registry_agrees
+    pool = ThreadPoolExecutor(1)
+    answer = pool.submit(registry_agrees, settings)
+    pool.shutdown(wait=False)
+    return answer.result
+
+def _refresh_page(settings: Settings) -> None:
+    "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
+    from fraud_pkg.report import build_report
+    build_report(settings)
+    with _start_dvc(["commit", "--force", "--quiet", "report"], settings) as process:
+        process.stdout.read()
+
+def _conclude(run: Run, settings: Settings) -> None:
+    "After the record is written: the page, then the copy to the remote."
+    statuses = {result.job: result.status for result in run.jobs}
+    try:
+        if "done" in statuses.values() and statuses.get("report") in ("done", "cached"):
+            _refresh_page(settings)
+        _push(settings)
+    except FraudError as failure:
+        run.error = str(failure)
+
+# %% ../nbs/17_jobs.ipynb #7335dba6
+def _run_stages(settings: Settings, order: Sequence[Job], only: str | None, force: bool, tell: Callable[[Event], None], repro: Repro) -> None:
+    "What a run does between its start and its record."
+    agrees = _agreement(settings) if any(job.name == "promote" for job in order) else lambda: True
+    for arguments in _targets(order, only, force):
+        _repro(arguments, settings, tell, repro)
+    if repro.states.get("promote") == "cached" and not agrees():
+        _repro(["--force", "--single-item", "promote"], settings, tell, repro)
+        before = dict(repro.states)
+        _repro([only] if only else [], settings, tell, repro)
+        repro.states |= {job: state for job, state in before.items() if repro.states[job] == "cached"}
+
+# %% ../nbs/17_jobs.ipynb #8e0ee393
 def run_pipeline(
     settings: Settings,
     only: str | None = None,   # a job: run it and what it needs
@@ -785,9 +827,7 @@ def run_pipeline(
         write_params(settings)
         order, error = compile_jobs(settings.root / "jobs"), None
         try:
-            for arguments in _targets(order, only, force):
-                _repro(arguments, settings, tell, repro)
-            _push(settings)
+            _run_stages(settings, order, only, force, tell, repro)
         except KeyboardInterrupt:
             repro.states[repro.job], error = "interrupted", "interrupted"
             raise
@@ -798,4 +838,6 @@ def run_pipeline(
             run = Run(started=started, seconds=round(time.perf_counter() - began, 2), error=error, champion=champion, average_precision=value,
                       jobs=_results(order, repro.states, settings.reports_dir / "jobs"))
             _append_history(run, settings)
+        if not run.error:
+            _conclude(run, settings)
     return run

@@ -342,7 +342,7 @@ def _check_floors(manifest: Manifest, test: Sample, probability: np.ndarray, set
                      f"at least {gate.min_average_precision:g} is needed"),
         Check(check="money saved", passed=share >= gate.min_money_saved,
               detail=f"{share:.1%} of what fraud costs without the system; at least {gate.min_money_saved:.1%} is needed"),
-        Check(check="onnx parity", passed=manifest.parity <= gate.max_parity_error,
+        Check(check="ONNX parity", passed=manifest.parity <= gate.max_parity_error,
               detail=f"largest difference from the framework's own predictions {manifest.parity:.1e}; "
                      f"at most {gate.max_parity_error:.1e} is allowed")]
 

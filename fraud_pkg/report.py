@@ -94,7 +94,7 @@ def read_jobs(reports: Path) -> list[dict]:
     return sorted(records, key=lambda record: record["started"])
 
 # %% ../nbs/16_report.ipynb #86e4ddae
-LEFT, TOP, WIDTH, HEIGHT = 44, 10, 366, 270  # the plot's area in the SVG's own units
+LEFT, TOP, WIDTH, HEIGHT = 44, 10, 356, 270  # the plot's area in the SVG's own units
 
 # %% ../nbs/16_report.ipynb #7d3501d9
 def curve_lines(
@@ -123,11 +123,11 @@ def next_steps(content: Mapping[str, Any]) -> list[tuple[str, str]]:  # what, co
         steps.append(("The world has drifted: bring newer data and train anew.", "fraud run"))
     if content["verdict"] and not content["verdict"]["passed"]:
         steps.append(("The last challenger was refused. Let Optuna look for better parameters.", "fraud run --set train.trials=20"))
-    return steps + [
-        ("See where the champion comes from.", "fraud models show champion"),
-        ("Run on your own transactions.", "fraud run --set data.source=transactions.csv"),
-        ("Take the champion back, if it disappoints.", "fraud models rollback"),
-        ("Open the notebooks: the code, the reasons and the tests.", "make lab")]
+    if content["champion"] is not None:
+        steps += [("See where the champion comes from.", "fraud models show champion"),
+                  ("Take the champion back, if it disappoints.", "fraud models rollback")]
+    return steps + [("Run on your own transactions.", "fraud run --set data.source=transactions.csv"),
+                    ("Open the notebooks: the code, the reasons and the tests.", "make lab")]
 
 # %% ../nbs/16_report.ipynb #c6260ce0
 def _champion(settings: Settings) -> dict[str, Any] | None:
@@ -194,13 +194,13 @@ HEADLINE = """\
 with {{ m.frauds | number(",") }} frauds that it had never seen{% if budget < 1 %}, with {{ budget | number(".2%") }} of each day’s
 transactions looked at{% else %}, with {{ budget | number(",.0f") }} alerts looked at a day{% endif %}.</p>
 <dl class="tiles">
-{% for title, metric, form in [("Average precision", m.average_precision, ".3f"), ("Frauds found within the budget", m.recall_at_budget, ".0%"),
+{% for title, metric, form in [("Average precision", m.average_precision, ".3f"), ("Frauds found", m.recall_at_budget, ".0%"),
   ("Alerts that are fraud", m.precision_at_budget, ".0%"), ("Fraud cost saved", m.money_saved_share, ".0%")] %}
 <div><dt>{{ title }}</dt><dd><span class="big">{{ metric.value | number(form) }}</span>
 <span class="soft">{{ metric | between(form) }}</span></dd></div>
 {% endfor %}
 </dl>
-<p class="soft small">Beside each value its 95 % interval, from a bootstrap over accounts. Saved so far in the test period:
+<p class="soft small">Beside each value its 95 % interval, from a bootstrap over accounts. Saved in the test period:
 {{ m.money_saved.value | number(",.0f") }}, in the currency of the amounts.</p>
 {% else %}
 <h1>No champion yet</h1>
@@ -221,7 +221,7 @@ BAKEOFF = """\
 <tr{% if champion and row.version == champion.version %} class="champion"{% endif %}>
 <th scope="row">{{ row.name | replace("_", " ") }} {% if champion and row.version == champion.version %}{{ ui.badge(true, "champion") }}{% endif %}
 <span class="kind">{{ row.kind }}</span></th>
-<td>{{ ui.whisker(m.average_precision, reach) }}</td>{{ ui.value(m.average_precision, ".3f") }}{{ ui.value(m.roc_auc, ".3f") }}
+{{ ui.value(m.average_precision, ".3f") }}<td>{{ ui.whisker(m.average_precision, reach) }}</td>{{ ui.value(m.roc_auc, ".3f") }}
 {{ ui.value(m.recall_at_budget, ".1%") }}{{ ui.value(m.precision_at_budget, ".1%") }}{{ ui.value(m.money_saved_share, ".1%") }}</tr>
 {% endfor %}</tbody>
 {% endcall %}
@@ -267,10 +267,10 @@ SCENARIOS = """\
 <p>The share of each kind of fraud that is among the day’s alerts, at the budget.</p>
 {% call ui.table("Recall at the alert budget, by kind of fraud") %}
 <thead><tr><th scope="col">Kind of fraud</th><th scope="col" class="num">Frauds</th>
-{% for row in rows %}<th scope="col">{{ row.name | replace("_", " ") }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows | reverse %}<th scope="col">{{ row.name | replace("_", " ") }}</th>{% endfor %}</tr></thead><tbody>
 {% for scenario in scenarios %}<tr><th scope="row">{{ scenario | replace("_", " ") }}</th>
 <td class="num">{{ rows[0].metrics.scenarios.get(scenario, {}).get("frauds") | number(",") }}</td>
-{% for row in rows %}{% set recall = row.metrics.scenarios.get(scenario, {}).get("recall_at_budget") %}
+{% for row in rows | reverse %}{% set recall = row.metrics.scenarios.get(scenario, {}).get("recall_at_budget") %}
 <td class="meter"><span class="bar"><span style="width: {{ (100 * (recall or 0)) | round(1) }}%"></span></span>{{ recall | number(".0%") }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 {% endcall %}
@@ -287,7 +287,7 @@ VERDICT = """\
 {% if verdict.champion %}against champion <code>{{ verdict.champion }}</code>{% else %}with no champion to beat{% endif %},
 <time datetime="{{ verdict.at }}">{{ verdict.at | moment }} UTC</time>.</p>
 <ul class="checks">
-{% for reason in verdict.reasons %}<li class="{{ 'yes' if reason.passed else 'no' }}"><b>{{ reason.check }}</b>
+{% for reason in verdict.reasons %}<li class="{{ 'yes' if reason.passed else 'no' }}"><b>{{ reason.check | capitalise }}</b>
 <span class="hidden">{{ "passed" if reason.passed else "failed" }}:</span> {{ reason.detail }}</li>{% endfor %}
 </ul>
 {% else %}{{ ui.missing("No challenger has stood at the gate", "promote") }}{% endif %}
@@ -302,7 +302,7 @@ DATA = """\
 {{ profile.accounts.dest | number(",") }} receiving accounts; {{ profile.frauds | number(",") }} of them are fraud
 ({{ profile.fraud_rate | number(".3%") }}){% if profile.scenarios %}: {% for name, count in profile.scenarios.items() %}{{ name | replace("_", " ") }}
 {{ count | number(",") }}{{ ", " if not loop.last }}{% endfor %}{% endif %}.</p>
-{% if profile_picture %}<figure class="paper"><img src="{{ profile_picture }}" loading="lazy"
+{% if profile_picture %}<figure class="paper" role="group" tabindex="0" aria-label="Profile of the data"><img src="{{ profile_picture }}" loading="lazy"
 alt="Four charts of the data: transactions by type, amounts of honest and fraudulent ones, transactions and fraud rate by hour of the day and by day">
 <figcaption>Types, amounts, hours and days; frauds in their own colour.</figcaption></figure>{% endif %}
 {% else %}{{ ui.missing("No data", "acquire") }}{% endif %}
@@ -402,7 +402,7 @@ STYLE = """\
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; } @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main, nav > ul { max-width: 66rem; margin: 0 auto; padding: 0 1.25rem; }
+main, nav > ul { max-width: 72rem; margin: 0 auto; padding: 0 1.25rem; }
 main { padding-bottom: 4rem; }
 nav { border-bottom: 1px solid var(--line); background: var(--card); }
 nav > ul { display: flex; flex-wrap: wrap; gap: .15rem 1.25rem; list-style: none; padding-block: .7rem; font-size: .875rem; }
@@ -433,16 +433,17 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 caption { text-align: left; padding: .75rem 1rem; color: var(--soft); font-size: .85rem; border-bottom: 1px solid var(--line); }
 th, td { padding: .55rem 1rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); vertical-align: middle; }
 tbody tr:last-child > * { border-bottom: 0; }
-thead th { font-size: .8rem; font-weight: 600; color: var(--soft); } tbody th { font-weight: 550; }
+thead th { font-size: .8rem; line-height: 1.35; font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; } tbody th { font-weight: 550; } tbody th code { white-space: nowrap; }
 td, .num { font-variant-numeric: tabular-nums; } thead th.num, td.num { text-align: right; } td.num b { font-weight: 600; }
 #bake-off td.num, #bake-off thead th { text-align: left; } #bake-off td .soft { display: block; font-size: .8rem; }
-tr.champion { background: color-mix(in srgb, var(--accent) 8%, transparent); }
+tr > th:first-child { position: sticky; left: 0; background: var(--card); }
+tr.champion, tr.champion > th:first-child { background: color-mix(in srgb, var(--accent) 8%, var(--card)); }
 .kind { display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; font-size: .8rem; font-weight: 600; }
 .good { color: var(--good); background: var(--good-paper); } .bad { color: var(--bad); background: var(--bad-paper); }
-.whisker { display: block; width: 7.5rem; height: .9rem; } .whisker .rail { stroke: var(--rail); stroke-width: 2; }
+.whisker { display: block; overflow: visible; width: 6.5rem; height: .9rem; } .whisker .rail { stroke: var(--rail); stroke-width: 2; }
 .whisker .range { stroke: var(--accent); stroke-width: 4; opacity: .4; stroke-linecap: round; } .whisker circle { fill: var(--accent); }
-.meter .bar { display: inline-block; width: 5rem; height: .5rem; margin-right: .6rem; border-radius: .25rem; background: var(--rail); overflow: hidden; }
+.meter .bar { display: inline-block; width: 4rem; height: .5rem; margin-right: .6rem; border-radius: .25rem; background: var(--rail); overflow: hidden; }
 .bar > span { display: block; height: 100%; background: var(--accent); } .alarm .bar > span { background: var(--bad); } span.alarm { color: var(--bad); }
 """
 
@@ -458,14 +459,14 @@ polyline.baseline { stroke-dasharray: 5 4; } polyline.ablation { stroke-dasharra
 circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle.c2 { fill: var(--c2); } circle.c3 { fill: var(--c3); } circle.c4 { fill: var(--c4); } circle.c5 { fill: var(--c5); }
 .legend { list-style: none; margin: 0; padding: 0; display: grid; gap: .45rem; color: var(--ink); font-size: .9rem; }
 .legend svg { width: 28px; height: 10px; margin-right: .5rem; overflow: visible; }
-.paper { background: #fff; color: #333; } .paper img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .paper figcaption { color: #56626e; padding-top: .5rem; }
+.paper { background: #fff; color: #333; overflow-x: auto; } .paper img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .paper figcaption { color: #56626e; padding-top: .5rem; }
 .checks, .steps { list-style: none; margin: 0; padding: 0; max-width: 52rem; } .checks li, .steps li { padding: .5rem 0; border-bottom: 1px solid var(--line); }
 .checks li { padding-left: 1.9rem; position: relative; } .checks b { display: block; font-weight: 600; } .checks li::before { position: absolute; left: .2rem; font-weight: 700; }
 .checks .yes::before { content: "✓"; color: var(--good); } .checks .no::before { content: "✕"; color: var(--bad); }
 .steps code { white-space: nowrap; }
 .facts { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .5rem 1rem; margin: .8rem 0 1.2rem; } .facts dt { color: var(--soft); } .facts dd { margin: 0; }
 summary { cursor: pointer; color: var(--accent); padding: .4rem 0; } details td { white-space: normal; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { header { padding-top: 1.75rem; } section { padding-top: 2.25rem; } th, td { padding: .5rem .75rem; } .curves { grid-template-columns: minmax(0, 1fr); padding: .75rem; }
+@media (max-width: 40rem) { header { padding-top: 1.75rem; } section { padding-top: 2.25rem; } th, td { padding: .5rem .75rem; } tbody th { white-space: normal; min-width: 6.5rem; } .paper img { min-width: 34rem; } .curves { grid-template-columns: minmax(0, 1fr); padding: .75rem; }
   .tiles { grid-template-columns: 1fr 1fr; } .tiles > div { padding: .7rem .8rem; } .big { font-size: 1.6rem; } .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: .7rem; } .steps code { white-space: normal; } }
 @media print { nav { display: none; } .scroll { overflow: visible; } section { break-inside: avoid; } }
 """

@@ -1,4 +1,4 @@
-"""Acquire from hf://, against a local HTTP server that answers as the Hugging Face hub does, and as it does on bad days."""
+"""Acquire from hf://, against a local HTTP server that answers as the Hugging Face hub does, on good days and bad."""
 import hashlib
 import json
 import threading
@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from fraud_pkg.acquire import acquire
 from fraud_pkg.settings import FraudError, Settings, load_settings
 
-HEADER = "step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n"
-LOG = (HEADER + "".join(f"{i // 50},PAYMENT,{i}.25,C{i},0,0,M{i % 7},0,0,{int(i % 100 == 0)},0\n" for i in range(3000))).encode()
+HEADER = "step,type,amount,nameOrig,nameDest,isFraud\n"
+LOG = (HEADER + "".join(f"{i // 50},PAYMENT,{i}.25,C{i},M{i % 7},{int(i % 100 == 0)}\n" for i in range(3000))).encode()
 COMMIT = "6d7b3e0c1f2a4b5c6d7e8f9a0b1c2d3e4f5a6b7c"
 SOURCE = "hf://datasets/someone/paysim/data/log.csv"
 
@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         body = self.server.files.get((repository, revision, file))
         if body is None:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": COMMIT})
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         sha = hashlib.sha256(body).hexdigest()
         self.server.storage[sha] = self.server.corrupt(body)
         elsewhere = f"http://localhost:{self.server.server_port}/storage/{sha}"
@@ -71,7 +71,8 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))  # between the client's retries
+    sleep = time.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.01)))  # the client waits between retries
     yield server
     server.shutdown()
     server.server_close()
@@ -104,7 +105,8 @@ def test_a_file_of_a_data_set(hub, tmp_path):
 
 
 def test_what_is_not_there(hub, tmp_path):
-    assert complaint(tmp_path, "hf://datasets/someone/paysim/data/other.csv") == "hf://datasets/someone/paysim/data/other.csv: no file data/other.csv in data set someone/paysim"
+    other = "hf://datasets/someone/paysim/data/other.csv"
+    assert complaint(tmp_path, other) == f"{other}: no file data/other.csv in data set someone/paysim"
     assert "no data set nobody/paysim at http://127.0.0.1" in complaint(tmp_path, "hf://datasets/nobody/paysim/log.csv")
     assert "no revision v9 of someone/paysim" in complaint(tmp_path, f"{SOURCE}@v9")
 

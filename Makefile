@@ -1,0 +1,60 @@
+# `make run` and `make test` do all the set-up there is. `make` alone lists the rest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab export lock clean
+MAKEFLAGS += --no-print-directory
+
+# The Python to make .venv with; the first of these that exists.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
+UV := uv==0.13.9
+READY := .venv/.ready
+# What is needed to work on the notebooks; an environment that has it already (nbdev-export on PATH) is taken as it is.
+TOOLS = $(if $(shell command -v nbdev-export),,$(READY))
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+run: $(READY)  ## the pipeline: what has changed and what depends on it (ARGS="--set train.trials=20")
+	@fraud run $(ARGS)
+
+test: $(READY)  ## every test
+	@bash tests/run.sh
+
+lab: $(READY)  ## JupyterLab, in nbs/
+	@jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs
+
+setup: $(READY)  ## the environment in .venv, as requirements.lock has it
+
+$(READY): requirements.lock pyproject.toml
+	@$(if $(PYTHON),:,echo "error: no Python here; Python 3.11 is needed: sudo apt-get install python3 python3-venv" >&2; exit 1)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
+	  echo "error: $$($(PYTHON) --version) is not 3.11 or 3.12; name another with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "error: this Python cannot make virtual environments; install that with: sudo apt-get install $$($(PYTHON) -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')" >&2; exit 1; }
+	@echo "setting up .venv (about 3 GB; once)"
+	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	@.venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock
+	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
+	@touch $(READY)
+
+export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml; notebooks cleaned
+	@nbdev-export
+	@nbdev-clean
+	@nbdev-clean --fname jobs
+	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
+	@fraud jobs compile
+
+lock: $(READY)  ## requirements.lock anew from pyproject.toml
+	@uv pip compile --quiet --no-header --all-extras --generate-hashes --python-version 3.11 pyproject.toml -o requirements.lock
+
+clean:  ## forget every run: data, models, registry, reports (not .venv)
+	@rm -rf data models mlartifacts mlflow.db* params.json dvc.lock .dvc/cache .dvc/tmp .dvc_store spark-warehouse
+	@find reports -mindepth 1 ! -name README.md -delete 2>/dev/null || true
