@@ -233,7 +233,7 @@ def read_parquet(
         if twice:
             raise FraudError(f"{name}: column {twice[0]} occurs twice")
         table = pa.table({n: _plain(column) for n, column in zip(table.column_names, table.columns, strict=True)})
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise FraudError(f"{name}: broken Parquet file: {_one_line(error)}") from error
     if not table.num_rows:
         raise FraudError(f"{name}: columns and no rows")
@@ -711,8 +711,9 @@ def _rate(counts: dict[str, list[int]]) -> np.ndarray:
 
 # %% ../nbs/03_acquire.ipynb #ffe5e1c3
 def _draw_counts(axes, x, counts: dict, xlabel: str) -> None:
-    axes.bar(x, counts["rows"], color=HONEST, width=0.9)
+    axes.bar(x, counts["rows"], color=HONEST, width=1, edgecolor="white", linewidth=8 / len(x))
     axes.set(xlabel=xlabel, ylabel="transactions")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     rate = axes.twinx()
     rate.plot(x, _rate(counts), color=FRAUD, marker="o", markersize=3, linewidth=1)
     rate.set_ylabel("frauds per 1,000", color=FRAUD)
@@ -726,6 +727,8 @@ def _draw_types(axes, types: dict) -> None:
     for y, name in enumerate(names):
         axes.annotate(f" {rows[y]:,}, {types[name]['frauds']:,} frauds", (rows[y], y), va="center", fontsize=8)
     axes.set(xlabel="transactions", xlim=(0, 1.6 * max(rows)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
 
 # %% ../nbs/03_acquire.ipynb #bad3f979
 def _draw_amounts(axes, amounts: dict) -> None:

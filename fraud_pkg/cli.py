@@ -103,8 +103,11 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    wide = 0 if sys.stdout.isatty() else 200  # a file or a pipe has no width of its own
-    Console(width=wide or None, markup=False, highlight=False, emoji=False).print(table)
+    wide = None if sys.stdout.isatty() else 200  # a file or a pipe has no width of its own
+    console = Console(width=wide, markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 # %% ../nbs/18_cli.ipynb #8ab4159e
 @app.command()

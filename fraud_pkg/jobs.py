@@ -425,14 +425,11 @@ def _one_line(name: str, value: str, job: Job, root: Path) -> str:
     return text if ours and text else f"{name}: {text}".rstrip(": ")
 
 # %% ../nbs/17_jobs.ipynb #3584c497
-def _unfinished_cell(notebook: Path) -> str:
-    "The number, as Jupyter shows it, of the cell in which a kernel died."
-    with contextlib.suppress(OSError, FraudError, ValueError):
-        cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-        for number, cell in enumerate(cells, 1):
-            if cell["metadata"].get("papermill", {}).get("status") not in ("completed",):
-                return f"cell {number}"
-    return "its first cell"
+def _last_cell(notebook: Path) -> str:
+    "The number, as Jupyter shows it, of the cell that was executed last; papermill calls it completed even when the kernel died in it."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"] if notebook.is_file() else []
+    states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells if cell["cell_type"] == "code"]
+    return f"cell {max(1, sum(state in ('completed', 'failed', 'running') for state in states))}"
 
 # %% ../nbs/17_jobs.ipynb #01564e86
 @contextlib.contextmanager
@@ -484,6 +481,21 @@ def _no_leftovers(job: Job, settings: Settings) -> Iterator[None]:
         remove()
 
 # %% ../nbs/17_jobs.ipynb #113b8ccc
+@contextlib.contextmanager
+def _errors_into(path: Path) -> Iterator[None]:
+    "What this process and its children write to standard error goes to a file: a JVM talks much, and none of it is for the reader of a terminal."
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+
+# %% ../nbs/17_jobs.ipynb #023b55b7
 def _execute(job: Job, notebook: Path, parameters: Mapping, root: Path, out) -> None:
     "Runs the notebook into `notebook`; raises `JobError` in one line."
     import logging
@@ -493,13 +505,13 @@ def _execute(job: Job, notebook: Path, parameters: Mapping, root: Path, out) -> 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     where = f"see {notebook.relative_to(root) if notebook.is_relative_to(root) else notebook}"
     try:
-        papermill.execute_notebook(root / job.notebook, notebook, parameters=dict(parameters), cwd=root, kernel_name="python3", language="python", progress_bar=False,
-                                   stdout_file=out, extra_arguments=["--log-level=40"])  # 40: only errors
+        with _errors_into(notebook.with_suffix(".log")):
+            papermill.execute_notebook(root / job.notebook, notebook, parameters=dict(parameters), cwd=root, kernel_name="python3", language="python",
+                                       progress_bar=False, stdout_file=out)
     except papermill.PapermillExecutionError as error:
         raise JobError(f"job {job.name} failed in cell {error.exec_count}: {_one_line(error.ename, error.evalue, job, root)}; {where}") from error
     except DeadKernelError as error:
-        cell = _unfinished_cell(notebook)
-        raise JobError(f"job {job.name} failed in {cell}: its process was killed (often: not enough memory); {where}") from error
+        raise JobError(f"job {job.name} failed in {_last_cell(notebook)}: its process was killed (often: not enough memory); {where}") from error
 
 # %% ../nbs/17_jobs.ipynb #938c6d37
 class Record(BaseModel):
@@ -626,14 +638,16 @@ class Repro:
         if match := re.match(r"(ERROR|error): (.*)", line):
             self.error, self._dvc_error = (match[2], self._dvc_error) if match[1] == "error" else (self.error, match[2])
             return None
-        return None if DVC_NOISE.match(line) else Event(kind="line", job=self.job, text=line)
+        return Event(kind="line", job=self.job, text=line) if self.job and not DVC_NOISE.match(line) else None
 
     def failed(self) -> str:
         "The one line that explains a failure: the job's own where there is one."
         if self.job:
             self.states[self.job] = "failed"
-        if match := not self.error and re.search(r"exited with -(\d+)", self._dvc_error):
-            return f"job {self.job} was killed by signal {match[1]}" + (" (often: not enough memory)" if match[1] == "9" else "")
+        match = re.search(r"exited with (?:-|(?=1[3-5]\d))(\d+)", self._dvc_error)
+        if match and not self.error:
+            number = int(match[1]) % 128  # a shell says 128 + signal
+            return f"job {self.job} was killed by signal {number}" + (" (often: not enough memory)" if number == 9 else "")
         if "Unable to acquire lock" in self._dvc_error or "is busy" in self._dvc_error:
             return "another dvc is at work in this project; wait for it to end (if there is none, remove .dvc/tmp/rwlock)"
         return self.error or f"dvc: {self._dvc_error or 'ended without saying why'}"
@@ -698,7 +712,8 @@ def _repro(arguments: Sequence[str], settings: Settings, tell: Callable[[Event],
             raise
     if process.returncode != 0:
         failed, line = repro.job, repro.failed()
-        tell(Event(kind="failed", job=failed, text=line))
+        if failed:
+            tell(Event(kind="failed", job=failed, text=line))
         raise JobError(line)
 
 # %% ../nbs/17_jobs.ipynb #968d468e
@@ -731,15 +746,16 @@ class Run(BaseModel):
     error: str | None = None
 
 # %% ../nbs/17_jobs.ipynb #1f344935
-def _results(order: Sequence[Job], states: Mapping[str, str], folder: Path) -> list[JobResult]:
-    "Each job's state, with the measurements of its record where it ran."
+def _results(order: Sequence[Job], states: Mapping[str, str], started: str, folder: Path) -> list[JobResult]:
+    "Each job's state, with the measurements of its record where this run made one."
     results = []
     for job in order:
         result = JobResult(job=job.name, status=states.get(job.name, "not run"))
         record = folder / f"{job.name}.json"
         if result.status in ("done", "failed", "interrupted") and record.is_file():
             measured = Record(**json.loads(record.read_text(encoding="utf-8")))
-            result.seconds, result.peak_memory_mb = measured.seconds, measured.peak_memory_mb
+            if measured.started >= started:
+                result.seconds, result.peak_memory_mb = measured.seconds, measured.peak_memory_mb
         results.append(result)
     return results
 
@@ -836,7 +852,7 @@ def run_pipeline(
         finally:
             champion, value = _champion(settings)
             run = Run(started=started, seconds=round(time.perf_counter() - began, 2), error=error, champion=champion, average_precision=value,
-                      jobs=_results(order, repro.states, settings.reports_dir / "jobs"))
+                      jobs=_results(order, repro.states, started, settings.reports_dir / "jobs"))
             _append_history(run, settings)
         if not run.error:
             _conclude(run, settings)

@@ -168,7 +168,7 @@ def _number_masks(column: Column, numbers: np.ndarray, missing: np.ndarray) -> d
     "Mask by reason; a value is given the first reason that fits, as for a single value."
     found, left = {}, ~missing
     checks = [(reason_number(column), ~np.isfinite(numbers))]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         if column.kind in ("int", "flag"):
             checks.append((reason_whole(column), numbers != np.trunc(numbers)))
         checks += [(reason_low(column), numbers < column.low), (reason_high(column), numbers > column.high)]

@@ -257,8 +257,8 @@ def _night(rng, time, share):
 def _takeover(rng, people, rows, first, end, fraud):
     e = _episodes(rng, rows, 1, 9, first, end, 30)
     n = len(e.size)
-    who = _wealthy(rng, people, e.start, 3 if fraud else 1)
-    start = _night(rng, e.start, .6) if fraud else np.where(rng.random(n) < .25, e.start, _own_hour(rng, people, who, e.start))
+    who = _wealthy(rng, people, e.start, 4 if fraud else 1)
+    start = _night(rng, e.start, .75) if fraud else np.where(rng.random(n) < .25, e.start, _own_hour(rng, people, who, e.start))
     gap = rng.exponential(.5 if fraud else 1.0, n)
     time = _inside(start[e.of] + (e.place + rng.random(rows)) * gap[e.of], first, end)
     kind = rng.choice(5, rows, p=(0, .25, 0, .1, .65) if fraud else (0, .2, 0, .5, .3)).astype(np.int8)
@@ -271,7 +271,9 @@ def _takeover(rng, people, rows, first, end, fraud):
     dest[wire] = drop[e.of[wire]]
     dest = _not_self(people, who, dest, time)
     amount = _usual_amount(rng, people, who, kind, dest) * (rng.uniform(2, 6, rows) if fraud else 1 + rng.exponential(.7, rows))
-    part = rng.uniform(.15, .5, rows) * .7 ** e.place
+    part = rng.uniform(.2, .55, rows)
+    kept = np.cumsum(np.log1p(-part)) - np.log1p(-part)
+    part *= np.exp(kept - kept[e.place == 0][e.of])
     last = e.place + 1 == e.size[e.of]
     part[last & (rng.random(rows) < .25)] = 2
     share = part if fraud else np.where(rng.random(rows) < .15, part, 0)
@@ -295,7 +297,8 @@ def _mule(rng, people, rows, first, end, fraud):
     victim = _anyone(rng, people, t_in)
     time = np.where(comes, t_in, t_in[pair] + (rng.uniform(.3, 5, rows) if fraud else rng.uniform(1, 30, rows)))
     time = _inside(time, first, end)
-    a_in = _typical(people, victim, TRANSFER) * np.exp(rng.normal(np.log(2.5) if fraud else np.log(.6), .7, rows))
+    habit = _typical(people, victim, TRANSFER)
+    a_in = np.sqrt(habit * 6000) * np.exp(rng.normal(0, .6, rows)) if fraud else habit * np.exp(rng.normal(np.log(.6), .7, rows))
     amount = np.where(comes, a_in, a_in[pair] * (rng.uniform(.8, .99, rows) if fraud else rng.uniform(.2, .95, rows)))
     kind = np.where(comes, TRANSFER, rng.choice([CASH_OUT, TRANSFER], rows, p=[.75, .25])).astype(np.int8)
     who = np.where(comes, victim, mule[e.of])
@@ -321,7 +324,7 @@ def _card_testing(rng, people, rows, first, end, fraud):
     e = _episodes(rng, rows, 3, 8, first, end, 24)
     n = len(e.size)
     who = _anyone(rng, people, e.start)
-    start = _night(rng, e.start, .3) if fraud else _own_hour(rng, people, who, e.start)
+    start = _night(rng, e.start, .6) if fraud else _own_hour(rng, people, who, e.start)
     tests = 1 + np.floor(rng.random(n) * (e.size - 1)).astype(int)
     small = e.place < tests[e.of]
     wait = rng.uniform(.2, 6, n)

@@ -14,6 +14,11 @@ part() {  # name, command...
     printf '== %s: %s s\n' "$name" "$((SECONDS - began))"
 }
 
+stored_outputs() {
+    python tests/numbered.py nbs "$scratch/nbs"
+    FRAUD_ROOT=$PWD pytest -q -p no:cacheprovider --nbval "$scratch/nbs"
+}
+
 job_notebooks() {  # every job notebook in the order of the pipeline, on a small simulation in a folder of its own
     FRAUD_PATHS_DATA=$scratch/data FRAUD_PATHS_MODELS=$scratch/models FRAUD_PATHS_REPORTS=$scratch/reports \
     FRAUD_REGISTRY_TRACKING_URI=sqlite:///$scratch/mlflow.db FRAUD_REGISTRY_ARTIFACTS=$scratch/mlartifacts \
@@ -23,6 +28,6 @@ job_notebooks() {  # every job notebook in the order of the pipeline, on a small
 }
 
 part "tests in the notebooks" nbdev-test --path nbs --n_workers 2 --pause 0
-part "stored outputs of the notebooks" pytest -q -p no:cacheprovider --nbval nbs
+part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks
 part "end to end" pytest -q tests

@@ -46,6 +46,13 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.external
+def test_the_same_data_give_the_same_bytes(tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        acquire(project(folder, shared("paysim_head.csv")))
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+@pytest.mark.external
 def test_paysim_head(tmp_path):
     manifest = acquire(project(tmp_path, shared("paysim_head.csv")))
     assert (manifest["rows"], manifest["quarantined"], manifest["reasons"]) == (19_999, 0, {})
