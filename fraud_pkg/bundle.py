@@ -253,9 +253,10 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
 # %% ../nbs/10_bundle.ipynb #eec9d726
 def _verified(folder: Path, manifest: Manifest, name: str) -> bytes:
     "The content of a file, if it has the hash that the manifest lists."
-    if not (folder / name).is_file():
-        raise BundleError(f"{folder / name}: no file")
-    content = (folder / name).read_bytes()
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{folder / name}: {error.strerror}") from error
     if _sha256(content) != manifest.files[name]:
         raise BundleError(f"{folder / name}: its hash does not match the manifest")
     return content

@@ -374,11 +374,11 @@ class ProcessTree:
 # %% ../nbs/17_jobs.ipynb #0068d0bf
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;color:#1b1f24;background:#fff}
-img{max-width:100%;height:auto} pre{overflow-x:auto;font-size:13px;line-height:1.4;margin:.4rem 0;padding:.5rem;border-radius:4px}
-.jp-InputArea pre,.highlight pre{background:#f5f6f8} .jp-InputPrompt,.jp-OutputPrompt,.anchor-link{display:none}
-.jp-RenderedText[data-mime-type$=stderr] pre{background:#fdecea} .jp-OutputArea-output{overflow-x:auto}
+h1{font-size:1.6rem} h2{font-size:1.25rem} .anchor-link{display:none} blockquote{margin:0;color:#57606a} a{color:#0b57d0}
+pre{font-size:13px;line-height:1.4;margin:.3rem 0;padding:.5rem;border-radius:4px;overflow-x:auto}
+.highlight pre{background:#f5f6f8} .output_text pre{white-space:pre-wrap;overflow-wrap:anywhere} .output_stderr pre,.output_error pre{background:#fdecea}
+.prompt{font-size:12px;color:#8a929b;margin-top:.8rem} .output_subarea{overflow-x:auto} img{max-width:100%;height:auto}
 table{border-collapse:collapse;font-size:14px} td,th{padding:.25rem .6rem;border-bottom:1px solid #dde1e6;text-align:right}
-blockquote{margin:0;color:#57606a} a{color:#0b57d0}
 """
 
 # %% ../nbs/17_jobs.ipynb #f0dd3167
@@ -386,13 +386,14 @@ def render_html(notebook: Path) -> Path:
     "Writes the executed `notebook` as one self-contained page beside it."
     import nbformat
     from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from pygments.formatters import HtmlFormatter
     nb = nbformat.read(notebook, as_version=4)
     if nb.cells and nb.cells[0].cell_type == "markdown":  # front matter reads better as a block of code
         nb.cells[0].source = re.sub(r"\A---\n(.*?)\n---", r"```yaml\n\1\n```", nb.cells[0].source, count=1, flags=re.DOTALL)
     for cell in (cell for cell in nb.cells if cell.cell_type == "code"):  # scrapbook's own records show nothing
         cell.outputs = [o for o in cell.outputs if not any(kind.startswith("application/scrapbook") for kind in o.get("data", {}))]
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(nb)
+    body, _ = HTMLExporter(template_name="basic", preprocessors=[CoalesceStreamsPreprocessor(enabled=True)]).from_notebook_node(nb)
     style = STYLE + HtmlFormatter(style="default").get_style_defs(".highlight")
     page = notebook.with_suffix(".html")
     page.write_text(f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -638,7 +639,12 @@ class Repro:
         if match := re.match(r"(ERROR|error): (.*)", line):
             self.error, self._dvc_error = (match[2], self._dvc_error) if match[1] == "error" else (self.error, match[2])
             return None
-        return Event(kind="line", job=self.job, text=line) if self.job and not DVC_NOISE.match(line) else None
+        if DVC_NOISE.match(line):
+            return None
+        if not self.job:  # DVC, about something that is not a job
+            self._dvc_error = self._dvc_error or line
+            return None
+        return Event(kind="line", job=self.job, text=line)
 
     def failed(self) -> str:
         "The one line that explains a failure: the job's own where there is one."
@@ -650,7 +656,8 @@ class Repro:
             return f"job {self.job} was killed by signal {number}" + (" (often: not enough memory)" if number == 9 else "")
         if "Unable to acquire lock" in self._dvc_error or "is busy" in self._dvc_error:
             return "another dvc is at work in this project; wait for it to end (if there is none, remove .dvc/tmp/rwlock)"
-        return self.error or f"dvc: {self._dvc_error or 'ended without saying why'}"
+        hint = " Remove that file, and everything runs anew." if "dvc.lock" in self._dvc_error else ""
+        return self.error or f"dvc: {self._dvc_error or 'ended without saying why'}{hint}"
 
 # %% ../nbs/17_jobs.ipynb #e4189d61
 DVC_CONFIG = """\
@@ -712,6 +719,7 @@ def _repro(arguments: Sequence[str], settings: Settings, tell: Callable[[Event],
             raise
     if process.returncode != 0:
         failed, line = repro.job, repro.failed()
+        line = disk_full(line, [settings.root]) or line
         if failed:
             tell(Event(kind="failed", job=failed, text=line))
         raise JobError(line)
@@ -721,11 +729,11 @@ def _push(settings: Settings) -> None:
     lock, pushed = settings.root / "dvc.lock", settings.root / ".dvc/tmp/fraud-pushed"
     if not settings.pipeline.push or not lock.is_file() or (pushed.is_file() and pushed.stat().st_mtime_ns >= lock.stat().st_mtime_ns):
         return
-    with _start_dvc(["push", "--quiet"], settings) as process:
+    with _start_dvc(["push"], settings) as process:
         text = process.stdout.read()
     if process.returncode != 0:
-        line = next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
-        raise FraudError(f"dvc push: {line.removeprefix('ERROR: ')} (results are complete; only the copy is not)")
+        line = next((line for line in text.splitlines() if line.startswith("ERROR: ")), "ended without saying why").removeprefix("ERROR: ")
+        raise FraudError(f"dvc push: {disk_full(text, [settings.root]) or line} (the results are complete, only their copy is not)")
     pushed.touch()
 
 # %% ../nbs/17_jobs.ipynb #7199d5a2

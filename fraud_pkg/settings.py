@@ -150,10 +150,11 @@ class Xgboost(Section):
 class Tensorflow(Section):
     "The network: layer sizes and how long it may learn."
     hidden: Sizes = (128, 64)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    bins: int = Field(8, ge=1, le=64)
+    dropout: float = Field(0.3, ge=0, lt=1)
     learning_rate: Rate = 0.001
-    batch_size: Positive = 4096
-    epochs: Positive = 30
+    batch_size: Positive = 1024
+    epochs: Positive = 20
     patience: Positive = 4
 
 # %% ../nbs/00_settings.ipynb #26c3f0b4

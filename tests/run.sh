@@ -27,7 +27,7 @@ job_notebooks() {  # every job notebook in the order of the pipeline, on a small
         pytest -q -p no:cacheprovider --nbval-lax jobs/{acquire,features,train_xgboost,train_tensorflow,promote,monitor,report}.ipynb
 }
 
-part "tests in the notebooks" nbdev-test --path nbs --n_workers 2 --pause 0
+part "tests in the notebooks" nbdev-test nbs --n_workers 2 --pause 0
 part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks
 part "end to end" pytest -q tests
