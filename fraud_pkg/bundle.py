@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .evaluate import (Calibration, Sample, Thresholds, Trained, concat, evaluate, fit_calibration,
+from .evaluate import (Calibration, Sample, Thresholds, Trained, average_precision, concat, evaluate, fit_calibration,
                                 optimal_thresholds)
 from .settings import FraudError, Settings, staging_dir
 
@@ -350,4 +350,6 @@ def finish(
     with tempfile.TemporaryDirectory() as draft:
         bundle = write(Path(draft) / "bundle", {})
         metrics = evaluate(test, bundle.probability(test.select(trained.names)), thresholds, settings)
+        # The contender that meets the champion is chosen by this one: the test period must not choose.
+        metrics["validation"] = {"average_precision": average_precision(validation.y, bundle.probability(validation.select(trained.names)))}
     return write(settings.models_dir / trained.name, metrics).folder, metrics

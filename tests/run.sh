@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD" MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true DVC_NO_ANALYTICS=1 TF_CPP_MIN_LOG_LEVEL=3
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap 'rm -rf "$scratch" .nbval' EXIT
 
 part() {  # name, command...
     local name=$1 began=$SECONDS
@@ -15,8 +15,8 @@ part() {  # name, command...
 }
 
 stored_outputs() {
-    python tests/numbered.py nbs "$scratch/nbs"
-    FRAUD_ROOT=$PWD pytest -q -p no:cacheprovider --nbval "$scratch/nbs"
+    python tests/numbered.py nbs .nbval  # inside the project, so that the notebooks find it
+    pytest -q -p no:cacheprovider --nbval .nbval
 }
 
 job_notebooks() {  # every job notebook in the order of the pipeline, on a small simulation in a folder of its own
@@ -27,7 +27,7 @@ job_notebooks() {  # every job notebook in the order of the pipeline, on a small
         pytest -q -p no:cacheprovider --nbval-lax jobs/{acquire,features,train_xgboost,train_tensorflow,promote,monitor,report}.ipynb
 }
 
-part "tests in the notebooks" nbdev-test nbs --n_workers 2 --pause 0
+part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0
 part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks
 part "end to end" pytest -q tests
