@@ -53,7 +53,7 @@ export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml; note
 	@fraud jobs compile
 
 lock: $(READY)  ## requirements.lock anew from pyproject.toml
-	@uv pip compile --quiet --no-header --all-extras --generate-hashes --python-version 3.11 pyproject.toml -o requirements.lock
+	@uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
 
 clean:  ## forget every run: data, models, registry, reports (not .venv)
 	@rm -rf data models mlartifacts mlflow.db* params.json dvc.lock .dvc/cache .dvc/tmp .dvc_store spark-warehouse

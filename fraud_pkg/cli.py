@@ -241,11 +241,18 @@ def _show_bake_off(found) -> None:
                  [(name, *row) for name, row in zip(table.index, table.itertuples(index=False))], right=range(2, len(table.columns) + 1))
 
 # %% ../nbs/18_cli.ipynb #06ecae25
-def _show_next(result, found) -> None:
-    print(f"Champion: {result.champion}, average precision {result.average_precision:.3f}; where it comes from: fraud models show")
+def _show_champion(result, found) -> None:
+    "Who decides, what the gate said, where to look and what to do next."
+    manifest = json.loads((found.models_dir / "champion/manifest.json").read_text(encoding="utf-8"))
+    verdict = json.loads((found.reports_dir / "bakeoff/verdict.json").read_text(encoding="utf-8"))
+    print(f"Champion: {result.champion} ({manifest['name']}), average precision {result.average_precision:.3f}; where it comes from: fraud models show")
+    for reason in verdict["reasons"]:
+        if not reason["passed"]:
+            print(f"Gate:     challenger {verdict['challenger']} was refused ({reason['check']}: {reason['detail']})")
     print(f"Report:   {found.reports_dir / 'index.html'}")
     print("Next:     open the report; change settings.ini and run again; make lab opens the notebooks")
 
+# %% ../nbs/18_cli.ipynb #d6c8284d
 @app.command("run")
 def run_all(overrides: Overrides = None,
             job: Annotated[str | None, typer.Option(help="Only this job and what it needs.")] = None,
@@ -260,7 +267,7 @@ def run_all(overrides: Overrides = None,
         raise FraudError(result.error)
     if result.champion and (found.reports_dir / "bakeoff/bakeoff.json").is_file():
         _show_bake_off(found)
-        _show_next(result, found)
+        _show_champion(result, found)
 
 # %% ../nbs/18_cli.ipynb #3976c3c9
 @models_app.command("list")

@@ -830,7 +830,7 @@ def _run_stages(settings: Settings, order: Sequence[Job], only: str | None, forc
     if repro.states.get("promote") == "cached" and not agrees():
         _repro(["--force", "--single-item", "promote"], settings, tell, repro)
         before = dict(repro.states)
-        _repro([only] if only else [], settings, tell, repro)
+        _repro([only] if only else [], settings, lambda event: None if event.kind == "cached" else tell(event), repro)
         repro.states |= {job: state for job, state in before.items() if repro.states[job] == "cached"}
 
 # %% ../nbs/17_jobs.ipynb #8e0ee393

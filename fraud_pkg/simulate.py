@@ -9,9 +9,9 @@ __all__ = ['PRESETS', 'SCENARIOS', 'MIX', 'CASH_IN', 'CASH_OUT', 'DEBIT', 'PAYME
            'OPENINGS', 'FRAUD_LEVELS', 'FRAUD_AMOUNTS', 'INEXACT', 'CLOCKS', 'CLOCK_SHARES', 'PER_DAY', 'NEWCOMERS',
            'BUSINESSES', 'POPULARITY', 'TIMES_LEVEL', 'SPREAD', 'CASH_IN_SHARE', 'DEBIT_SHARE', 'SCAM', 'LIMITS',
            'GENERATORS', 'DRIFTED', 'UNITS', 'EMPTIES', 'log_hours', 'fraud_count', 'check_simulation', 'floored_sums',
-           'Ledger', 'open_ledger', 'balances', 'scattered', 'paysim_volume', 'from_quantiles', 'simulate_paysim',
-           'Events', 'People', 'make_people', 'ordinary_life', 'Episodes', 'takeover', 'mule', 'structuring',
-           'card_testing', 'compromised_merchant', 'quotas', 'simulate_hard', 'simulate']
+           'Ledger', 'open_ledger', 'entry_balances', 'balances', 'scattered', 'paysim_volume', 'from_quantiles',
+           'simulate_paysim', 'Events', 'People', 'make_people', 'ordinary_life', 'Episodes', 'takeover', 'mule',
+           'structuring', 'card_testing', 'compromised_merchant', 'quotas', 'simulate_hard', 'simulate']
 
 # %% ../nbs/02_simulate.ipynb #fe4aaa51
 from collections.abc import Callable
@@ -65,14 +65,15 @@ def floored_sums(
     opening: np.ndarray,  # [g] int64 cents >= 0
 ) -> tuple[np.ndarray, np.ndarray]:
     "Balance before and after every entry, never below zero: [m] and [m] int64."
-    account = np.zeros(len(delta), dtype=np.int32)
-    account[first[1:]] = 1
-    account = np.cumsum(account, dtype=np.int32)
+    count = np.diff(first, append=len(delta))
     total = np.cumsum(delta)
-    total += (opening - (total[first] - delta[first]))[account]
-    apart = account * np.int64(2 * int(np.abs(total).max()) + 1)
-    lowest = np.minimum.accumulate(total - apart) + apart
-    after = total - np.minimum(lowest, 0)
+    total += (opening - (total[first] - delta[first])).repeat(count)
+    apart = np.arange(len(first)) * (2 * max(int(total.max()), -int(total.min())) + 1)
+    apart = apart.repeat(count)
+    lowest = total - apart
+    np.minimum.accumulate(lowest, out=lowest)
+    lowest += apart
+    after = np.subtract(total, np.minimum(lowest, 0, out=lowest), out=total)
     before = np.empty_like(after)
     before[1:], before[first] = after[:-1], opening
     return before, after
@@ -81,11 +82,11 @@ def floored_sums(
 @dataclass(frozen=True)
 class Ledger:
     "The entries of all accounts that keep a balance, by account and time."
-    entry: np.ndarray    # [m] int32: twice the transaction's position, + 1 for the destination's side
+    row: np.ndarray      # [m] int32, the transaction's position
+    side: np.ndarray     # [m] int8: 0 at its origin, 1 at its destination
+    sign: np.ndarray     # [m] int8: +1 money comes, -1 money goes
     first: np.ndarray    # [g] index of each account's first entry
     account: np.ndarray  # [g] account number
-    sign: np.ndarray     # [m] int8: +1 money comes, -1 money goes
-    rows: int            # transactions
 
 # %% ../nbs/02_simulate.ipynb #1bceb97b
 def open_ledger(
@@ -96,27 +97,32 @@ def open_ledger(
 ) -> Ledger:
     "The ledger of these transactions, without amounts."
     bits = (2 * len(kind)).bit_length()
-    sides = [(side[keeps].astype(np.int64) << bits) | (2 * np.flatnonzero(keeps) + i)
-             for i, side in enumerate((orig, dest)) for keeps in [side < accounts]]
-    key = np.sort(np.concatenate(sides))
-    entry = (key & ((1 << bits) - 1)).astype(np.int32)
+    key = np.concatenate([(side[keeps].astype(np.int64) << bits) | (2 * np.flatnonzero(keeps) + i)
+                          for i, side in enumerate((orig, dest)) for keeps in [side < accounts]])
+    key.sort()
+    row, side = ((key & ((1 << bits) - 1)) >> 1).astype(np.int32), (key & 1).astype(np.int8)
     key >>= bits
     first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[:len(key)])
-    comes = (kind[entry >> 1] == CASH_IN) == (entry & 1 == 0)
-    return Ledger(entry, first, key[first], np.where(comes, 1, -1).astype(np.int8), len(kind))
+    comes = (kind == CASH_IN)[row] == (side == 0)
+    return Ledger(row, side, np.where(comes, 1, -1).astype(np.int8), first, key[first])
 
 # %% ../nbs/02_simulate.ipynb #7a311e79
+def entry_balances(ledger: Ledger, cents: np.ndarray, opening: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Before and after every entry, in cents; `cents` [n] are the amounts, `opening` the accounts' balances at the start."
+    if not len(ledger.row):
+        return cents[:0], cents[:0]
+    return floored_sums(ledger.sign * cents[ledger.row], ledger.first, opening[ledger.account])
+
 def balances(
     ledger: Ledger,
     cents: np.ndarray,    # [n] int64 amounts
     opening: np.ndarray,  # [accounts] int64 cents at the start of the log
 ) -> np.ndarray:
     "Balances in cents: [before, after][origin, destination][n] int64, 0 for who keeps none."
-    found = np.zeros((2, 2, ledger.rows), dtype=np.int64)
-    if len(ledger.entry):
-        pairs = floored_sums(ledger.sign * cents[ledger.entry >> 1], ledger.first, opening[ledger.account])
-        for moment, values in enumerate(pairs):
-            found[moment, ledger.entry & 1, ledger.entry >> 1] = values
+    found = np.zeros((2, 2, len(cents)), dtype=np.int64)
+    where = ledger.row + ledger.side * np.int64(len(cents))
+    for moment, values in enumerate(entry_balances(ledger, cents, opening)):
+        found[moment].reshape(-1)[where] = values
     return found
 
 # %% ../nbs/02_simulate.ipynb #853bce2a
@@ -721,20 +727,28 @@ def _openings(rng, people):
     own = 50 * people.level * np.exp(rng.normal(0, 1, len(people.level)))
     return _cents(np.concatenate([own, 8e5 * np.exp(rng.normal(0, .8, people.first_merchant - len(own)))]))
 
+def _cut(cents, paying, there, part, unit):
+    "Amounts that are more than there is become all of it or a part; in place."
+    more = np.flatnonzero((there > 0) & (there < cents[paying]))
+    row, there = paying[more], there[more]
+    cents[row] = np.where(part[row] == 1, there, _rounded(there * part[row] / 100, unit[row]))
+
+# %% ../nbs/02_simulate.ipynb #5a5cb7da
 def _settle(rng, people, events):
     "Amounts in cents, and what `balances` returns."
     unit = UNITS[events.kind, rng.integers(0, 8, len(events))]
-    all_of_it = np.isin(events.kind, (CASH_OUT, TRANSFER)) & (rng.random(len(events)) < EMPTIES)
+    all_of_it = ((events.kind == CASH_OUT) | (events.kind == TRANSFER)) & (rng.random(len(events)) < EMPTIES)
     part = np.where(all_of_it, 1, rng.uniform(.2, .95, len(events)))
     cents, opening = _rounded(events.amount, unit), _openings(rng, people)
     ledger = open_ledger(events.orig, events.dest, events.kind, people.first_merchant)
-    there = balances(ledger, np.where(events.share > 0, 0, cents), opening)[0, 0]
-    steal = (events.share > 0) & (there > 0)
-    cents = np.where(steal, _rounded(events.share * there / 100, unit), cents)
+    pays = np.flatnonzero((ledger.side == 0) & (ledger.sign < 0))
+    paying = ledger.row[pays]
+    there = entry_balances(ledger, np.where(events.share > 0, 0, cents), opening)[0][pays]
+    steals = (events.share[paying] > 0) & (there > 0)
+    row = paying[steals]
+    cents[row] = _rounded(events.share[row] * there[steals] / 100, unit[row])
     for _ in range(3):
-        there = balances(ledger, cents, opening)[0, 0]
-        short = np.flatnonzero((there > 0) & (there < cents) & (events.kind != CASH_IN))
-        cents[short] = np.where(part[short] == 1, there[short], _rounded(there[short] * part[short] / 100, unit[short]))
+        _cut(cents, paying, entry_balances(ledger, cents, opening)[0][pays], part, unit)
     return cents, balances(ledger, cents, opening)
 
 # %% ../nbs/02_simulate.ipynb #0c1c62f6
