@@ -242,6 +242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fraud_pkg.jobs.Run': ('jobs.html#run', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs._agreement': ('jobs.html#_agreement', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs._append_history': ('jobs.html#_append_history', 'fraud_pkg/jobs.py'),
+                                'fraud_pkg.jobs._at_home': ('jobs.html#_at_home', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs._champion': ('jobs.html#_champion', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs._check_inputs': ('jobs.html#_check_inputs', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs._check_outputs': ('jobs.html#_check_outputs', 'fraud_pkg/jobs.py'),

@@ -497,6 +497,18 @@ def _errors_into(path: Path) -> Iterator[None]:
             os.close(kept)
 
 # %% ../nbs/17_jobs.ipynb #023b55b7
+@contextlib.contextmanager
+def _at_home(root: Path) -> Iterator[None]:
+    "A kernel that is started in the block finds this project, whatever FRAUD_ROOT said before."
+    before = os.environ.get("FRAUD_ROOT")
+    os.environ["FRAUD_ROOT"] = str(root)
+    try:
+        yield
+    finally:
+        os.environ.pop("FRAUD_ROOT")
+        os.environ |= {} if before is None else {"FRAUD_ROOT": before}
+
+# %% ../nbs/17_jobs.ipynb #4faf2779
 def _execute(job: Job, notebook: Path, parameters: Mapping, root: Path, out) -> None:
     "Runs the notebook into `notebook`; raises `JobError` in one line."
     import logging
@@ -506,7 +518,7 @@ def _execute(job: Job, notebook: Path, parameters: Mapping, root: Path, out) -> 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     where = f"see {notebook.relative_to(root) if notebook.is_relative_to(root) else notebook}"
     try:
-        with _errors_into(notebook.with_suffix(".log")):
+        with _errors_into(notebook.with_suffix(".log")), _at_home(root):
             papermill.execute_notebook(root / job.notebook, notebook, parameters=dict(parameters), cwd=root, kernel_name="python3", language="python",
                                        progress_bar=False, stdout_file=out)
     except papermill.PapermillExecutionError as error:

@@ -154,6 +154,7 @@ class Tensorflow(Section):
     dropout: float = Field(0.3, ge=0, lt=1)
     learning_rate: Rate = 0.001
     batch_size: Positive = 1024
+    epoch_rows: Positive = 1_000_000
     epochs: Positive = 20
     patience: Positive = 4
 

@@ -104,18 +104,24 @@ def build_network(
 
 # %% ../nbs/09_tensorflow.ipynb #a8d45866
 class Batches(keras.utils.PyDataset):
-    "Rows in a seeded order, new each epoch; the last incomplete batch waits for another order."
+    "Rows in a seeded order; an epoch takes the next `rows` of it, and what is too short for one waits for the next order."
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, size: int, seed: int):
+    def __init__(self, x: np.ndarray, y: np.ndarray, size: int, rows: int, seed: int):
         super().__init__()
-        self.x, self.y, self.size, self.rng = x, y.astype(np.float32)[:, None], min(size, len(x)), np.random.default_rng(seed)
-        self.on_epoch_end()
+        self.x, self.y, self.rng = x, y.astype(np.float32)[:, None], np.random.default_rng(seed)
+        self.size, self.rows = min(size, len(x)), min(rows, len(x))
+        self.order, self.start = self.rng.permutation(len(x)), 0
 
-    def on_epoch_end(self) -> None: self.order = self.rng.permutation(len(self.x))
-    def __len__(self) -> int: return len(self.order) // self.size
+    def on_epoch_end(self) -> None:
+        self.start += self.rows
+        if self.start + self.rows > len(self.order):
+            self.order, self.start = self.rng.permutation(len(self.order)), 0
+
+    def __len__(self) -> int: return max(self.rows // self.size, 1)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.order[index * self.size:(index + 1) * self.size]
+        first = self.start + index * self.size
+        rows = self.order[first:first + self.size]
         return self.x[rows], self.y[rows]
 
 # %% ../nbs/09_tensorflow.ipynb #ce8431ae
@@ -171,7 +177,7 @@ def fit_network(
     model.compile(keras.optimizers.Adam(chosen.learning_rate), "binary_crossentropy")
     meter = _Meter(*validation, watch)
     best = keras.callbacks.EarlyStopping("average_precision", patience=chosen.patience, mode="max", restore_best_weights=True)
-    model.fit(Batches(*train, chosen.batch_size, seed), epochs=chosen.epochs, callbacks=[meter, best], verbose=0)
+    model.fit(Batches(*train, chosen.batch_size, chosen.epoch_rows, seed), epochs=chosen.epochs, callbacks=[meter, best], verbose=0)
     return model, meter.history
 
 # %% ../nbs/09_tensorflow.ipynb #6b2b0382
@@ -222,5 +228,5 @@ def train_tensorflow(
     exported = network_onnx(model)
     error = parity(exported, predictor(model), parity_rows(validation, names, seed))
     history = [{"epoch": i, "average_precision": p} for i, p in enumerate(precision, start=1)]
-    fixed = {"bins": settings.tensorflow.bins, "epochs": settings.tensorflow.epochs, "patience": settings.tensorflow.patience, "seed": seed, "threads": threads}
+    fixed = {"bins": settings.tensorflow.bins, "epoch_rows": settings.tensorflow.epoch_rows, "epochs": settings.tensorflow.epochs, "patience": settings.tensorflow.patience, "seed": seed, "threads": threads}
     return Trained(name, exported, names, {**params, **fixed, "best_epoch": int(np.argmax(precision)) + 1}, history, error, time.perf_counter() - started)
