@@ -804,9 +804,20 @@ def _targets(order: Sequence[Job], only: str | None, force: bool) -> list[list[s
     return [*([list(job.needs)] if job.needs else []), ["--force", "--single-item", only]]
 
 # %% ../nbs/17_jobs.ipynb #50e30f37
+def _seen_state(settings: Settings) -> str | None:
+    "What an agreement is about, for a registry in a SQLite file: the file and the champion; None for a server, which cannot be looked at so cheaply."
+    uri, manifest = settings.registry.tracking_uri, settings.models_dir / "champion/manifest.json"
+    database = settings.root / uri.removeprefix("sqlite:///")
+    if not uri.startswith("sqlite:///") or not database.is_file() or not manifest.is_file():
+        return None
+    return json.dumps([uri, settings.registry.model, database.stat().st_size, database.stat().st_mtime_ns, hashlib.sha256(manifest.read_bytes()).hexdigest()])
+
+# %% ../nbs/17_jobs.ipynb #7335dba6
 def _agreement(settings: Settings) -> Callable[[], bool]:
     "Starts asking whether registry and models/champion agree (MLflow takes seconds to load); the result waits for the answer."
-    if not (settings.models_dir / "champion").exists():
+    marker = settings.root / ".dvc/tmp/fraud-agreed"
+    state = _seen_state(settings)
+    if not (settings.models_dir / "champion").exists() or (state and marker.is_file() and marker.read_text(encoding="utf-8") == state):
         return lambda: True
     from concurrent.futures import ThreadPoolExecutor
 
@@ -815,6 +826,11 @@ def _agreement(settings: Settings) -> Callable[[], bool]:
     answer = pool.submit(registry_agrees, settings)
     pool.shutdown(wait=False)
     return answer.result
+
+def _remember_agreement(settings: Settings) -> None:
+    "The next run need not ask while neither the registry's file nor the champion has changed."
+    if state := _seen_state(settings):
+        (settings.root / ".dvc/tmp/fraud-agreed").write_text(state, encoding="utf-8")
 
 def _refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
@@ -833,7 +849,7 @@ def _conclude(run: Run, settings: Settings) -> None:
     except FraudError as failure:
         run.error = str(failure)
 
-# %% ../nbs/17_jobs.ipynb #7335dba6
+# %% ../nbs/17_jobs.ipynb #fe9008f9
 def _run_stages(settings: Settings, order: Sequence[Job], only: str | None, force: bool, tell: Callable[[Event], None], repro: Repro) -> None:
     "What a run does between its start and its record."
     agrees = _agreement(settings) if any(job.name == "promote" for job in order) else lambda: True
@@ -844,6 +860,8 @@ def _run_stages(settings: Settings, order: Sequence[Job], only: str | None, forc
         before = dict(repro.states)
         _repro([only] if only else [], settings, lambda event: None if event.kind == "cached" else tell(event), repro)
         repro.states |= {job: state for job, state in before.items() if repro.states[job] == "cached"}
+    if "promote" in repro.states:
+        _remember_agreement(settings)
 
 # %% ../nbs/17_jobs.ipynb #8e0ee393
 def run_pipeline(
