@@ -39,9 +39,9 @@ def test_bake_off_shows_baselines_and_intervals(done):
 
 def test_test_period_is_later_and_unseen(done):
     periods = load_bundle(done.root / "models/champion").manifest.data["periods"]
-    starts = {name: (period["first_step"], period["end_step"]) for name, period in periods.items()}
-    assert starts["train"][1] <= starts["validation"][0]
-    assert starts["validation"][1] + 168 <= starts["test"][0]
+    (train,), (validation,), (test,) = periods["train"], periods["validation"], periods["test"]  # first and last step
+    assert train[0] < train[1] < validation[0] < validation[1] < test[0] < test[1]
+    assert validation[1] + 168 < test[0]
 
 
 def test_second_run_is_cached(done):
