@@ -10,12 +10,11 @@ __all__ = ['app', 'jobs_app', 'models_app', 'Overrides', 'parse_overrides', 'exp
 # %% ../nbs/18_cli.ipynb #d5704334
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
