@@ -27,6 +27,16 @@ job_notebooks() {  # every job notebook in the order of the pipeline, on a small
         pytest -q -p no:cacheprovider --nbval-lax jobs/{acquire,features,train_xgboost,train_tensorflow,promote,monitor,report}.ipynb
 }
 
+need_java() {  # Spark's; installed where that is allowed
+    if command -v java >/dev/null || [ -n "${JAVA_HOME:-}" ]; then return; fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "error: the tests of the Spark engine need Java 17; install it with: sudo apt-get install openjdk-17-jre-headless" >&2
+        exit 1
+    fi
+    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless
+}
+
+need_java
 part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0
 part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks
