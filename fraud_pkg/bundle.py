@@ -183,7 +183,7 @@ def _write_reference(path: Path, x: np.ndarray, names: Sequence[str], score: np.
 def _recorded(settings: Settings) -> dict[str, dict[str, Any]]:
     "The settings that a bundle depends on: not those of places, and not those of what happens to it later."
     return {s: settings.section_dict(s) for s in type(settings).model_fields
-            if s not in ("root", "origins", "paths", "gate", "registry", "pipeline")}
+            if s not in ("root", "origins", "paths", "gate", "registry", "pipeline", "ledger", "serve", "rules")}
 
 # %% ../nbs/10_bundle.ipynb #d1ddf2e0
 def write_bundle(

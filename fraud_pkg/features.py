@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'DIRECTIONS', 'SLICE', 'transaction_feature_names', 'side_feature_names', 'feature_names', 'safe_divide',
-           'transaction_features', 'flow_features', 'history_features', 'both_sides', 'matrix']
+           'transaction_features', 'flow_features', 'history_features', 'both_sides', 'matrix', 'online_history']
 
 # %% ../nbs/05_features.ipynb #92f006ce
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from .ledger import History
 from .schema import TYPES, to_cents
 
 # %% ../nbs/05_features.ipynb #19d76015
@@ -167,3 +170,49 @@ def matrix(
     "All features: [n, F] float32 in the order of `feature_names`."
     histories = sides.reshape(len(own), -1)
     return np.hstack([own, histories, np.isnan(histories[:, -1:]).astype(np.float32)])
+
+# %% ../nbs/05_features.ipynb #d44df983
+def _quotient(numerator: float, denominator: float) -> float:
+    "`safe_divide` of two numbers."
+    return numerator / denominator if denominator else math.nan
+
+def _flow(count: int, sum_cents: int, cents: int) -> tuple[float, ...]:
+    "`flow_features` of one event."
+    mean = _quotient(float(sum_cents), count)
+    return count, sum_cents / 100, mean / 100, _quotient(cents, mean)
+
+# %% ../nbs/05_features.ipynb #d358969c
+def _hours_since_seen(history: History, end: int, step: int, longest: int) -> float:
+    "Since the last hour before place `end` in which something happened, NaN beyond the longest window."
+    out, into = history.counters[0], history.counters[2]
+    while end and not out[end - 1] + into[end - 1]:
+        end -= 1
+    return step - history.hours[end - 1] if end and history.hours[end - 1] > step - longest else math.nan
+
+# %% ../nbs/05_features.ipynb #e1b0cf6f
+def online_history(
+    history: History,       # of the account, without this transaction
+    step: int,              # hours
+    cents: int,
+    windows: Sequence[int], # increasing
+    label_delay: int,
+) -> list[float]:
+    "History features of one event: [9 W + 1], in float32 equal to those of `history_features`."
+    hours, (out_count, out_cents, in_count, in_cents, frauds) = history.hours, history.counters
+    columns, begin, sums = [], bisect_right(hours, step), [0, 0, 0, 0]
+    last = begin
+    for window in windows:
+        end, begin = begin, bisect_right(hours, step - window)
+        if begin < end:
+            sums = [total + sum(counter[begin:end]) for total, counter in zip(sums, history.counters[:4], strict=True)]
+        columns += _flow(sums[0], sums[1], cents)
+        columns += _flow(sums[2], sums[3], cents)
+    begin, known, confirmed = min(bisect_right(hours, step - label_delay), last), 0, 0
+    for window in windows:
+        end, begin = begin, bisect_right(hours, step - label_delay - window)
+        if begin < end:
+            known += sum(out_count[begin:end]) + sum(in_count[begin:end])
+            confirmed += sum(frauds[begin:end])
+        columns.append(_quotient(confirmed, known))
+    columns.append(_hours_since_seen(history, last, step, max(windows)))
+    return columns

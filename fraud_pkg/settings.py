@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Share', 'Count', 'Positive', 'Rate', 'NotNegative', 'Names', 'Sizes', 'Hours', 'Moment', 'Key', 'FraudError',
            'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate', 'Features', 'Split', 'Train', 'Xgboost',
-           'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor', 'Pipeline', 'Settings', 'known_keys',
-           'project_root', 'load_settings', 'replace_dir', 'staging_dir']
+           'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor', 'Pipeline', 'Ledger', 'Serve', 'Rules',
+           'Settings', 'known_keys', 'project_root', 'load_settings', 'replace_dir', 'staging_dir']
 
 # %% ../nbs/00_settings.ipynb #4b80efb4
 import configparser
@@ -137,9 +137,9 @@ class Train(Section):
 # %% ../nbs/00_settings.ipynb #4922bb72
 class Xgboost(Section):
     "Gradient-boosted trees; the names are XGBoost's own."
-    rounds: Positive = 600
+    rounds: Positive = 400
     early_stopping: Positive = 50
-    learning_rate: Rate = 0.1
+    learning_rate: Rate = 0.15
     max_depth: int = Field(7, ge=1, le=16)
     min_child_weight: NotNegative = 5
     subsample: Rate = 0.9
@@ -198,6 +198,33 @@ class Pipeline(Section):
     "Runs of all jobs."
     push: bool = True
 
+# %% ../nbs/00_settings.ipynb #4f7f83c9
+class Ledger(Section):
+    "What every account did lately."
+    url: str = Field("memory://", min_length=1)
+    timeout: float = Field(0.5, gt=0, le=60)
+
+class Serve(Section):
+    "The doors."
+    bundle: str = Field("models/champion", min_length=1)
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(8000, ge=0, le=65535)
+    epoch: Moment = ""
+    explain: Literal["alerts", "all"] = "alerts"
+    reasons: int = Field(3, ge=0, le=100)
+    on_ledger_error: Literal["fail", "degrade"] = "fail"
+    reload_seconds: float = Field(2, gt=0, le=3600)
+    max_body: Positive = 1_048_576
+    max_batch: Positive = 1000
+    timeout: float = Field(10, gt=0, le=600)
+    drain: float = Field(20, ge=0, le=600)
+
+class Rules(Section):
+    "Decisions that are not the model's to make; an amount of 0 is no rule."
+    block_accounts: Names = ()
+    block_above: NotNegative = 0
+    review_above: NotNegative = 0
+
 # %% ../nbs/00_settings.ipynb #0e68ffaa
 class Settings(Section):
     "The values in force, one attribute per section, and where each value comes from."
@@ -216,6 +243,9 @@ class Settings(Section):
     registry: Registry = Registry()
     monitor: Monitor = Monitor()
     pipeline: Pipeline = Pipeline()
+    ledger: Ledger = Ledger()
+    serve: Serve = Serve()
+    rules: Rules = Rules()
     root: Path = Field(default_factory=Path.cwd, exclude=True)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)
 

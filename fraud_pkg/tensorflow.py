@@ -75,15 +75,17 @@ def measure_scales(
 def _views(features, scales: Scales) -> list:
     "Standardised, missing indicators, binned."
     gap = ops.isnan(features)
+    missing = ops.cast(gap, "float32")
     known = ops.where(gap, 0.0, features)
     logs = ops.sign(known) * ops.log(1.0 + ops.abs(known))
     standard = ops.clip(layers.Normalization(mean=scales.mean, variance=scales.variance)(logs), -8.0, 8.0)
     views = [ops.where(gap, 0.0, standard)]
     if len(scales.missing):
-        views.append(ops.take(ops.cast(gap, "float32"), scales.missing, axis=1))
+        views.append(ops.take(missing, scales.missing, axis=1))
     if len(scales.feature):
-        inside = ops.clip((ops.take(logs, scales.feature, axis=1) - scales.low.astype("float32")) / scales.width.astype("float32"), 0.0, 1.0)
-        views.append(ops.where(ops.take(gap, scales.feature, axis=1), 0.0, inside))
+        of_bin = np.eye(len(scales.mean), dtype=np.float32)[:, scales.feature]  # [F, B]
+        inside = ops.clip((ops.matmul(logs, of_bin) - scales.low.astype("float32")) / scales.width.astype("float32"), 0.0, 1.0)
+        views.append(inside * ops.matmul(1.0 - missing, of_bin))
     return views
 
 # %% ../nbs/09_tensorflow.ipynb #b14b0c03
