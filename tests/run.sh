@@ -27,16 +27,18 @@ job_notebooks() {  # every job notebook in the order of the pipeline, on a small
         pytest -q -p no:cacheprovider --nbval-lax jobs/{acquire,features,train_xgboost,train_tensorflow,promote,monitor,report}.ipynb
 }
 
-need_java() {  # Spark's; installed where that is allowed
-    if command -v java >/dev/null || [ -n "${JAVA_HOME:-}" ]; then return; fi
+need() {  # program, Debian package, what for: installed where that is allowed
+    if command -v "$1" >/dev/null; then return; fi
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "error: the tests of the Spark engine need Java 17; install it with: sudo apt-get install openjdk-17-jre-headless" >&2
+        echo "error: $3 needs $1; install it with: sudo apt-get install $2" >&2
         exit 1
     fi
-    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless
+    # Without init scripts: the tests start their own servers, on ports of their own.
+    apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2"
 }
 
-need_java
+[ -n "${JAVA_HOME:-}" ] || need java openjdk-17-jre-headless "the Spark engine"
+need redis-server redis-server "the shared ledger"
 part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0
 part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks

@@ -1,0 +1,132 @@
+"""Redis and DynamoDB ledgers on real servers do what the memory ledger does."""
+
+import itertools
+import os
+import threading
+import time
+
+import pytest
+import servers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fraud_pkg.ledger import Event, LedgerError, MemoryLedger, create_table, open_ledger
+
+RETENTION = 100
+ACCOUNTS = [f"C{i}" for i in range(5)]
+fresh = itertools.count()  # names that no example used before: servers are not emptied between examples
+
+operation = st.one_of(
+    st.tuples(st.just("record"), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60), st.sampled_from(ACCOUNTS), st.sampled_from(ACCOUNTS), st.integers(0, 10**12)), max_size=4)),
+    st.tuples(st.just("label"), st.dictionaries(st.integers(0, 11), st.booleans(), max_size=3)))
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def dynamodb_url(tmp_path_factory):
+    with servers.moto(tmp_path_factory.mktemp("moto")) as environ:
+        before = dict(os.environ)
+        os.environ.update(environ)
+        create_table("ledger")
+        create_table("ledger")  # a second time changes nothing
+        yield "dynamodb://ledger"
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(params=["redis_url", "dynamodb_url"])
+def url(request):
+    return request.getfixturevalue(request.param)
+
+
+def seen(ledger, prefix: str, step: int) -> tuple:
+    """All that a ledger answers about the example `prefix`, without hours before the last RETENTION, which it may have kept or not."""
+    reading = ledger.read([prefix + account for account in ACCOUNTS], [f"{prefix}{i}" for i in range(12)], step)
+    rows = {account: [row for row in history.rows() if row[0] > step - RETENTION and any(row[1:])] for account, history in reading.histories.items()}
+    return rows, reading.recorded
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(operation, max_size=12))
+def test_same_as_memory(url, operations):
+    prefix, memory, remote = f"x{next(fresh)}-", MemoryLedger(RETENTION), open_ledger(url, RETENTION, timeout=5)
+    for kind, content in operations:
+        if kind == "record":
+            events = [Event(f"{prefix}{i}", step, prefix + orig, prefix + dest, cents) for i, step, orig, dest, cents in content]
+            assert remote.record(events) == memory.record(events)
+        else:
+            labels = {f"{prefix}{i}": fraud for i, fraud in content.items()}
+            assert remote.label(labels) == memory.label(labels)
+        assert seen(remote, prefix, 60) == seen(memory, prefix, 60)
+
+
+def test_hours_out_of_reach_do_not_count(url):
+    ledger, name = open_ledger(url, RETENTION, timeout=5), f"old{next(fresh)}"
+    ledger.record([Event(f"{name}-1", 10, name, "C9", 5), Event(f"{name}-2", 400, name, "C9", 7)])
+    assert [row[0] for row in ledger.read([name], [], 400).histories[name].rows()] == [400]
+    ledger.record([Event(f"{name}-3", 401, name, "C9", 7)])
+    assert [row[:2] for row in ledger.read([name], [], 401).histories[name].rows()] == [(400, 1), (401, 1)]
+
+
+def test_many_writers_lose_nothing(url):
+    """Eight threads record the same forty transactions of one pair of accounts in different orders: each counts once."""
+    name = f"busy{next(fresh)}"
+    events = [Event(f"{name}-{i}", 7, name, f"{name}-to", 100 + i) for i in range(40)]
+    new, failures = [], []
+
+    def write(order: int) -> None:
+        try:
+            ledger = open_ledger(url, RETENTION, timeout=10)
+            for i in range(40):
+                new.extend(ledger.record([events[(i * 7 + order * 5) % 40]]))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and sum(new) == 40
+    reading = open_ledger(url, RETENTION, timeout=5).read([name, f"{name}-to"], [], 7)
+    assert reading.histories[name].rows() == [(7, 40, sum(e.cents for e in events), 0, 0, 0)]
+    assert reading.histories[f"{name}-to"].rows() == [(7, 0, 0, 40, sum(e.cents for e in events), 0)]
+
+
+def test_redis_keys_expire(redis_url):
+    import redis
+
+    ledger, name = open_ledger(redis_url, RETENTION), f"end{next(fresh)}"
+    ledger.record([Event(name, 10, name, name, 5)])
+    client = redis.Redis.from_url(redis_url)
+    for key in (f"fraud:t:{name}", f"fraud:a:{name}"):
+        assert 0 < client.ttl(key) <= (RETENTION + 24) * 3600
+
+
+def test_dynamodb_items_expire(dynamodb_url):
+    import boto3
+
+    open_ledger(dynamodb_url, RETENTION).record([Event("expiring", 10, "expiring", "C9", 5)])
+    client = boto3.client("dynamodb")
+    assert client.describe_time_to_live(TableName="ledger")["TimeToLiveDescription"]["AttributeName"] == "expires"
+    item = client.get_item(TableName="ledger", Key={"key": {"S": "a#expiring"}, "day": {"N": "0"}})["Item"]
+    assert time.time() < int(item["expires"]["N"]) <= time.time() + (RETENTION + 24) * 3600
+
+
+def test_server_that_went_away(tmp_path):
+    with servers.redis(tmp_path) as url:
+        ledger = open_ledger(url, RETENTION, timeout=0.3)
+        ledger.record([Event("t", 1, "a", "b", 5)])
+    for call in (lambda: ledger.read(["a"], ["t"], 1), lambda: ledger.record([Event("u", 1, "a", "b", 5)]), lambda: ledger.label({"t": True}), ledger.ping):
+        with pytest.raises(LedgerError, match=r"ledger 127\.0\.0\.1:\d+/0: "):
+            call()
+
+
+def test_missing_table(dynamodb_url):
+    with pytest.raises(LedgerError, match="dynamodb://nowhere"):
+        open_ledger("dynamodb://nowhere", RETENTION).ping()

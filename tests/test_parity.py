@@ -1,0 +1,118 @@
+"""What is decided online is what was learned offline: replayed transaction by transaction, features equal Spark's, bit for bit."""
+
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import servers
+from conftest import shared
+
+from fraud_pkg.features import feature_names, matrix
+from fraud_pkg.ledger import Event, create_table, open_ledger
+from fraud_pkg.scoring import Transaction, look_back, own_features
+
+WINDOWS = (1, 24, 168, 720)
+NAMES = feature_names(WINDOWS)
+
+
+def live(row: dict) -> Transaction:
+    """A row of the raw table as its sender would have sent it."""
+    return Transaction(transaction_id=str(row["tx_id"]), step=row["step"], type=row["type"], amount=row["amount"], nameOrig=row["nameOrig"],
+                       oldbalanceOrg=row["oldbalanceOrg"], nameDest=row["nameDest"], oldbalanceDest=row["oldbalanceDest"])
+
+
+def requests(rows: list[dict], batch: int) -> Iterator[list[dict]]:
+    """Requests of at most `batch` rows of one step: what was fraud an hour ago cannot be known while it is still being decided."""
+    for _, hour in itertools.groupby(rows, key=lambda row: row["step"]):
+        hour = list(hour)
+        yield from (hour[i: i + batch] for i in range(0, len(hour), batch))
+
+
+def replay(rows: list[dict], ledger, label_delay: int, batch: int) -> np.ndarray:
+    """Online features of all rows, in requests of `batch`; what was fraud becomes known when the label delay is over."""
+    found, waiting = [], []
+    for part in requests(rows, batch):
+        while waiting and waiting[0]["step"] <= part[0]["step"] - label_delay:
+            assert ledger.label({str(waiting.pop(0)["tx_id"]): True}) == []
+        transactions = [live(row) for row in part]
+        events = [Event(t.transaction_id, t.step, t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions]
+        reading = ledger.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
+        found.append(matrix(own_features(transactions, events), look_back(events, reading, WINDOWS, label_delay)))
+        assert all(ledger.record(events))
+        waiting += [row for row in part if row["isFraud"]]
+    return np.vstack(found)
+
+
+def check(root, rows: int, label_delay: int, url: str, batch: int) -> None:
+    folder = root / "data/features"
+    raw = pq.read_table(next((root / "data/raw").glob("*.parquet"))).slice(0, rows).to_pylist()
+    ledger = open_ledger(url, max(WINDOWS) + label_delay, timeout=10)
+    online = replay(raw, ledger, label_delay, batch)
+    parts = [pq.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
+    names = [name for name in parts[0].column_names if name in NAMES]
+    offline = np.column_stack([np.concatenate([part[name].to_numpy() for part in parts])[:rows] for name in names])
+    assert offline.dtype == online.dtype == np.float32 and names == NAMES
+    different = ~((online == offline) | (np.isnan(online) & np.isnan(offline)))
+    assert not different.any(), f"{different.sum()} values of {sorted({names[j] for j in np.nonzero(different)[1]})}"
+
+
+
+@pytest.fixture(scope="module")
+def month(workspace):
+    """A simulated month and its features by Spark; labels known after a day, so that they matter within the month."""
+    project = workspace(simulate__rows=12_000, simulate__days=31, features__label_delay=24, features__engine="spark")
+    project.fraud("jobs", "run", "acquire")
+    project.fraud("jobs", "run", "features")
+    return project.root
+
+
+@pytest.fixture(scope="module")
+def paysim(workspace):
+    """The head of the public PaySim log."""
+    project = workspace(data__source=shared("paysim_head.csv"), features__label_delay=1, features__engine="spark")
+    project.fraud("jobs", "run", "acquire")
+    project.fraud("jobs", "run", "features")
+    return project.root
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_memory(month, batch):
+    check(month, 12_000, 24, "memory://", batch)
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_redis(month, tmp_path, batch):
+    with servers.redis(tmp_path) as url:
+        check(month, 12_000, 24, url, batch)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> str:
+    with servers.moto(tmp_path) as environ:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        create_table("ledger")
+        yield "dynamodb://ledger"
+
+
+def test_dynamodb(month, table):
+    check(month, 12_000, 24, table, 100)
+
+
+@pytest.mark.external
+def test_paysim_memory(paysim):
+    check(paysim, 19_999, 1, "memory://", 1)
+
+
+@pytest.mark.external
+def test_paysim_redis(paysim, tmp_path):
+    with servers.redis(tmp_path) as url:
+        check(paysim, 19_999, 1, url, 100)
+
+
+@pytest.mark.external
+def test_paysim_dynamodb(paysim, table):
+    check(paysim, 19_999, 1, table, 100)

@@ -1,0 +1,175 @@
+"""The FastAPI twin as a process of its own: start, load, slow clients, a champion swap under load, the end."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+import servers
+
+from fraud_pkg.scoring import EXAMPLE, example_bundle
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def api(folder: Path, ready: bool = True, variables: dict[str, str] | None = None, **overrides: str):
+    """A running service; yields its URL and its process."""
+    port = servers.free_port()
+    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2} | {key.replace("__", "."): value for key, value in overrides.items()}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+    environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(PROJECT), "PYTHONPATH": str(PROJECT)} | (variables or {})
+    url = f"http://{servers.HOST}:{port}"
+    with servers.running([sys.executable, "-m", "fraud_pkg.api"], lambda: servers.status(f"{url}/{'readyz' if ready else 'healthz'}") == 200, folder / "api.log", env=environ) as process:
+        yield url, process
+
+
+def transaction(number: int, **changes) -> dict:
+    return {**EXAMPLE, "transaction_id": f"t{number}", **changes}
+
+
+def test_alive_then_ready(tmp_path):
+    """The probes as a kubelet sees them."""
+    with api(tmp_path, ready=False) as (url, _):
+        assert [servers.status(f"{url}/{path}") for path in ("healthz", "readyz", "model")] == [200, 503, 503]
+        example_bundle(tmp_path / "champion")
+        end = time.monotonic() + 10
+        while servers.status(f"{url}/readyz") != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert httpx.post(f"{url}/predict", json=EXAMPLE).json()["decision"] == "block"
+
+
+async def load(url: str, seconds: float, clients: int, keep: list) -> None:
+    """Clients that send one transaction after the other."""
+    end, number = time.monotonic() + seconds, iter(range(10**9))
+    async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+
+        async def send() -> None:
+            while time.monotonic() < end:
+                answer = await client.post("/predict", json=transaction(next(number)))
+                keep.append((answer.status_code, answer.json().get("model"), answer.json().get("fraud_probability")))
+
+        await asyncio.gather(*(send() for _ in range(clients)))
+
+
+def test_champion_swap_under_load(tmp_path):
+    """Six swaps among four champions while sixteen clients send: every request is answered, by a version that existed, with that version's probability."""
+    made = [example_bundle(tmp_path / f"made{i}", bias=-14.0 - i) for i in range(4)]
+    expected = {bundle.manifest.version: round(float(1 / (1 + 2.718281828459045 ** -(15.205 - 14.0 - i))), 4) for i, bundle in enumerate(made)}
+    example_bundle(tmp_path / "champion", bias=-14.0)
+    answers: list = []
+    with api(tmp_path) as (url, _):
+
+        async def swapping() -> None:
+            for i in (1, 2, 3, 0, 1, 2):
+                await asyncio.sleep(0.7)
+                await asyncio.to_thread(example_bundle, tmp_path / "champion", bias=-14.0 - i)
+
+        async def both() -> None:
+            await asyncio.gather(load(url, 5.5, 16, answers), swapping())
+
+        asyncio.run(both())
+    assert Counter(status for status, _, _ in answers).keys() == {200}
+    assert {version for _, version, _ in answers} == expected.keys()
+    assert all(abs(probability - expected[version]) < 1e-3 for _, version, probability in answers)
+
+
+def test_flipped_byte_is_refused(tmp_path):
+    good = example_bundle(tmp_path / "champion").manifest.version
+    with api(tmp_path) as (url, _):
+        model = tmp_path / "champion/model.onnx"
+        content = bytearray(model.read_bytes())
+        content[len(content) // 2] ^= 1
+        model.write_bytes(content)
+        (tmp_path / "champion/manifest.json").touch()
+        end = time.monotonic() + 10
+        while "fraud_model_refused_total 1.0" not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert httpx.get(f"{url}/model").json()["version"] == good and httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
+    assert "its hash does not match" in (tmp_path / "api.log").read_text()
+
+
+def test_slow_and_rude_clients(tmp_path):
+    """A client that never ends its headers, one that never ends its body, one that goes away, and a body of 10 MB: none of them keeps others from being answered."""
+    example_bundle(tmp_path / "champion")
+    with api(tmp_path, serve__timeout=1) as (url, _):
+        address = (servers.HOST, int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(address) as headers, socket.create_connection(address) as body, socket.create_connection(address) as idle:
+            headers.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            body.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+            assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
+            for connection in (headers, body, idle):
+                connection.settimeout(8)
+            assert body.recv(4096).startswith(b"HTTP/1.1 408")
+            assert headers.recv(4096) == b"" and idle.recv(4096) == b""  # closed
+        with socket.create_connection(address) as gone:
+            gone.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        large = httpx.post(f"{url}/predict", content=b" " * 10_000_000)
+        assert (large.status_code, large.json()["problems"][0]["field"]) == (413, "body")
+        unannounced = httpx.post(f"{url}/predict", content=(b" " * 100_000 for _ in range(100)))
+        assert unannounced.status_code == 413
+        many = httpx.post(f"{url}/predict/batch", json={"transactions": [transaction(i) for i in range(100_000)]}, timeout=30)
+        assert many.status_code == 413
+        assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
+
+
+def test_keys(tmp_path):
+    example_bundle(tmp_path / "champion")
+    (tmp_path / "keys").write_text("shop:0123456789abcdef\n")
+    with api(tmp_path, variables={"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}) as (url, _):
+
+        def ask(**headers: str) -> tuple[int, str]:
+            answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=headers)
+            return answer.status_code, answer.json().get("problems", [{}])[0].get("reason")
+
+        assert ask() == (401, "missing") == ask(Authorization="0123456789abcdef")
+        assert ask(**{"X-API-Key": "0123456789abcdeF"}) == (401, "unknown")
+        assert ask(**{"X-API-Key": "0123456789abcdef"}) == (200, None)
+
+
+@pytest.mark.parametrize("policy", ["fail", "degrade"])
+def test_ledger_away(tmp_path, policy):
+    """Redis goes and comes back; in between the answer is 503, or one that says that it does without."""
+    example_bundle(tmp_path / "champion")
+    port = servers.free_port()
+    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, ledger__url=redis_url, ledger__timeout=0.3, serve__on_ledger_error=policy) as (url, _):
+        assert httpx.post(f"{url}/predict", json=transaction(1)).json()["history"] is True
+        subprocess.run(["redis-cli", "-p", str(port), "shutdown", "nosave"], check=False)
+        away = httpx.post(f"{url}/predict", json=transaction(2))
+        metrics = httpx.get(f"{url}/metrics").text
+        assert "fraud_ledger_errors_total 1.0" in metrics
+        if policy == "fail":
+            assert (away.status_code, away.json()["problems"][0]["field"]) == (503, "ledger")
+        else:
+            assert (away.status_code, away.json()["history"]) == (200, False) and "fraud_degraded_decisions_total 1.0" in metrics
+        assert servers.status(f"{url}/healthz") == 200 and servers.status(f"{url}/readyz") == 503
+        with servers.redis(tmp_path, port):
+            back = httpx.post(f"{url}/predict", json=transaction(3))
+            assert (back.status_code, back.json()["history"]) == (200, True)
+
+
+def test_stop_finishes_what_is_in_flight(tmp_path):
+    """SIGTERM while half of a request has arrived: it is answered, and the process ends with 0."""
+    example_bundle(tmp_path / "champion")
+    with api(tmp_path) as (url, process):
+        content = json.dumps(EXAMPLE).encode()
+        with socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as half:
+            half.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content[:20])
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            half.sendall(content[20:])
+            half.settimeout(5)
+            assert half.recv(4096).startswith(b"HTTP/1.1 200")
+        assert process.wait(10) == 0
