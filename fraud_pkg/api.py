@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -349,6 +350,9 @@ def serve(settings: Settings, environ: Mapping[str, str] | None = None) -> None:
     app, _ = build(settings, os.environ if environ is None else environ)
     chosen = settings.serve
     protocol = type("Limited", (Patient,), {"seconds": chosen.timeout})
+    # Uvicorn drains on these signals and then raises them again: a service that was told to stop, and did, ends with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     config = uvicorn.Config(app, chosen.host, chosen.port, http=protocol, log_config=None, access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=math.ceil(chosen.drain))
     uvicorn.Server(config).run()
 

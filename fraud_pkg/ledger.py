@@ -288,7 +288,8 @@ class RedisLedger:
         import redis
 
         self.retention, self._failure = retention, redis.RedisError
-        self.place = url.rsplit("@", 1)[-1]  # without a password
+        scheme, _, place = url.partition("://")
+        self.place = f"{scheme}://{place.rsplit('@', 1)[-1]}"  # without a password
         self._client = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout, decode_responses=True)
         self._record = self._client.register_script(RECORD_SCRIPT)
         self._label = self._client.register_script(LABEL_SCRIPT)

@@ -123,7 +123,7 @@ def test_server_that_went_away(tmp_path):
         ledger = open_ledger(url, RETENTION, timeout=0.3)
         ledger.record([Event("t", 1, "a", "b", 5)])
     for call in (lambda: ledger.read(["a"], ["t"], 1), lambda: ledger.record([Event("u", 1, "a", "b", 5)]), lambda: ledger.label({"t": True}), ledger.ping):
-        with pytest.raises(LedgerError, match=r"ledger 127\.0\.0\.1:\d+/0: "):
+        with pytest.raises(LedgerError, match=r"ledger redis://127\.0\.0\.1:\d+/0: "):
             call()
 
 
