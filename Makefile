@@ -52,8 +52,9 @@ export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml; note
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
 
-lock: $(READY)  ## requirements.lock anew from pyproject.toml
+lock: $(READY)  ## requirements.lock and requirements-serve.lock anew from pyproject.toml
 	@uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
+	@uv pip compile --quiet --universal --extra serve --constraint requirements.lock --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements-serve.lock
 
 clean:  ## forget every run: data, models, registry, reports (not .venv)
 	@rm -rf data models mlartifacts mlflow.db* params.json dvc.lock .dvc/cache .dvc/tmp .dvc_store spark-warehouse

@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fraud_pkg.cli.report': ('cli.html#report', 'fraud_pkg/cli.py'),
                                'fraud_pkg.cli.run': ('cli.html#run', 'fraud_pkg/cli.py'),
                                'fraud_pkg.cli.run_all': ('cli.html#run_all', 'fraud_pkg/cli.py'),
+                               'fraud_pkg.cli.serve': ('cli.html#serve', 'fraud_pkg/cli.py'),
                                'fraud_pkg.cli.settings': ('cli.html#settings', 'fraud_pkg/cli.py'),
                                'fraud_pkg.cli.version': ('cli.html#version', 'fraud_pkg/cli.py')},
             'fraud_pkg.engines': { 'fraud_pkg.engines.Part': ('engines.html#part', 'fraud_pkg/engines.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'jobs_app', 'models_app', 'Overrides', 'parse_overrides', 'explain', 'run', 'main', 'settings', 'version',
            'acquire', 'features', 'monitor', 'report', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run', 'View',
-           'run_all', 'models_list', 'models_show', 'models_promote', 'models_rollback']
+           'run_all', 'serve', 'models_list', 'models_show', 'models_promote', 'models_rollback']
 
 # %% ../nbs/18_cli.ipynb #d5704334
 import json
@@ -267,6 +267,21 @@ def run_all(overrides: Overrides = None,
     if result.champion and (found.reports_dir / "bakeoff/bakeoff.json").is_file():
         _show_bake_off(found)
         _show_champion(result, found)
+
+# %% ../nbs/18_cli.ipynb #a4ec5204
+@app.command()
+def serve(overrides: Overrides = None) -> None:
+    "Answer transactions over HTTP with the champion, until stopped."
+    import logging
+
+    from fraud_pkg.api import serve as run_server
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    found = _settings(overrides)
+    folder = found.root / found.serve.bundle
+    if not (folder / "manifest.json").is_file():
+        print(f"no champion in {folder} yet: not ready until there is one (fraud run makes it)", file=sys.stderr)
+    print(f"listening on http://{found.serve.host}:{found.serve.port}, described at /docs; metrics at /metrics", file=sys.stderr)
+    run_server(found)
 
 # %% ../nbs/18_cli.ipynb #3976c3c9
 @models_app.command("list")
