@@ -275,11 +275,11 @@ def serve(overrides: Overrides = None) -> None:
     import logging
 
     from fraud_pkg.api import serve as run_server
+    from fraud_pkg.bundle import bundle_mark
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     found = _settings(overrides)
-    folder = found.root / found.serve.bundle
-    if not (folder / "manifest.json").is_file():
-        print(f"no champion in {folder} yet: not ready until there is one (fraud run makes it)", file=sys.stderr)
+    if bundle_mark(found.bundle_place) is None:
+        print(f"no champion in {found.bundle_place} yet: not ready until there is one (fraud run makes it)", file=sys.stderr)
     print(f"listening on http://{found.serve.host}:{found.serve.port}, described at /docs; metrics at /metrics", file=sys.stderr)
     run_server(found)
 

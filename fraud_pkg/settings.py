@@ -207,6 +207,7 @@ class Ledger(Section):
 class Serve(Section):
     "The doors."
     bundle: str = Field("models/champion", min_length=1)
+    bundle_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     epoch: Moment = ""
@@ -255,6 +256,8 @@ class Settings(Section):
     def models_dir(self) -> Path: return self.root / self.paths.models
     @property
     def reports_dir(self) -> Path: return self.root / self.paths.reports
+    @property
+    def bundle_place(self) -> Path | str: return self.serve.bundle if "://" in self.serve.bundle else self.root / self.serve.bundle
 
     def section_dict(self, name: str) -> dict:
         "The values of section `name` as JSON has them."
