@@ -52,9 +52,18 @@ export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml; note
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
 
-lock: $(READY)  ## requirements.lock and requirements-serve.lock anew from pyproject.toml
+# What a function imports; what onnxruntime needs for other things than inference stays out.
+LAMBDA_LOCK = uv pip compile --quiet --only-binary :all: --generate-hashes --no-emit-index-url --no-header pyproject.toml --constraint .lambda.txt \
+	$(foreach name,sympy mpmath coloredlogs humanfriendly flatbuffers protobuf packaging,--no-emit-package $(name))
+
+lock: $(READY)  ## the lock files anew from pyproject.toml
 	@uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
 	@uv pip compile --quiet --universal --extra serve --constraint requirements.lock --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements-serve.lock
+	@sed -nE 's/^((pydantic|pydantic-core|typing-extensions|typing-inspection|annotated-types)==[^ ]*).*/\1/p' requirements.lock > .lambda.txt
+	@$(LAMBDA_LOCK) --python-version 3.11 --python-platform x86_64-manylinux2014 --override chalice_app/python3.11.txt -o chalice_app/python3.11.lock
+	@sed -nE 's/^((numpy|onnxruntime)==[^ ]*).*/\1/p' requirements.lock >> .lambda.txt
+	@$(LAMBDA_LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_28 -o chalice_app/python3.12.lock
+	@rm .lambda.txt
 
 clean:  ## forget every run: data, models, registry, reports (not .venv)
 	@rm -rf data models mlartifacts mlflow.db* params.json dvc.lock .dvc/cache .dvc/tmp .dvc_store spark-warehouse
