@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab export lock clean
+.PHONY: help setup run test lab export lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -45,12 +45,13 @@ $(READY): requirements.lock pyproject.toml
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $(READY)
 
-export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml; notebooks cleaned
+export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml, k8s/base/settings.ini; notebooks cleaned
 	@nbdev-export
 	@nbdev-clean
 	@nbdev-clean --fname jobs
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
+	@cp settings.ini k8s/base/settings.ini
 
 # What a function imports; what onnxruntime needs for other things than inference stays out.
 LAMBDA_LOCK = uv pip compile --quiet --only-binary :all: --generate-hashes --no-emit-index-url --no-header pyproject.toml --constraint .lambda.txt \
@@ -59,11 +60,25 @@ LAMBDA_LOCK = uv pip compile --quiet --only-binary :all: --generate-hashes --no-
 lock: $(READY)  ## the lock files anew from pyproject.toml
 	@uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
 	@uv pip compile --quiet --universal --extra serve --constraint requirements.lock --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements-serve.lock
+	@uv pip compile --quiet --universal --extra jobs --constraint requirements.lock --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements-jobs.lock
 	@sed -nE 's/^((pydantic|pydantic-core|typing-extensions|typing-inspection|annotated-types)==[^ ]*).*/\1/p' requirements.lock > .lambda.txt
 	@$(LAMBDA_LOCK) --python-version 3.11 --python-platform x86_64-manylinux2014 --override chalice_app/python3.11.txt -o chalice_app/python3.11.lock
 	@sed -nE 's/^((numpy|onnxruntime)==[^ ]*).*/\1/p' requirements.lock >> .lambda.txt
 	@$(LAMBDA_LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_28 -o chalice_app/python3.12.lock
 	@rm .lambda.txt
+	@echo "checkov>=3.3" | uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header - -o tests/checkov.lock
+
+minikube:  ## the service in Minikube, with the champion of the last run (docs/kubernetes.md)
+	@k8s/minikube.sh
+
+# Docker where it runs, else buildah, whose own image format knows no health check.
+BUILD = $(if $(shell docker version >/dev/null 2>&1 && echo yes),docker build,buildah build --format docker --layers)
+VERSION = $(shell sed -nE 's/^version = "(.*)"/\1/p' pyproject.toml)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+
+image:  ## the container images fraud-api and fraud-jobs (ARGS="--build-arg PYTHON_IMAGE=...")
+	@$(BUILD) $(ARGS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --tag fraud-api:$(VERSION) .
+	@$(BUILD) $(ARGS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --tag fraud-jobs:$(VERSION) --file Dockerfile.jobs .
 
 clean:  ## forget every run: data, models, registry, reports (not .venv)
 	@rm -rf data models mlartifacts mlflow.db* params.json dvc.lock .dvc/cache .dvc/tmp .dvc_store spark-warehouse

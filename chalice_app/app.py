@@ -35,7 +35,7 @@ def answer(request, _):
     found = service.answer(request.method, request.path, request.headers, request.raw_body)
     fields = request_fields(request.method, request.path, found, time.perf_counter() - began) | {"request_id": request.lambda_context.aws_request_id}
     logging.getLogger("fraud_pkg").info("request", extra={"fields": cloudwatch(fields, time.time())})
-    return Response(found.body.decode(), found.status, {"Content-Type": "application/json"})
+    return Response(found.body.decode(), status_code=found.status, headers={"Content-Type": "application/json"})
 
 
 def route():

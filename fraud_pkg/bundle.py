@@ -251,15 +251,15 @@ def _read_manifest(path: Path, sha256: str = "") -> Manifest:
         raise BundleError(f"{path}: not the manifest of a bundle") from error
 
 # %% ../nbs/10_bundle.ipynb #5236acb0
-def _check_names(folder: Path, manifest: Manifest) -> None:
-    "The folder holds exactly the files of the manifest, and these are plain names."
+def _check_names(folder: Path, manifest: Manifest, optional: set[str]) -> None:
+    "The folder holds exactly the files of the manifest, apart from optional ones, and these are plain names."
     for name in manifest.files:
         if name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise BundleError(f"{folder / MANIFEST}: files: {name!r} is no plain file name")
     found = {p.name for p in folder.iterdir()}
     for name in sorted({MODEL, REFERENCE} - set(manifest.files)):
         raise BundleError(f"{folder / MANIFEST}: files: {name} is not listed")
-    for name in sorted(found ^ set(manifest.files)):
+    for name in sorted((found | optional) ^ (set(manifest.files) | optional)):
         raise BundleError(f"{folder / name}: " + ("not listed in the manifest" if name in found else "missing"))
 
 # %% ../nbs/10_bundle.ipynb #eec9d726
@@ -282,11 +282,13 @@ class Bundle:
         folder: Path,
         threads: int = 1,  # for large inputs
         sha256: str = "",  # of the one manifest that is wanted; empty: of any
+        deciding: bool = False,  # only decides: the reference that drift is measured against may be absent
     ):
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder / MANIFEST, sha256)
-        _check_names(self.folder, self.manifest)
-        names = [name for name in self.manifest.files if name != MANIFEST]
+        optional = {REFERENCE} if deciding else set()
+        _check_names(self.folder, self.manifest, optional)
+        names = [name for name in self.manifest.files if name != MANIFEST and (name not in optional or (self.folder / name).exists())]
         content = {name: _verified(self.folder, self.manifest, name) for name in names}
         if not self.manifest.files[MODEL].startswith(self.manifest.version):
             raise BundleError(f"{self.folder / MANIFEST}: version is {self.manifest.version}; expected {MODEL}'s, "
@@ -320,9 +322,10 @@ def load_bundle(
     folder: Path,
     threads: int = 1,  # for large inputs
     sha256: str = "",  # of the one manifest that is wanted; empty: of any
+    deciding: bool = False,  # only decides: the reference that drift is measured against may be absent
 ) -> Bundle:
     "The bundle in `folder`; a `BundleError` names the file and the reason when anything in it is not as written."
-    return Bundle(folder, threads, sha256)
+    return Bundle(folder, threads, sha256, deciding)
 
 # %% ../nbs/10_bundle.ipynb #1df9e0ef
 FILE_LIMIT = 1 << 28  # bytes of one file; a model of 1,000 trees has about 3,000,000
@@ -396,16 +399,17 @@ def fetch_bundle(
     place: Path | str,  # a folder, or s3://BUCKET/PREFIX
     threads: int = 1,   # for large inputs
     sha256: str = "",   # of the one manifest that is wanted; empty: of any
+    deciding: bool = False,  # only decides: without the reference that drift is measured against
 ) -> Bundle:
     "The bundle at a place; a `BundleError` names the file and the reason when anything in it is not as written."
     if not is_remote(place):
-        return load_bundle(Path(place), threads, sha256)
+        return load_bundle(Path(place), threads, sha256, deciding)
     with tempfile.TemporaryDirectory() as folder:
         try:
             manifest = _read_manifest(_download(str(place), MANIFEST, Path(folder), MANIFEST_LIMIT), sha256)
-            for name in {MODEL, REFERENCE} & set(manifest.files):  # no other name is a bundle's: loading refuses it
+            for name in ({MODEL} if deciding else {MODEL, REFERENCE}) & set(manifest.files):  # no other name is a bundle's: loading refuses it
                 _download(str(place), name, Path(folder), FILE_LIMIT)
-            return load_bundle(Path(folder), threads, sha256)
+            return load_bundle(Path(folder), threads, sha256, deciding)
         except BundleError as error:
             raise type(error)(str(error).replace(folder, str(place))) from error
 

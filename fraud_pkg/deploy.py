@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bundle import MANIFEST, load_bundle, publish_bundle
+from .bundle import MANIFEST, REFERENCE, load_bundle, publish_bundle
 from .ledger import LedgerError, create_table, open_ledger
 from .settings import FraudError, Settings
 
@@ -61,7 +61,7 @@ def install(lock: Path, target: Path, version: str) -> None:
         raise FraudError(f"{lock.name}: {' '.join(done.stderr.split())[-500:]}")
 
 # %% ../nbs/13_deploy.ipynb #cb1a9069
-UNUSED = {"tests", "test", "testing", "f2py", "bin", "__pycache__", "include"}
+UNUSED = {"tests", "test", "testing", "f2py", "bin", "__pycache__", "include", "distutils"}
 UNUSED_IN_ORT = {"tools", "transformers", "quantization", "datasets", "backend"}
 UNUSED_FILES = (".pyi", ".pxd", ".h", ".a", ".c", ".pyx", ".f", ".f90")
 
@@ -94,7 +94,7 @@ def place_champion(settings: Settings, bundle_url: str, vendor: Path) -> Setting
     "Puts the champion into the package, or into the bucket under its version; returns the settings that lead there."
     champion = load_bundle(settings.models_dir / "champion")
     if not bundle_url:
-        shutil.copytree(champion.folder, vendor / "champion")
+        shutil.copytree(champion.folder, vendor / "champion", ignore=shutil.ignore_patterns(REFERENCE))
         return with_serve(settings, bundle="champion", bundle_sha256=champion.manifest.files[MANIFEST])
     place = f"{bundle_url.rstrip('/')}/{champion.manifest.version}-{champion.manifest.files[MANIFEST][:12]}"
     publish_bundle(champion.folder, place)

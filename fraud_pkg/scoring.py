@@ -542,7 +542,7 @@ class Watcher:
             mark = bundle_mark(place)
             if mark is None or mark == self._seen:
                 return False
-            scorer = Scorer(fetch_bundle(place, sha256=self.settings.serve.bundle_sha256), self.settings.serve, self.settings.rules)
+            scorer = Scorer(fetch_bundle(place, sha256=self.settings.serve.bundle_sha256, deciding=True), self.settings.serve, self.settings.rules)
         except Unreachable as error:
             self._complain(error)
             return False

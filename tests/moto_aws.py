@@ -1,14 +1,22 @@
-"""moto's server, closer to AWS in two places.
+"""moto's server, closer to AWS in four places.
 
 Chalice sends Swagger 2.0; moto's API Gateway takes OpenAPI 3 only, and reads from both what they have in common.
 DynamoDB's transactions are serialisable; moto runs them in the threads of its web server without a lock.
+A transaction that a client sends again with the same token, because the answer was lost, is done once; moto does it again.
+The cost of a transaction or a query does not grow with the table; moto copies the whole table to undo one, and sorts all of it to answer the other.
 """
 
+import copy
 import sys
 import threading
+from types import SimpleNamespace
 
 from moto.apigateway.models import APIGatewayBackend
+from moto.dynamodb import models as dynamodb
 from moto.dynamodb.models import DynamoDBBackend
+from moto.dynamodb.models.dynamo_type import DynamoType
+from moto.dynamodb.models.table import Table
+from moto.dynamodb.responses import DynamoHandler
 from moto.server import main
 
 
@@ -32,15 +40,49 @@ def put_rest_api(self, function_id, api_doc, fail_on_warnings=False, mode="merge
 
 APIGatewayBackend.import_rest_api, APIGatewayBackend.put_rest_api = import_rest_api, put_rest_api
 
-transacted, one_at_a_time = DynamoDBBackend.transact_write_items, threading.Lock()
+transacted, answered, one_at_a_time, answers = DynamoDBBackend.transact_write_items, DynamoHandler.transact_write_items, threading.RLock(), {}
 
 
-def transact_write_items(self, *arguments, **named):
+def touched(backend: DynamoDBBackend, actions: list[dict]):
+    """Table, keys and present content of every item that a transaction may change."""
+    for action in actions:
+        (kind, content), = action.items()
+        table, key = backend.get_table(content["TableName"]), content["Item" if kind == "Put" else "Key"]
+        hash_key, range_key = (DynamoType(key[name]) for name in (table.hash_key_attr, table.range_key_attr))
+        yield table, hash_key, range_key, copy.deepcopy(table.items.get(hash_key, {}).get(range_key))
+
+
+def transact_write_items(self, transact_items):
+    before = list(touched(self, transact_items))
+    try:
+        return transacted(self, transact_items)
+    except Exception:
+        for table, hash_key, range_key, item in before:
+            table.items[hash_key].pop(range_key, None)
+            if item is not None:
+                table.items[hash_key][range_key] = item
+        raise
+
+
+def answer_once(self):
     with one_at_a_time:
-        return transacted(self, *arguments, **named)
+        token = self.body["ClientRequestToken"]
+        if token not in answers:
+            answers[token] = answered(self)
+        return answers[token]
 
 
-DynamoDBBackend.transact_write_items = transact_write_items
+def query(self, hash_key, *arguments, index_name=None, **more):
+    if index_name:
+        return queried(self, hash_key, *arguments, index_name=index_name, **more)
+    part = copy.copy(self)
+    part.items = {hash_key: self.items.get(hash_key, {})}
+    return queried(part, hash_key, *arguments, **more)
+
+
+queried, Table.query = Table.query, query
+DynamoDBBackend.transact_write_items, DynamoHandler.transact_write_items = transact_write_items, answer_once
+dynamodb.copy = SimpleNamespace(deepcopy=lambda thing: thing if isinstance(thing, Table) else copy.deepcopy(thing))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,6 @@
 import hashlib
 
 import pyarrow.parquet as pq
-import pytest
 
 from fraud_pkg.bundle import load_bundle
 
@@ -14,68 +13,60 @@ def hashes(folder) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module")
-def done(workspace):
-    """A workspace after its first run, with Spark."""
-    made = workspace()
-    made.printed = made.fraud("run").stdout
-    return made
-
-
-def test_first_run_does_everything(done):
-    assert done.states() == dict.fromkeys(JOBS, "done")
+def test_first_run_does_everything(finished):
+    assert finished.states() == dict.fromkeys(JOBS, "done")
     for file in ["reports/index.html", "reports/monitor/drift.html", *(f"reports/jobs/{job}.html" for job in JOBS)]:
-        assert (done.root / file).stat().st_size > 1000, file
-    champion = load_bundle(done.root / "models/champion").manifest
-    assert champion.version in done.printed and "index.html" in done.printed and "Bake-off" in done.printed
+        assert (finished.root / file).stat().st_size > 1000, file
+    champion = load_bundle(finished.root / "models/champion").manifest
+    assert champion.version in finished.printed and "index.html" in finished.printed and "Bake-off" in finished.printed
 
 
-def test_bake_off_shows_baselines_and_intervals(done):
-    rows = {row["name"]: row["metrics"]["average_precision"] for row in done.json("reports/bakeoff/bakeoff.json")["rows"]}
+def test_bake_off_shows_baselines_and_intervals(finished):
+    rows = {row["name"]: row["metrics"]["average_precision"] for row in finished.json("reports/bakeoff/bakeoff.json")["rows"]}
     assert {"rule", "recipe", "xgboost", "xgboost_without_history", "tensorflow"} <= rows.keys()
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rows.values())
     assert rows["xgboost"]["low"] > rows["rule"]["high"]
 
 
-def test_test_period_is_later_and_unseen(done):
-    periods = load_bundle(done.root / "models/champion").manifest.data["periods"]
+def test_test_period_is_later_and_unseen(finished):
+    periods = load_bundle(finished.root / "models/champion").manifest.data["periods"]
     (train,), (validation,), (test,) = periods["train"], periods["validation"], periods["test"]  # first and last step
     assert train[0] < train[1] < validation[0] < validation[1] < test[0] < test[1]
     assert validation[1] + 168 < test[0]
 
 
-def test_second_run_is_cached(done):
-    done.fraud("run")
-    assert done.states() == dict.fromkeys(JOBS, "cached")
-    assert done.last_run()["seconds"] < 60
+def test_second_run_is_cached(finished):
+    finished.fraud("run")
+    assert finished.states() == dict.fromkeys(JOBS, "cached")
+    assert finished.last_run()["seconds"] < 60
 
 
-def test_engines_and_repetition_give_the_same_champion(done, workspace):
+def test_engines_and_repetition_give_the_same_champion(finished, workspace):
     again = workspace(features__engine="local", pipeline__push="false")
     again.fraud("run")
-    assert hashes(again.root / "data/features") == hashes(done.root / "data/features")
+    assert hashes(again.root / "data/features") == hashes(finished.root / "data/features")
     for model in ("xgboost", "tensorflow", "champion"):
-        first, second = (load_bundle(space.root / "models" / model).manifest.version for space in (done, again))
+        first, second = (load_bundle(space.root / "models" / model).manifest.version for space in (finished, again))
         assert first == second, model
 
 
-def test_changed_training_does_not_touch_features(done):
-    before = done.json("data/features/manifest.json")
-    done.fraud("run", train__seed=8)
-    assert done.states() | {"monitor": "", "report": ""} == {"acquire": "cached", "features": "cached", "train_xgboost": "done",
+def test_changed_training_does_not_touch_features(finished):
+    before = finished.json("data/features/manifest.json")
+    finished.fraud("run", train__seed=8)
+    assert finished.states() | {"monitor": "", "report": ""} == {"acquire": "cached", "features": "cached", "train_xgboost": "done",
                                                              "train_tensorflow": "done", "promote": "done", "monitor": "", "report": ""}
-    assert done.json("data/features/manifest.json") == before
+    assert finished.json("data/features/manifest.json") == before
 
 
-def test_lineage_leads_from_champion_to_data(done):
-    shown = done.fraud("models", "show").stdout
-    manifest = load_bundle(done.root / "models/champion").manifest
+def test_lineage_leads_from_champion_to_data(finished):
+    shown = finished.fraud("models", "show").stdout
+    manifest = load_bundle(finished.root / "models/champion").manifest
     for part in (manifest.version, manifest.data["fingerprint"], manifest.code_revision):
         assert part in shown
 
 
-def test_same_data_and_settings_same_raw_version(done):
-    raw = done.json("data/raw/manifest.json")
-    table = pq.read_table(done.root / "data/raw" / raw["file"])
+def test_same_data_and_settings_same_raw_version(finished):
+    raw = finished.json("data/raw/manifest.json")
+    table = pq.read_table(finished.root / "data/raw" / raw["file"])
     assert raw["rows"] == len(table) == 60_000
     assert raw["file"].startswith(raw["version"])

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The service in Minikube, with the champion of the last run: builds the image, brings the champion, applies the overlay, waits, and sends a first transaction.
+# `make minikube` calls this. Doing it again brings what has changed; keys and the ledger stay as they are.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+profile=${MINIKUBE_PROFILE:-minikube}
+champion=${FRAUD_SERVE_BUNDLE:-models/champion}
+node_models=/data/fraud-models  # as in k8s/overlays/minikube/models.yaml
+transaction='{"transaction_id": "a-1001", "step": 2000, "type": "TRANSFER", "amount": 1520.5, "nameOrig": "C1001", "oldbalanceOrg": 1600.0, "nameDest": "C2002", "oldbalanceDest": 0.0}'
+
+fail() { echo "error: $*" >&2; exit 1; }
+say() { printf '\n== %s\n' "$*"; }
+need() { command -v "$1" >/dev/null || fail "$1 is not installed; how to install it: $2"; }
+in_minikube() { minikube --profile "$profile" "$@" </dev/null; }
+kube() { kubectl --context "$profile" --namespace fraud "$@"; }  # never another cluster, whatever the current context is
+random() { head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n'; }
+
+check() {
+    need minikube https://minikube.sigs.k8s.io/docs/start
+    need kubectl https://kubernetes.io/docs/tasks/tools
+    need curl "sudo apt-get install curl"
+    [ -f "$champion/manifest.json" ] || fail "$champion holds no champion (manifest.json); make one with: make run"
+}
+
+start() {
+    if in_minikube status >/dev/null 2>&1; then
+        in_minikube addons enable metrics-server  # the autoscaler reads it
+        return
+    fi
+    if [ -z "${MINIKUBE_DRIVER:-$(minikube config get driver 2>/dev/null || true)}" ]; then  # Minikube's own choice is Docker
+        need docker https://docs.docker.com/engine/install
+        docker info >/dev/null 2>&1 || fail "the Docker daemon does not answer; start it, or name another driver with MINIKUBE_DRIVER"
+    fi
+    in_minikube start --cni=calico --addons=metrics-server  # Calico, because it enforces the network policies
+}
+
+build() {  # under a name of its own, so that a build that failed (which Minikube does not report) cannot pass for an older image
+    in_minikube image build --tag "$image" --file Dockerfile .
+    [[ $(in_minikube image ls) == *"$image"* ]] || fail "the image was not built; what went wrong stands above"
+}
+
+bring() {  # files beside the old champion, then its name: the service finds the one or the other, whole
+    in_minikube ssh -- "sudo rm -rf $node_models/new && sudo mkdir -p $node_models/new"
+    for file in "$champion"/*; do
+        in_minikube cp "$file" "$node_models/new/${file##*/}"
+    done
+    in_minikube ssh -- "cd $node_models && sudo chmod -R a+rX . && sudo rm -rf old && { [ ! -e champion ] || sudo mv champion old; } && sudo mv new champion"
+}
+
+secret() {  # name, "key: 'value'"...: made once
+    local name=$1
+    shift
+    if kube get secret "$name" >/dev/null 2>&1; then return; fi
+    printf '%s\n' "apiVersion: v1" "kind: Secret" "metadata: {name: $name}" "stringData:" "${@/#/  }" | kube create --filename -
+}
+
+apply() {
+    cp settings.ini k8s/base/settings.ini
+    kubectl kustomize k8s/overlays/minikube | sed "s|image: fraud-api:.*|image: $image|" | kube apply --filename -
+}
+
+wait_until_ready() {
+    for name in statefulset/fraud-redis deployment/fraud-api; do
+        kube rollout status "$name" --timeout=300s || fail "$name is not ready after five minutes; see why with: kubectl --context $profile --namespace fraud get pods,events"
+    done
+}
+
+send() {
+    local address key
+    exec 3< <(exec kubectl --context "$profile" --namespace fraud port-forward service/fraud-api :80)
+    forwarding=$!
+    trap 'kill "$forwarding" 2>/dev/null || true' EXIT
+    read -r -t 30 -u 3 _ _ address _ || fail "kubectl port-forward did not start"
+    key=$(kube get secret fraud-api-keys --output "go-template={{index .data \"api-keys\" | base64decode}}" | sed -nE '/^[^#:]+:/{s/^[^:]+:([^,]*).*/\1/p;q;}')
+    # The key goes in by standard input: arguments can be read by every process of this machine.
+    curl --silent --show-error --fail-with-body --max-time 30 --header @- --data "$transaction" "http://$address/predict" <<<"X-API-Key: $key"
+    echo
+}
+
+check
+say "Minikube, profile $profile"
+start
+image=fraud-api:$(date -u +%Y%m%d%H%M%S)
+say "image $image"
+build
+say "champion $champion"
+bring
+say "namespace, Secrets, overlay"
+kube apply --filename k8s/base/namespace.yaml
+secret fraud-api-keys "api-keys: 'minikube:$(random)'"
+password=$(random)
+secret fraud-ledger "password: '$password'" "url: 'redis://:$password@fraud-redis:6379/0'"
+apply
+wait_until_ready
+say "a first transaction"
+send
+cat <<END
+
+Again, and from your own programs:
+
+  kubectl --context $profile --namespace fraud port-forward service/fraud-api 8000:80 &
+  key=\$(kubectl --context $profile --namespace fraud get secret fraud-api-keys --output 'go-template={{index .data "api-keys" | base64decode}}' | cut -d: -f2)
+  curl --header "X-API-Key: \$key" --data '$transaction' http://127.0.0.1:8000/predict
+END

@@ -1,0 +1,483 @@
+"""The manifests as kustomize renders them: strict schemas, names that meet, settings that load, a ledger that starts; and `make minikube` up to Minikube's door."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import httpx
+import jsonschema
+import kubernetes_validate
+import pytest
+import servers
+import yaml
+
+from fraud_pkg.ledger import Event, LedgerError, open_ledger
+from fraud_pkg.scoring import EXAMPLE, OPEN, example_bundle, load_keys
+from fraud_pkg.settings import load_settings
+
+PROJECT = Path(__file__).resolve().parents[1]
+VERSION = "1.32"  # of Kubernetes
+OVERLAYS = ("base", "overlays/minikube", "overlays/production")
+WITH_COMPONENTS = ("overlays/minikube", "overlays/production")  # once more, with a canary and the other policy for a ledger that is away
+RENDERED = [(name, ()) for name in OVERLAYS] + [(name, ("canary", "degrade")) for name in WITH_COMPONENTS]
+every_overlay = pytest.mark.parametrize("overlay, components", RENDERED, ids=[" ".join((name, *more)) for name, more in RENDERED])
+# What the Secrets hold, by name: `k8s/minikube.sh` makes them, docs/kubernetes.md says how.
+SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-ledger": {"url", "password"}}
+
+
+@pytest.fixture(scope="module")
+def render(tmp_path_factory):
+    """Renders an overlay, with more components where they are named; every object once."""
+    copy = tmp_path_factory.mktemp("kustomize") / "k8s"
+    kubectl = servers.program("kubectl", "kubernetes-client")
+    shutil.copytree(PROJECT / "k8s", copy)
+    (copy / "overlays/with").mkdir()
+
+    @cache
+    def rendered(overlay: str, components: tuple[str, ...] = ()) -> tuple[dict, ...]:
+        folder = copy / overlay
+        if components:  # as a user does it: one more line each
+            folder = copy / f"{overlay}-{'-'.join(components)}"
+            shutil.copytree(copy / overlay, folder)
+            content = yaml.safe_load((folder / "kustomization.yaml").read_text())
+            content["components"] += [f"../../components/{name}" for name in components]
+            (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
+        done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return tuple(yaml.safe_load_all(done.stdout))
+
+    return rendered
+
+
+def of_kind(objects, *kinds: str) -> list[dict]:
+    return [item for item in objects if item["kind"] in kinds]
+
+
+def workloads(objects) -> dict[str, dict]:
+    """The pod templates by the name of what makes pods of them."""
+    return {item["metadata"]["name"]: item["spec"]["template"] for item in of_kind(objects, "Deployment", "StatefulSet")}
+
+
+def api_pods(objects) -> dict[str, dict]:
+    return {name: template for name, template in workloads(objects).items() if name.startswith("fraud-api")}
+
+
+def container(template: dict) -> dict:
+    [only] = template["spec"]["containers"]
+    return only
+
+
+def selected(selector: dict, objects) -> set[str]:
+    """The workloads whose pods carry these labels."""
+    assert selector.keys() <= {"matchLabels"}
+    wanted = selector.get("matchLabels", {}).items()
+    return {name for name, template in workloads(objects).items() if wanted <= template["metadata"]["labels"].items()}
+
+
+def port_names(names: set[str], objects) -> list[set[str]]:
+    """Of each of these workloads, what its ports are called."""
+    return [{port["name"] for port in container(workloads(objects)[name])["ports"]} for name in names]
+
+
+def closed(schema):
+    """The schema with unknown fields refused, as `kubectl apply` refuses them."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    more = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" else {}
+    return {key: closed(value) for key, value in schema.items()} | more
+
+
+SERVICE_MONITOR = closed(json.loads((Path(__file__).parent / "kubernetes/servicemonitor.json").read_text()))
+
+
+def validate(item: dict) -> None:
+    if item["kind"] == "ServiceMonitor":
+        jsonschema.validate(item, SERVICE_MONITOR | {"properties": SERVICE_MONITOR["properties"] | {"metadata": {}}})
+    else:
+        kubernetes_validate.validate(item, VERSION, strict=True)
+
+
+def spoiled(item: dict) -> Iterator[dict]:
+    """The object with one unknown field more, at every place that has fields of its own."""
+    def at(node, path):
+        if isinstance(node, dict):
+            yield path
+            for key, value in node.items():
+                if key not in ("labels", "annotations", "matchLabels", "data", "selector", "limits", "requests", "capacity", "metadata"):  # names in these are free
+                    yield from at(value, (*path, key))
+        elif isinstance(node, list):
+            for i, value in enumerate(node):
+                yield from at(value, (*path, i))
+    for path in at(item, ()):
+        copy = json.loads(json.dumps(item))
+        place = copy
+        for key in path:
+            place = place[key]
+        place["unknownField"] = 1
+        yield copy
+
+
+@every_overlay
+def test_schemas(render, overlay, components):
+    for item in render(overlay, components):
+        validate(item)
+
+
+def test_unknown_fields_are_refused(render):
+    """Strict means strict: a misspelt field anywhere is found."""
+    count = 0
+    for item in of_kind(render("overlays/production"), "Deployment", "ServiceMonitor", "HorizontalPodAutoscaler"):
+        for bad in spoiled(item):
+            count += 1
+            with pytest.raises(jsonschema.ValidationError):
+                validate(bad)
+    assert count > 50
+
+
+@every_overlay
+def test_selectors_meet_their_pods(render, overlay, components):
+    objects = render(overlay, components)
+    tracks = set(api_pods(objects))
+    assert tracks == {"fraud-api", "fraud-api-canary"} if components else tracks == {"fraud-api"}
+    for item in of_kind(objects, "Deployment", "StatefulSet"):  # everyone's own pods, and nobody else's
+        assert selected(item["spec"]["selector"], objects) == {item["metadata"]["name"]}
+        for spread in item["spec"]["template"]["spec"].get("topologySpreadConstraints", []):
+            assert selected(spread["labelSelector"], objects) == tracks
+    for service in of_kind(objects, "Service"):
+        name = service["metadata"]["name"]
+        pods = selected({"matchLabels": service["spec"]["selector"]}, objects)
+        assert pods == (tracks if name == "fraud-api" else {name})
+        assert all({port["targetPort"] for port in service["spec"]["ports"]} <= ports for ports in port_names(pods, objects))
+    for budget in of_kind(objects, "PodDisruptionBudget"):
+        assert selected(budget["spec"]["selector"], objects) == tracks and budget["spec"]["maxUnavailable"] == 1
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        [service] = [s for s in of_kind(objects, "Service") if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}
+        assert "release" in monitor["metadata"]["labels"] and monitor["spec"]["podTargetLabels"] == ["track"]
+    [scaler] = of_kind(objects, "HorizontalPodAutoscaler")
+    [scaled] = [d for d in of_kind(objects, "Deployment") if d["metadata"]["name"] == scaler["spec"]["scaleTargetRef"]["name"]]
+    assert "replicas" not in scaled["spec"]  # or every `kubectl apply` would undo the autoscaler's work
+
+
+@every_overlay
+def test_network_is_closed_but_for_what_is_needed(render, overlay, components):
+    objects = render(overlay, components)
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(objects, "NetworkPolicy")}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    out = set()  # (workload, port)
+    for name, policy in policies.items():
+        pods = selected(policy["podSelector"], objects)
+        assert pods, name
+        for rule in policy.get("ingress", []):
+            assert rule["from"] and all({port["port"] for port in rule["ports"]} <= ports for ports in port_names(pods, objects)), name
+        for rule in policy.get("egress", []):
+            named = {port["port"] for port in rule["ports"] if isinstance(port["port"], str)}
+            there = set.union(set(), *(selected(to["podSelector"], objects) for to in rule["to"] if named))
+            assert rule["to"] and bool(there) == bool(named) and all(named <= ports for ports in port_names(there, objects)), name
+            out |= {(pod, port["port"]) for pod in pods for port in rule["ports"]}
+    assert all((pod, 53) in out for pod in api_pods(objects)) and "fraud-redis" not in {pod for pod, _ in out}
+    assert overlay == "base" or all({(pod, "redis"), (pod, 6379)} & out for pod in api_pods(objects))
+
+
+@every_overlay
+def test_references(render, overlay, components):
+    """Volumes, mounts, ConfigMaps, claims, Secrets and accounts exist under the names they are called by."""
+    objects = render(overlay, components)
+    names = {(item["kind"], item["metadata"]["name"]) for item in objects}
+    assert {item["metadata"].get("namespace") for item in objects} == {"fraud", None}
+    assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {"Namespace", "PersistentVolume"}
+    for name, template in workloads(objects).items():
+        spec, main = template["spec"], container(template)
+        claims = [claim["metadata"]["name"] for s in of_kind(objects, "StatefulSet") if s["metadata"]["name"] == name for claim in s["spec"]["volumeClaimTemplates"]]
+        assert sorted(mount["name"] for mount in main["volumeMounts"]) == sorted([volume["name"] for volume in spec["volumes"]] + claims)
+        for volume in spec["volumes"]:
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in names
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
+            if "secret" in volume:
+                assert volume["secret"]["secretName"] in SECRETS
+        for variable in main["env"]:
+            if source := variable.get("valueFrom"):
+                assert source["secretKeyRef"]["key"] in SECRETS[source["secretKeyRef"]["name"]]
+        assert ("ServiceAccount", spec.get("serviceAccountName", name)) in names or name == "fraud-redis"
+    for claim in of_kind(objects, "PersistentVolumeClaim"):
+        [volume] = [v for v in of_kind(objects, "PersistentVolume") if v["metadata"]["name"] == claim["spec"]["volumeName"]]
+        assert volume["spec"]["claimRef"] == {"namespace": "fraud", "name": claim["metadata"]["name"]}
+
+
+@every_overlay
+def test_least_privilege(render, overlay, components):
+    objects = render(overlay, components)
+    assert not of_kind(objects, "Secret")
+    [namespace] = of_kind(objects, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for name, template in workloads(objects).items():
+        spec, main = template["spec"], container(template)
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert main["securityContext"] == {"allowPrivilegeEscalation": False, "privileged": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
+        assert main["resources"]["requests"]["memory"] == main["resources"]["limits"]["memory"]
+        writable = [mount["mountPath"] for mount in main["volumeMounts"] if not mount.get("readOnly")]
+        assert writable == (["/data"] if name == "fraud-redis" else ["/tmp"])
+        repository, tag = main["image"].split("/")[-1].split(":", 1)
+        assert tag != "latest"
+        if name != "fraud-redis":
+            assert (spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]) == (10001, 10001)
+            version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+            assert repository == "fraud-api@sha256" if overlay.endswith("production") else (repository, tag) == ("fraud-api", version)
+
+
+def declared_environment(template: dict) -> dict[str, str]:
+    """What the container finds in its environment; the Secret's values as docs/kubernetes.md has them."""
+    return {variable["name"]: variable.get("value", "redis://:secret@fraud-redis:6379/0") for variable in container(template)["env"]}
+
+
+@every_overlay
+def test_settings_load_as_declared(render, tmp_path, overlay, components):
+    objects = render(overlay, components)
+    for name, template in api_pods(objects).items():
+        environ, spec, main = declared_environment(template), template["spec"], container(template)
+        mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
+        [settings_map] = [volume["configMap"]["name"] for volume in spec["volumes"] if "configMap" in volume]
+        [data] = [item["data"] for item in of_kind(objects, "ConfigMap") if item["metadata"]["name"] == settings_map]
+        assert data.keys() == {"settings.ini"} and environ["FRAUD_ROOT"] == mounts["settings"]
+        (tmp_path / "settings.ini").write_text(data["settings.ini"])
+        settings = load_settings(environ=environ | {"FRAUD_ROOT": str(tmp_path)})  # refuses unknown sections' keys
+        others = {variable for variable in environ if settings.origins.get(variable.removeprefix("FRAUD_").lower().replace("_", ".", 1)) != f"environment {variable}"}
+        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE"}
+        assert settings.serve.host == "0.0.0.0" and settings.ledger.url.startswith("redis://")
+        assert [(port["name"], port["containerPort"]) for port in main["ports"]] == [("http", settings.serve.port)]
+        assert Path(environ["FRAUD_API_KEYS_FILE"]) == Path(mounts["api-keys"], "api-keys")
+        wanted = "challenger" if name.endswith("canary") else "champion"
+        if overlay != "base":
+            assert settings.serve.bundle == (f"s3://BUCKET/{wanted}" if overlay.endswith("production") else f"{mounts['models']}/{wanted}")
+        asleep = main["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert spec["terminationGracePeriodSeconds"] >= asleep + settings.serve.drain + 5
+        probes = {probe: (main[f"{probe}Probe"]["httpGet"]["path"], main[f"{probe}Probe"]["httpGet"]["port"]) for probe in ("startup", "readiness", "liveness")}
+        assert probes["liveness"] == ("/healthz", "http")  # never about Redis
+        expected = ("degrade", "/readyz", "/healthz") if components else ("fail", "/healthz", "/readyz")
+        assert (settings.serve.on_ledger_error, probes["startup"][0], probes["readiness"][0]) == expected
+        assert all(("GET", path) in OPEN for path, _ in probes.values())  # a probe has no key
+        assert all(main[f"{probe}Probe"]["timeoutSeconds"] > settings.ledger.timeout for probe, (path, _) in probes.items() if path == "/readyz")
+
+
+def test_settings_copy():
+    """kustomize reads no file above its own folder; `make export` copies the settings there."""
+    assert (PROJECT / "k8s/base/settings.ini").read_bytes() == (PROJECT / "settings.ini").read_bytes(), "k8s/base/settings.ini is not the project's: make export"
+
+
+def test_changed_settings_roll_the_pods(render, tmp_path):
+    shutil.copytree(PROJECT / "k8s", tmp_path / "k8s")
+    with (tmp_path / "k8s/base/settings.ini").open("a") as file:
+        file.write("# changed\n")
+    done = subprocess.run(["kubectl", "kustomize", str(tmp_path / "k8s/overlays/minikube")], capture_output=True, text=True, check=True)
+    changed, before = workloads(yaml.safe_load_all(done.stdout))["fraud-api"], workloads(render("overlays/minikube"))["fraud-api"]
+    assert changed != before and changed["spec"]["volumes"] != before["spec"]["volumes"]
+
+
+def mebibytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Mi").removesuffix("mb").removesuffix("Gi")) * (1024 if quantity.endswith("Gi") else 1)
+
+
+def test_redis_as_declared(render, tmp_path):
+    """The ledger's own configuration and command on a real Redis: it wants the password, answers its probes, and forgets nothing when it is killed."""
+    objects = render("overlays/minikube")
+    server = servers.program("redis-server", "redis-server")
+    main, password, port = container(workloads(objects)["fraud-redis"]), "0123456789abcdef", servers.free_port()
+    [text] = [item["data"]["redis.conf"] for item in of_kind(objects, "ConfigMap") if "redis.conf" in item["data"]]
+    limit = dict(line.split() for line in text.splitlines() if line.startswith("maxmemory"))["maxmemory"]
+    assert mebibytes(limit) * 2 <= mebibytes(main["resources"]["limits"]["memory"])
+    (tmp_path / "redis.conf").write_text(text.replace("dir /data", f"dir {tmp_path}"))
+    [configured] = [mount["mountPath"] for mount in main["volumeMounts"] if mount["name"] == "config"]
+    program, *arguments = [word.replace("$(REDISCLI_AUTH)", password).replace(f"{configured}/", f"{tmp_path}/") for word in main["command"]]
+    command = [server, *arguments, "--port", str(port), "--bind", servers.HOST]
+    assert program == "redis-server" and [variable["name"] for variable in main["env"]] == ["REDISCLI_AUTH"]
+
+    def probe(name: str, key: str = password) -> int:
+        words = " ".join(main[name]["exec"]["command"]).removeprefix("sh -c ").replace("redis-cli", f"redis-cli -p {port}")
+        return subprocess.run(["sh", "-c", words], env=os.environ | {"REDISCLI_AUTH": key}, capture_output=True, timeout=10).returncode
+
+    def persistence() -> list[str]:
+        command = ["redis-cli", "-p", str(port), "info", "persistence"]
+        return subprocess.run(command, env=os.environ | {"REDISCLI_AUTH": password}, capture_output=True, text=True, check=True).stdout.split()
+
+    def ledger(key: str = password):
+        return open_ledger(f"redis://:{key}@{servers.HOST}:{port}/0", 1000, 1)
+
+    assert probe("livenessProbe") and probe("readinessProbe")
+    with servers.running(command, lambda: probe("readinessProbe") == 0, tmp_path / "redis.log") as process:
+        assert (probe("livenessProbe"), probe("livenessProbe", "wrong"), probe("readinessProbe", "wrong")) == (0, 0, 1)
+        with pytest.raises(LedgerError, match=r"(?i)password|auth"):
+            ledger("wrong").ping()
+        assert password not in Path(f"/proc/{process.pid}/cmdline").read_text()
+        events = [Event(f"t{number}", 10, f"C{number}", "M1", 100) for number in range(100)]
+        assert all(ledger().record(events))
+        end = time.monotonic() + 10
+        while not {"aof_buffer_length:0", "aof_pending_bio_fsync:0"} <= set(persistence()):  # what `everysec` promises
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with servers.running(command, lambda: probe("readinessProbe") == 0, tmp_path / "redis.log"):
+        assert not any(ledger().record(events))  # it knows them all
+
+
+@pytest.fixture(scope="module")
+def checkov() -> Path:
+    """checkov pins what others pin differently, so it has an environment of its own, from its own lock."""
+    folder = PROJECT / ".venv/checkov"
+    for command in (["venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder)],
+                    ["pip", "sync", "--quiet", "--require-hashes", "--python", str(folder), str(Path(__file__).with_name("checkov.lock"))]):
+        done = subprocess.run([sys.executable, "-m", "uv", *command], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    return folder / "bin/checkov"
+
+
+def test_checkov(render, checkov, tmp_path):
+    """Every rule passes, or the object says why it does not apply; without a network."""
+    for overlay in WITH_COMPONENTS:
+        (tmp_path / f"{Path(overlay).name}.yaml").write_text(yaml.safe_dump_all(render(overlay, ("canary", "degrade"))))
+    command = [checkov, "--directory", tmp_path, "--framework", "kubernetes", "--skip-download", "--compact", "--output", "json"]
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+    results = json.loads(done.stdout)["results"]
+    failed = [f"{check['resource']}: {check['check_id']} {check['check_name']}" for check in results["failed_checks"]]
+    assert not failed and done.returncode == 0, "\n".join(failed)
+    assert len(results["passed_checks"]) > 300 and not results["parsing_errors"]
+    skipped = {(check["resource"].split(".")[0], check["check_id"], check["check_result"]["suppress_comment"]) for check in results["skipped_checks"]}
+    assert {(kind, rule) for kind, rule, _ in skipped} == {(kind, rule) for kind in ("Deployment", "StatefulSet") for rule in ("CKV_K8S_15", "CKV_K8S_35", "CKV_K8S_43")}
+    assert all(len(reason) > 20 for *_, reason in skipped)
+
+
+def test_script_is_clean():
+    done = subprocess.run([servers.program("shellcheck", "shellcheck"), str(PROJECT / "k8s/minikube.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# Minikube itself cannot run in a test. These stand in its place, so that the script's own part is real: its order, its files, its Secrets, what it says when something is missing.
+STAND_INS = {
+    "minikube": """
+        [ "$1" != config ] || exit 1
+        shift 2; echo "$*" >> log
+        case "$1 ${2:-}" in
+            "status ") [ -e running ] ;;
+            "start "*) touch running ;;
+            "image build") [ -e broken ] || echo "docker.io/library/$4" >> images; exit 0 ;;
+            "image ls") cat images 2>/dev/null || true ;;
+            "cp "*) cp "$FROM/$2" "$HERE/node${3#/data/fraud-models}" ;;
+            "ssh --") cd node; eval "$(sed "s|sudo ||g; s|/data/fraud-models|$HERE/node|g" <<< "$3")" ;;
+        esac""",
+    "docker": "[ -e daemon ]",
+    "kubectl": """
+        [ "$1" != kustomize ] || exec "$KUBECTL" kustomize "$FROM/$2"  # the real one
+        [ "$1 $2 $3 $4" = "--context minikube --namespace fraud" ] || { echo "another cluster: $*" >&2; exit 1; }
+        shift 4; echo "$*" >> log
+        case "$1 $2" in
+            "get secret") if [ -z "${4:-}" ]; then [ -e "secret-$3" ]; else sed -nE "s/^  api-keys: '(.*)'/\\1/p" "secret-$3"; fi ;;
+            "create --filename") text=$(cat); echo "$text" > "secret-$(sed -nE 's/.*name: ([a-z-]+).*/\\1/p' <<< "$text")" ;;
+            "apply --filename") [ "$3" != - ] || cat > applied ;;
+            "rollout status") [ ! -e unready ] ;;
+            "port-forward "*) echo "Forwarding from 127.0.0.1:$API -> 8000"; exec sleep 20 ;;
+        esac""",
+}
+BASICS = ("bash", "basename", "cat", "chmod", "cp", "curl", "cut", "date", "dirname", "env", "head", "mkdir", "mv", "od", "rm", "sed", "sleep", "touch", "tr")
+
+
+@pytest.fixture
+def minikube(tmp_path):
+    """The project with a champion, and a PATH that leads to the stand-ins and to nothing that could start a real cluster."""
+    kubectl = servers.program("kubectl", "kubernetes-client")
+    project, programs, here = tmp_path / "project", tmp_path / "programs", tmp_path / "state"
+    shutil.copytree(PROJECT / "k8s", project / "k8s")
+    shutil.copy(PROJECT / "settings.ini", project)
+    example_bundle(project / "models/champion")
+    programs.mkdir()
+    (here / "node").mkdir(parents=True)
+    (here / "daemon").touch()
+    for name in BASICS:
+        (programs / name).symlink_to(servers.program(name, name))
+    for name, text in STAND_INS.items():
+        (programs / name).write_text(f'#!{programs}/bash\nset -eu\nHERE={here}; KUBECTL={kubectl}\nFROM=$PWD; cd "$HERE"\n{text}\n')
+        (programs / name).chmod(0o755)
+
+    def run(port: int = 0, **variables: str) -> subprocess.CompletedProcess:
+        environ = {"PATH": str(programs), "API": str(port), **variables}
+        return subprocess.run([str(programs / "bash"), "k8s/minikube.sh"], cwd=project, env=environ, capture_output=True, text=True, timeout=120)
+
+    run.project, run.programs, run.here = project, programs, here
+    return run
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_minikube_says_what_is_missing(minikube):
+    for name, words in (("docker", "docker is not installed"), ("kubectl", "kubectl is not installed"), ("minikube", "minikube is not installed")):
+        (minikube.programs / name).rename(minikube.programs / f"{name}.away")
+        assert last_line(minikube()).startswith(f"error: {words}; how to install it: https://")
+    for name in STAND_INS:
+        (minikube.programs / f"{name}.away").rename(minikube.programs / name)
+    (minikube.here / "daemon").unlink()
+    assert "the Docker daemon does not answer" in last_line(minikube())
+    (minikube.here / "broken").touch()
+    assert "the image was not built" in last_line(minikube(MINIKUBE_DRIVER="kvm2"))  # which needs no Docker
+    shutil.rmtree(minikube.project / "models")
+    assert last_line(minikube()) == "error: models/champion holds no champion (manifest.json); make one with: make run"
+
+
+def test_minikube_up_to_its_door(minikube, tmp_path):
+    here = minikube.here
+    (here / "broken").touch()
+    assert last_line(minikube()) == "error: the image was not built; what went wrong stands above"
+    assert not (here / "applied").exists()
+    (here / "broken").unlink()
+    (here / "unready").touch()
+    assert last_line(minikube()).startswith("error: statefulset/fraud-redis is not ready after five minutes; see why with: kubectl ")
+    (here / "unready").unlink()
+
+    secrets = {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in SECRETS}
+    assert {name: set(secret["stringData"]) for name, secret in secrets.items()} == SECRETS
+    for secret in secrets.values():
+        kubernetes_validate.validate(secret, VERSION, strict=True)
+    ledger = secrets["fraud-ledger"]["stringData"]
+    assert ledger["url"] == f"redis://:{ledger['password']}@fraud-redis:6379/0" and len(ledger["password"]) == 48
+    (tmp_path / "keys").write_text(secrets["fraud-api-keys"]["stringData"]["api-keys"])
+    [key] = load_keys({"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}).values()
+
+    # Again, with a service behind the door that knows the first run's keys and serves what was copied to the node.
+    newer = example_bundle(minikube.project / "models/champion", bias=-13.0).manifest.version
+    port = servers.free_port()
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "FRAUD_ROOT": str(PROJECT), "FRAUD_SERVE_PORT": str(port), "FRAUD_SERVE_BUNDLE": str(here / "node/champion"),
+               "FRAUD_SERVE_RELOAD_SECONDS": "0.1", "FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}
+    with servers.running([sys.executable, "-m", "fraud_pkg.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, tmp_path / "api.log", env=environ):
+        done = minikube(port)
+        assert done.returncode == 0, done.stdout + done.stderr
+        end = time.monotonic() + 10
+        while httpx.get(f"http://{servers.HOST}:{port}/model", headers={"X-API-Key": key.decode()}).json()["version"] != newer:  # swapped without a restart
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    assert "refused" not in (tmp_path / "api.log").read_text()
+    answer = json.loads(done.stdout.split("== a first transaction\n")[1].splitlines()[0])
+    assert answer["transaction_id"] == EXAMPLE["transaction_id"] and answer["decision"] in ("allow", "review", "block")
+    assert {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in SECRETS} == secrets
+    said = done.stdout + done.stderr
+    assert not any(value in said for value in (key.decode(), ledger["password"])) and "Again, and from your own programs" in said
+
+    log = (here / "log").read_text().splitlines()
+    assert log[:2] == ["status", "start --cni=calico --addons=metrics-server"] and "addons enable metrics-server" in log
+    built = (here / "images").read_text().splitlines()[-1].removeprefix("docker.io/library/")
+    applied = list(yaml.safe_load_all((here / "applied").read_text()))
+    assert container(workloads(applied)["fraud-api"])["image"] == built
+    assert json.loads(done.stdout.split("--data '")[1].split("' http")[0]) == EXAMPLE
