@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel
@@ -195,19 +196,21 @@ def create_app(service: Service, metrics: Metrics, lifespan=None) -> FastAPI:
     app = FastAPI(title="Fraud decisions", version="1", lifespan=lifespan, description="Decides on payments before the money moves.")
     app.router.route_class, app.router.redirect_slashes = Door, False
     app.state.service, app.state.metrics = service, metrics
+    # Described here, so that /docs asks for a key; the service is who checks it.
+    locked = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if service.keys else []
     label = {"transaction_id": EXAMPLE["transaction_id"], "is_fraud": True}
 
-    @app.post("/predict", response_model=Decided, responses=_faults(400, 401, 408, 409, 413, 422, 503), openapi_extra=_body(inline(Transaction), EXAMPLE), summary="Decide on one transaction")
+    @app.post("/predict", dependencies=locked, response_model=Decided, responses=_faults(400, 401, 408, 409, 413, 422, 503), openapi_extra=_body(inline(Transaction), EXAMPLE), summary="Decide on one transaction")
     def predict(): ...
 
-    @app.post("/predict/batch", response_model=DecidedAll, responses=_faults(400, 401, 408, 409, 413, 422, 503), openapi_extra=_body(inline(service.batch), {"transactions": [EXAMPLE]}),
+    @app.post("/predict/batch", dependencies=locked, response_model=DecidedAll, responses=_faults(400, 401, 408, 409, 413, 422, 503), openapi_extra=_body(inline(service.batch), {"transactions": [EXAMPLE]}),
               summary="Decide on several, in their order")
     def predict_batch(): ...
 
-    @app.post("/feedback", response_model=Recorded, responses=_faults(400, 401, 408, 413, 422, 503), openapi_extra=_body(inline(service.feedback), {"labels": [label]}), summary="Say what became known")
+    @app.post("/feedback", dependencies=locked, response_model=Recorded, responses=_faults(400, 401, 408, 413, 422, 503), openapi_extra=_body(inline(service.feedback), {"labels": [label]}), summary="Say what became known")
     def feedback(): ...
 
-    @app.get("/model", responses=_faults(401, 503), summary="The model that decides")
+    @app.get("/model", dependencies=locked, responses=_faults(401, 503), summary="The model that decides")
     def model(): ...
 
     @app.get("/healthz", summary="Alive")
@@ -222,7 +225,7 @@ def create_app(service: Service, metrics: Metrics, lifespan=None) -> FastAPI:
     async def elsewhere(request: Request, error: HTTPException) -> Response:
         answer = service.answer(request.method, request.url.path, request.headers, b"")
         metrics.request("other", answer, 0.0)
-        return Response(answer.body, answer.status, media_type="application/json")
+        return Response(answer.body, answer.status, headers=error.headers, media_type="application/json")  # Allow, with a 405
 
     return app
 

@@ -140,7 +140,10 @@ def gateway(function: Function) -> Iterator[str]:
                 return self.answer(502, json.dumps({"message": "Internal server error", "cause": found}).encode())
             return self.answer(found["statusCode"], found["body"].encode(), found["headers"])
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_TRACE = handle_any
+        def __getattr__(self, name: str):
+            if name.startswith("do_"):  # every method, whatever it is called
+                return self.handle_any
+            raise AttributeError(name)
 
     server = _listening(Handler)
     try:

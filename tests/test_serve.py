@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import servers
+from openapi import conforms
 
 from fraud_pkg.scoring import EXAMPLE, example_bundle
 
@@ -173,3 +174,9 @@ def test_stop_finishes_what_is_in_flight(tmp_path):
             half.settimeout(5)
             assert half.recv(4096).startswith(b"HTTP/1.1 200")
         assert process.wait(10) == 0
+
+
+def test_does_what_its_document_says(tmp_path):
+    example_bundle(tmp_path / "champion")
+    with api(tmp_path, variables={"FRAUD_API_KEYS": "shop:0123456789abcdef"}) as (url, _):
+        conforms(f"{url}/openapi.json", url, "0123456789abcdef")
