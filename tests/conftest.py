@@ -20,6 +20,12 @@ SMALL = {"simulate.rows": 60_000, "simulate.days": 60, "simulate.fraud_rate": 0.
          "evaluate.resamples": 50, "tensorflow.epochs": 3, "xgboost.rounds": 80, "features.spark_memory": "2g", "features.spark_master": "local[2]"}
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Two workers share the files between them; those that need the finished workspace stay together, so that it is made once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("finished" if "finished" in item.fixturenames else item.path.name))
+
+
 @dataclass
 class Workspace:
     """A copy of the project, and the settings that every command in it is given."""
@@ -65,16 +71,16 @@ def workspace(tmp_path_factory) -> Callable[..., Workspace]:
     return make
 
 
-def shared(name: str) -> Path:
-    """A file that this project did not make; the test is skipped where it is not there."""
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{name} is not in {SHARED}; FRAUD_SHARED_DATA names another folder")
-    return SHARED / name
-
-
 @pytest.fixture(scope="session")
 def finished(workspace) -> Workspace:
     """A workspace after its first run, with Spark; whoever needs a true champion takes it from here."""
     made = workspace()
     made.printed = made.fraud("run").stdout
     return made
+
+
+def shared(name: str) -> Path:
+    """A file that this project did not make; the test is skipped where it is not there."""
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not in {SHARED}; FRAUD_SHARED_DATA names another folder")
+    return SHARED / name

@@ -16,7 +16,7 @@ part() {  # name, command...
 
 stored_outputs() {
     python tests/numbered.py nbs .nbval  # inside the project, so that the notebooks find it
-    PYTHONWARNINGS=ignore pytest -q -p no:cacheprovider --nbval .nbval  # other packages' warnings are not ours to compare
+    PYTHONWARNINGS=ignore pytest -q -n 2 --dist loadscope -p no:cacheprovider --nbval .nbval  # other packages' warnings are not ours to compare
 }
 
 job_notebooks() {  # every job notebook in the order of the pipeline, on a small simulation in a folder of its own
@@ -39,7 +39,8 @@ need() {  # program, Debian package, what for: installed where that is allowed
 
 [ -n "${JAVA_HOME:-}" ] || need java openjdk-17-jre-headless "the Spark engine"
 need redis-server redis-server "the shared ledger"
+need shellcheck shellcheck "the check of scripts"
 part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0
 part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks
-part "end to end" pytest -q tests
+part "end to end" pytest -q -n 2 --dist loadgroup tests
