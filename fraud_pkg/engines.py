@@ -82,7 +82,8 @@ def part_table(raw: pa.Table, sides: np.ndarray, windows: Sequence[int]) -> pa.T
 def write_part(table: pa.Table, file: Path) -> None:
     "One Parquet file, whole or not at all: a second attempt of a task may write it again."
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    pq.write_table(table, temporary, row_group_size=PART_ROWS // 4, compression="zstd", compression_level=1, use_dictionary=["account", "scenario"])
+    pq.write_table(table, temporary, row_group_size=PART_ROWS // 4, compression="lz4",  # a third larger than zstd, read three times as fast
+                   use_dictionary=["account", "scenario"], write_statistics=["tx_id", "step"])
     temporary.rename(file)
 
 # %% ../nbs/06_engines.ipynb #7801dcb2
