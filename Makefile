@@ -14,6 +14,7 @@ READY := .venv/.ready
 TOOLS = $(if $(shell command -v nbdev-export),,$(READY))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export ORT_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1

@@ -21,12 +21,14 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
-import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .evaluate import (Calibration, Sample, Thresholds, Trained, average_precision, concat, evaluate, fit_calibration,
                                 optimal_thresholds)
 from .settings import FraudError, Settings, staging_dir
+
+# %% ../nbs/10_bundle.ipynb #f72bddd1
+import onnxruntime as ort  # after the settings, which keep it from reporting to its maker
 
 # %% ../nbs/10_bundle.ipynb #29bf15b8
 class BundleError(FraudError):

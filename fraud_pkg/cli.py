@@ -90,8 +90,6 @@ def run(
 # %% ../nbs/18_cli.ipynb #770476f1
 def main() -> None:
     "The console script."
-    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1"}.items():
-        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run())
 

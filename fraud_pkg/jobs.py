@@ -699,7 +699,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     in_force = {f"{section}.{key}": settings.section_dict(section)[key] for section, key in known_keys().values()}
     beside = str(Path(sys.executable).parent)
     return {**os.environ, "FRAUD_ROOT": str(settings.root), "FRAUD_SET": json.dumps(in_force), "SHELL": "/bin/sh", "PYTHONUNBUFFERED": "1",
-            "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")]), "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+            "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")])}
 
 def _start_dvc(arguments: Sequence[str], settings: Settings) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "dvc", *arguments], cwd=settings.root, env=_environment(settings), stdin=subprocess.DEVNULL,

@@ -9,7 +9,6 @@ __all__ = ['PSI', 'psi', 'missing_psi', 'drift_report', 'drift_table', 'plot_dri
 # %% ../nbs/15_monitor.ipynb #93f1d2ec
 import functools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +80,6 @@ def drift_report(
     threshold: float,  # of the population stability index
 ) -> "Snapshot":
     "Evidently's drift report over the columns that have values in both."
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
 
@@ -150,7 +148,6 @@ def performance_report(
     threshold: float,  # flagged from here on
 ) -> "Snapshot":
     "Evidently's classification report."
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     import pandas as pd
     from evidently import BinaryClassification, DataDefinition, Dataset, Report
     from evidently.presets import ClassificationPreset

@@ -80,9 +80,7 @@ def _unreachable(uri: str) -> str | None:
 
 # %% ../nbs/11_registry.ipynb #d9950da9
 def _quiet_mlflow():
-    "MLflow, without telemetry and without talk."
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
+    "MLflow, without talk."
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow

@@ -2,7 +2,7 @@
 # Every test, from quick to slow. `make test` sets up and calls this; it ends with pytest's closing line.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD" MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true DVC_NO_ANALYTICS=1 TF_CPP_MIN_LOG_LEVEL=3
+export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD" ORT_DISABLE_TELEMETRY=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true DVC_NO_ANALYTICS=1 TF_CPP_MIN_LOG_LEVEL=3
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch" .nbval' EXIT
 
@@ -40,6 +40,8 @@ need() {  # program, Debian package, what for: installed where that is allowed
 [ -n "${JAVA_HOME:-}" ] || need java openjdk-17-jre-headless "the Spark engine"
 need redis-server redis-server "the shared ledger"
 need shellcheck shellcheck "the check of scripts"
+need promtool prometheus "the check of its configuration"
+for name in buildah podman crun debootstrap; do need "$name" "$name" "the test of the image"; done
 part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0
 part "stored outputs of the notebooks" stored_outputs
 part "job notebooks" job_notebooks

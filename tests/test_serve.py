@@ -39,8 +39,8 @@ def transaction(number: int, **changes) -> dict:
 
 
 def test_alive_then_ready(tmp_path):
-    """The probes as a kubelet sees them."""
-    with api(tmp_path, ready=False) as (url, _):
+    """The probes as a kubelet sees them; and nobody keeps a diary for its maker at home."""
+    with api(tmp_path, ready=False, variables={"HOME": str(tmp_path / "home")}) as (url, _):
         assert [servers.status(f"{url}/{path}") for path in ("healthz", "readyz", "model")] == [200, 503, 503]
         example_bundle(tmp_path / "champion")
         end = time.monotonic() + 10
@@ -48,6 +48,7 @@ def test_alive_then_ready(tmp_path):
             assert time.monotonic() < end
             time.sleep(0.05)
         assert httpx.post(f"{url}/predict", json=EXAMPLE).json()["decision"] == "block"
+        assert not (tmp_path / "home").exists()
 
 
 async def load(url: str, seconds: float, clients: int, keep: list) -> None:
