@@ -1,0 +1,560 @@
+"""One decision in process, over HTTP and in Lambda, each beside a peer in the same run. What is measured and how to read it: benchmarks/README.md."""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import numpy as np
+import psutil
+
+HERE, PROJECT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+os.environ["OMP_NUM_THREADS"] = "1"  # scikit-learn decides on one row faster without a second thread
+
+import lambda_runtime  # noqa: E402
+import peers  # noqa: E402
+import servers  # noqa: E402
+
+from fraud_pkg.bundle import MODEL, load_bundle  # noqa: E402
+from fraud_pkg.ledger import Event, Ledger, MemoryLedger, create_table, open_ledger, save  # noqa: E402
+from fraud_pkg.scoring import Scorer, Service  # noqa: E402
+from fraud_pkg.settings import FraudError, Settings, load_settings  # noqa: E402
+
+KEY = "a-key-for-this-run"
+KEYS = {"FRAUD_API_KEYS": f"benchmark:{KEY}"}
+HEADERS = {"content-type": "application/json", "x-api-key": KEY}
+COLUMNS = ("type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")  # of a live transaction, beside id and step
+PARTS = ("process", "http", "lambda")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+    rows: int         # transactions that are simulated: history, training, and a stream of live ones
+    trees: int        # at most, where a bundle has to be trained
+    rounds: int       # in each of which everybody has a turn
+    slow_calls: int   # of a peer, in a round
+    seconds: int      # of load, in a round
+    starts: int       # of a Lambda instance
+    invocations: int  # of a warm one
+
+
+FULL = Plan(rows=60_000, trees=200, rounds=5, slow_calls=100, seconds=2, starts=9, invocations=3000)
+QUICK = Plan(rows=20_000, trees=60, rounds=1, slow_calls=40, seconds=1, starts=3, invocations=600)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: ours beside one peer; the first figure of each decides."""
+    what: str
+    ours: dict[str, float]
+    peer: str = ""
+    theirs: dict[str, float] | None = None
+    aim: str = ""
+    met: bool | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        if not self.theirs:
+            return None
+        first = next(iter(self.ours))
+        return self.ours[first] / self.theirs[first]
+
+
+@dataclass(frozen=True)
+class World:
+    """What everybody decides about."""
+    root: Path          # of settings.ini and of everything that is made
+    settings: Settings
+    bundle: Path
+    source: str         # of the bundle, in words
+    snapshot: Path      # the ledger at the moment when the live stream begins
+    past: list[dict]
+    stream: list[dict]  # live transactions, without ids
+    pipeline: Path      # scikit-learn's
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+# The world: simulated accounts, a bundle, a ledger that remembers.
+
+def simulated(settings: Settings) -> list[dict]:
+    """Transactions in their order."""
+    import pyarrow.parquet as pq
+
+    from fraud_pkg.acquire import acquire
+
+    return pq.read_table(settings.data_dir / "raw" / acquire(settings)["file"]).to_pylist()
+
+
+def trained(settings: Settings) -> Path:
+    """A bundle from the simulated transactions."""
+    from fraud_pkg.engines import build_features
+    from fraud_pkg.scores import enter, load_periods
+    from fraud_pkg.xgboost import train_xgboost
+
+    build_features(settings)
+    periods = load_periods(settings)
+    enter(train_xgboost(periods.train, periods.validation, settings, tell=say), periods, settings)
+    return settings.models_dir / "xgboost"
+
+
+def live_through(ledger: Ledger, past: list[dict], label_delay: int) -> Ledger:
+    """The ledger after the past, as far as it remembers; frauds are known after the label delay."""
+    now = past[-1]["step"]
+    kept = [row for row in past if row["step"] > now - ledger.retention]
+    for i in range(0, len(kept), 1000):
+        ledger.record([Event(f"p-{row['tx_id']}", row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in kept[i: i + 1000]])
+    ledger.label({f"p-{row['tx_id']}": True for row in kept if row["isFraud"] and row["step"] <= now - label_delay})
+    return ledger
+
+
+def prepare(root: Path, plan: Plan, given: Path | None) -> World:
+    """Simulates, trains what has to be trained, and lets the ledger live through the past."""
+    bundle = load_bundle(given) if given else None
+    shutil.copy(PROJECT / "settings.ini", root)
+    overrides = {"simulate.rows": plan.rows, "simulate.days": 60, "simulate.fraud_rate": 0.01, "features.engine": "local", "xgboost.rounds": plan.trees, "evaluate.resamples": 20,
+                 "monitor.reference_rows": 5000}
+    settings = load_settings(cli=overrides, file=root / "settings.ini", environ={})
+    say(f"simulating {plan.rows:,} transactions")
+    rows = simulated(settings)
+    if not bundle:
+        say(f"training a model of at most {plan.trees} trees, about a minute (--bundle FOLDER takes one that is there)")
+        bundle = load_bundle(trained(settings))
+    manifest, begin = bundle.manifest, rows[-1]["step"] - settings.split.test_hours
+    past, future = [row for row in rows if row["step"] <= begin], [row for row in rows if row["step"] > begin]
+    save(live_through(MemoryLedger(max(manifest.windows) + manifest.label_delay), past, manifest.label_delay), root / "ledger.npz")
+    say("training the scikit-learn pipeline")
+    peers.train(past, [row["isFraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
+    origin = f"from {given}" if given else f"trained by this program on {plan.rows:,} simulated transactions"
+    source = f"{manifest.version} ({manifest.name}, {len(manifest.features)} features, {(bundle.folder / MODEL).stat().st_size / 1000:,.0f} kB), {origin}"
+    stream = [{"step": row["step"], **{name: row[name] for name in COLUMNS}} for row in future]
+    return World(root, settings, bundle.folder, source, root / "ledger.npz", past, stream, root / "pipeline.joblib")
+
+
+def in_turns(stream: list[dict], rounds: int) -> Iterator[list[dict]]:
+    """The stream in so many consecutive pieces: time goes on from round to round, and every transaction is new."""
+    size = len(stream) // rounds
+    yield from (stream[i * size: (i + 1) * size] for i in range(rounds))
+
+
+# Figures.
+
+def spread(nanoseconds: Iterable[int]) -> dict[str, float]:
+    """Median and 99th percentile in microseconds."""
+    p50, p99 = np.percentile(list(nanoseconds), [50, 99]) / 1000
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def middle(measured: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over the rounds."""
+    return {name: median(one[name] for one in measured) for name in measured[0]}
+
+
+def timed(call: Callable, arguments: Iterable) -> list[tuple[int, object]]:
+    """Nanoseconds and result of each call."""
+    found = []
+    for argument in arguments:
+        began = time.perf_counter_ns()
+        result = call(argument)
+        found.append((time.perf_counter_ns() - began, result))
+    return found
+
+
+def alert(decision: dict) -> str:
+    return "allow" if decision["decision"] == "allow" else "alert"
+
+
+# In process.
+
+def bodies(piece: list[dict], run: str) -> list[bytes]:
+    return [json.dumps({"transaction_id": f"{run}-{i}", **row}).encode() for i, row in enumerate(piece)]
+
+
+def opened(world: World, url: str) -> Service:
+    """The service of both doors, with the ledger at `url`."""
+    scorer = Scorer(load_bundle(world.bundle), world.settings.serve, world.settings.rules)
+    service = Service(world.settings.serve, open_ledger(url, scorer.retention, 5), {"benchmark": KEY.encode()})
+    service.use(scorer)
+    return service
+
+
+def pyfunc(world: World):
+    """The same ONNX model, as MLflow loads any model."""
+    import mlflow
+    import onnx
+
+    place = world.root / "pyfunc"
+    mlflow.onnx.save_model(onnx.load(world.bundle / MODEL), place, pip_requirements=["onnxruntime"], onnx_execution_providers=["CPUExecutionProvider"],
+                           onnx_session_options={"intra_op_num_threads": 1, "inter_op_num_threads": 1})
+    return mlflow.pyfunc.load_model(str(place))
+
+
+def decide(service: Service, piece: list[dict], run: str, kept: dict[str, list[int]]) -> list[np.ndarray]:
+    """Decides a piece of the stream, from bytes to bytes; times by what was decided go into `kept`. The features that it decided on."""
+    features = []
+    for spent, answer in timed(lambda body: service.answer("POST", "/predict", HEADERS, body), bodies(piece, run)):
+        if answer.status != 200:
+            raise FraudError(f"expected decisions; got {answer.status} {answer.body.decode()}")
+        kept.setdefault(alert(answer.scored.decisions[0]), []).append(spent)
+        features.append(answer.scored.x)
+    return features
+
+
+def from_json(model) -> Callable[[bytes], bytes]:
+    """What a service around an MLflow model does: features that are ready, as JSON, to a probability as JSON."""
+    import pandas as pd
+
+    def answer(body: bytes) -> bytes:
+        return json.dumps({"fraud_probability": float(np.ravel(model.predict(pd.DataFrame([json.loads(body)], dtype=np.float32)))[0])}).encode()
+
+    return answer
+
+
+def in_process(world: World, plan: Plan, redis_url: str) -> list[Row]:
+    """Whole decisions beside what the peers do with bytes; the model alone beside MLflow's."""
+    import pandas as pd
+
+    say("in process")
+    memory, redis, mlflow, sklearn = opened(world, f"memory://{world.snapshot}"), opened(world, redis_url), pyfunc(world), peers.scorer(str(world.pipeline))
+    live_through(redis.ledger, world.past, memory.scorer.manifest.label_delay)
+    bundle, names, ours, shared, kept = memory.scorer.bundle, memory.scorer.manifest.features, {}, {}, {name: [] for name in ("alone", "pyfunc alone", "pyfunc", "sklearn")}
+
+    def keep(name: str, call: Callable, arguments: Iterable) -> None:
+        kept[name] += [spent for spent, _ in timed(call, arguments)]
+
+    for number, piece in enumerate(in_turns(world.stream, plan.rounds)):
+        features = decide(memory, piece, f"m{number}", ours)
+        decide(redis, piece[:len(piece) // 2], f"r{number}", shared)
+        few = features[:plan.slow_calls]
+        frames = [pd.DataFrame(x, columns=names) for x in few]
+        keep("alone", bundle.probability, features)
+        keep("pyfunc alone", mlflow.predict, frames)
+        keep("pyfunc", from_json(mlflow), [frame.iloc[0].to_json().encode() for frame in frames])
+        keep("sklearn", lambda body: json.dumps(sklearn(json.loads(body))).encode(), bodies(piece[:plan.slow_calls], "s"))
+    figures = {name: spread(times) for name, times in kept.items()}
+    rows = [*decision_rows("memory", ours, figures, 200), *decision_rows("Redis", shared, figures, None)]
+    return [*rows, Row("the model alone, features given", figures["alone"], "mlflow pyfunc, same model, data frame given", figures["pyfunc alone"])]
+
+
+def decision_rows(place: str, times: dict[str, list[int]], peer: dict[str, dict[str, float]], most: float | None) -> list[Row]:
+    """Decisions with one ledger: all of the stream, and by what was decided; `most` is the aim in microseconds."""
+    every = [spent for kind in times.values() for spent in kind]
+    kinds = {f"decision, all ({len(times['alert']) / len(every):.0%} alerts)": every, "decision, allow": times["allow"], "decision, alert, with reasons": times["alert"]}
+    rows = []
+    for what, spent in kinds.items():
+        found = spread(spent)
+        judged = {"aim": f"< {most:.0f} us", "met": found["p50"] < most} if most else {}
+        rows.append(Row(f"{what}; {place} ledger", found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged))
+        if spent is every:
+            rows.append(Row(f"{what}; {place} ledger", found, "scikit-learn pipeline, no history", peer["sklearn"]))
+    return rows
+
+
+# HTTP.
+
+def clean(**more: str) -> dict[str, str]:
+    """This environment without settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")} | more
+
+
+def pinned(cpu: int, *command: str) -> list[str]:
+    """The command on one core, so that server and client do not push each other around; where there is one core only, as it is."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [*(["taskset", "-c", str(cores[cpu])] if len(cores) > 1 else []), *command]
+
+
+@dataclass
+class Endpoint:
+    """A server that runs, and how much of the stream it has had."""
+    port: int
+    process: psutil.Process
+    sent: int = 0
+
+    def cpu(self) -> float:
+        """Seconds that it has computed."""
+        times = self.process.cpu_times()
+        return times.user + times.system
+
+
+@contextlib.contextmanager
+def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
+    """Our service and the peers, each a process with one worker."""
+    root, ports = world.root, {name: servers.free_port() for name in ("ours", "constant", "typed", "sklearn")}
+    environ = clean(**KEYS, PYTHONPATH=str(PROJECT), FRAUD_ROOT=str(root), FRAUD_SERVE_PORT=str(ports["ours"]), FRAUD_SERVE_BUNDLE=str(world.bundle),
+                    FRAUD_LEDGER_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}")  # a copy: the service writes it when it ends
+    commands = {"ours": ["-m", "fraud_pkg.api"], **{name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)] for name in ("constant", "typed", "sklearn")}}
+    with contextlib.ExitStack() as stack:
+        started = {name: stack.enter_context(servers.running(pinned(0, sys.executable, *command), servers.answers(ports[name]), root / f"{name}.log", seconds=60, env=environ))
+                   for name, command in commands.items()}
+        yield {name: Endpoint(ports[name], psutil.Process(process.pid)) for name, process in started.items()}
+
+
+def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
+    """Requests per second, median and 99th percentile in microseconds, processor time of one; raises `FraudError` unless all are answered with 200."""
+    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
+    command = pinned(-1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", str(lines), str(endpoint.sent), KEY)
+    before = endpoint.cpu()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise FraudError(f"wrk: {(done.stderr or done.stdout).strip()}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["failed"]:
+        raise FraudError(f"wrk: {found['failed']} of {found['requests']} requests to port {endpoint.port} failed")
+    endpoint.sent += found["requests"] + connections  # those in flight at the end were sent too
+    return {"per_second": found["requests"] / found["seconds"], "p50": found["p50"], "p99": found["p99"], "cpu": (endpoint.cpu() - before) / found["requests"] * 1e6}
+
+
+def alerts(port: int) -> float:
+    """The share of alerts among a service's decisions so far."""
+    with urllib.request.urlopen(f"http://{servers.HOST}:{port}/metrics") as response:
+        counts = {kind: float(count) for kind, count in re.findall(r'fraud_decisions_total{decision="(\w+)"} (\S+)', response.read().decode())}
+    return 1 - counts["allow"] / sum(counts.values())
+
+
+def over_http(world: World, plan: Plan) -> list[Row]:
+    """The twin and its peers under the same load, in turns."""
+    lines = world.root / "stream.txt"
+    lines.write_text("".join(f"{row['step']}\t{json.dumps({name: row[name] for name in COLUMNS})[1:]}\n" for row in world.stream), encoding="utf-8")
+    labels = {"constant": "FastAPI, a constant", "typed": "FastAPI, a constant, request and answer typed", "sklearn": "scikit-learn pipeline behind FastAPI"}
+    rows = []
+    with endpoints(world) as found:
+        for endpoint in found.values():
+            load(endpoint, lines, 8, 1)  # warm
+        for connections in (1, 32):
+            what = f"HTTP, {connections} connection{'s' * (connections > 1)}"
+            say(what)
+            rounds = [{name: load(endpoint, lines, connections, plan.seconds) for name, endpoint in found.items()} for _ in range(plan.rounds)]
+            figures = {name: middle([one[name] for one in rounds]) for name in found}
+            ours = figures.pop("ours")
+            reached = ours["per_second"] >= 0.6 * figures["constant"]["per_second"]
+            rows += [Row(what, ours, labels[name], figure, *((">= 0.60", reached) if name == "constant" else ())) for name, figure in figures.items()]
+        say(f"  {found['ours'].sent:,} decisions, {alerts(found['ours'].port):.0%} of them alerts")
+    return rows
+
+
+# Lambda.
+
+def event(row: dict, run: str) -> dict:
+    """A transaction as API Gateway passes it on."""
+    return lambda_runtime.event("POST", "/predict", {"Content-Type": "application/json", "X-API-Key": KEY}, json.dumps({"transaction_id": run, **row}).encode())
+
+
+@contextlib.contextmanager
+def instance(folder: Path, environ: dict[str, str]) -> Iterator[lambda_runtime.Function]:
+    """A running instance of a function; raises `FraudError` with its last words when it does not answer."""
+    log = folder / "instance.log"
+    try:
+        with lambda_runtime.instance(folder, environ, log) as function:
+            function.server.handle_error = lambda *_: None  # an instance that is stopped resets its connection
+            yield function
+    except queue.Empty:
+        raise FraudError(f"no answer from the function; it said: {(log.read_text().splitlines() or ['nothing'])[-1][:300]}") from None
+
+
+def answered(function: lambda_runtime.Function, row: dict, run: str) -> dict:
+    """A function's answer to a transaction; raises `FraudError` for any other than 200."""
+    answer = function.invoke(event(row, run))
+    if answer.get("statusCode") != 200:
+        raise FraudError(f"expected a decision from the function; got {json.dumps(answer)[:300]}")
+    return answer
+
+
+def packed(world: World) -> Path:
+    """The package of stage dev, unpacked, and beside it what Lambda's runtime provides."""
+    from fraud_pkg.deploy import package
+
+    say("packing the Lambda")
+    project = world.root / "project"
+    shutil.copytree(PROJECT / "chalice_app", project / "chalice_app", ignore=shutil.ignore_patterns("vendor", "deployments", "deployed", "__pycache__"))
+    shutil.copytree(world.bundle, project / "models/champion")
+    settings = load_settings(cli={}, file=shutil.copy(PROJECT / "settings.ini", project), environ={})
+    with mock.patch.dict(os.environ, servers.AWS):  # chalice wants a region, though nothing goes there
+        zipped = package(settings, "dev", world.root / "package")
+    return lambda_runtime.unpack(zipped, world.root / "lambda")
+
+
+def function_of(peer: str, world: World, provided: Path) -> Path:
+    """The same for a handler of peers.py, which may use this environment's packages."""
+    folder = world.root / f"lambda-{peer}"
+    (folder / "task").mkdir(parents=True)
+    shutil.copy(HERE / "peers.py", folder / "task")
+    (folder / "task/app.py").write_text(f"import sys\n\nsys.path.append({str(Path(np.__file__).parents[1])!r})\nfrom peers import {peer} as app\n", encoding="utf-8")
+    (folder / "provided").symlink_to(provided)
+    return folder
+
+
+def with_clock(folder: Path) -> Path:
+    """The function with a handler around its own one that tells how long that took."""
+    task = folder / "task"
+    (task / "app.py").rename(task / "inner.py")
+    shutil.copy(HERE / "peers.py", task)
+    (task / "app.py").write_text("from peers import timed as app\n", encoding="utf-8")
+    return folder
+
+
+def cold_start(folder: Path, environ: dict[str, str], row: dict) -> float:
+    """Milliseconds from the start of the process to its first answer; the event waits for it."""
+    began = time.perf_counter()
+    with instance(folder, environ) as function:
+        answered(function, row, "cold")
+        return (time.perf_counter() - began) * 1000
+
+
+def warm(function: lambda_runtime.Function, piece: list[dict], run: str) -> list[tuple[dict, int]]:
+    """What each invocation answered, and the nanoseconds that its handler took."""
+    answers = [answered(function, row, f"{run}-{i}") for i, row in enumerate(piece)]
+    return [(json.loads(answer["body"]), int(answer["headers"]["Nanoseconds"])) for answer in answers]
+
+
+def cold_rows(folders: dict[str, Path], environ: dict[str, str], world: World, plan: Plan) -> list[Row]:
+    say("Lambda, cold starts")
+    found = {name: [] for name in folders}
+    for _ in range(plan.starts):
+        for name, folder in folders.items():
+            found[name].append(cold_start(folder, environ, world.stream[0]))
+    figures = {name: {"p50_ms": median(times), "worst_ms": max(times)} for name, times in found.items()}
+    return [Row("Lambda, cold start", figures["ours"], "a handler that returns a constant", figures["constant"], "< 600 ms", figures["ours"]["p50_ms"] < 600),
+            Row("Lambda, cold start", figures["ours"], "scikit-learn pipeline in a handler", figures["pipeline"])]
+
+
+def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, plan: Plan) -> list[Row]:
+    say("Lambda, warm")
+    spent, theirs = {}, []
+    lived = {**environ, "FRAUD_LEDGER_URL": f"memory://{world.snapshot}"}
+    with instance(ours, lived) as function, instance(peer, lived) as other:
+        for one in (function, other):
+            answered(one, world.stream[0], "first")
+        for number, piece in enumerate(in_turns(world.stream[1:1 + plan.invocations], plan.rounds)):
+            for decision, nanoseconds in warm(function, piece, f"l{number}"):
+                spent.setdefault(alert(decision), []).append(nanoseconds)
+            theirs += [nanoseconds for _, nanoseconds in warm(other, piece[:plan.slow_calls], f"l{number}")]
+    figures = {kind: spread(times) for kind, times in spent.items()}
+    return [Row(f"Lambda, warm handler, {words}; memory ledger", figures[kind], "scikit-learn pipeline in a handler", spread(theirs), "< 300 us", figures[kind]["p50"] < 300)
+            for kind, words in (("allow", "allow"), ("alert", "alert, with reasons"))]
+
+
+def dynamodb_row(ours: Path, environ: dict[str, str], world: World) -> Row:
+    """The same handler with the ledger that it is deployed with; the server is an emulator in Python on this machine, so this is no figure for AWS."""
+    say("Lambda, warm, DynamoDB ledger on moto")
+    with servers.moto(world.root) as aws:
+        with mock.patch.dict(os.environ, aws):
+            create_table("benchmark")
+        lived = {**environ, **aws, "FRAUD_LEDGER_URL": "dynamodb://benchmark", "FRAUD_LEDGER_TIMEOUT": "5"}
+        with instance(ours, lived) as function:
+            answered(function, world.stream[0], "first")  # it connects
+            times = spread([nanoseconds for _, nanoseconds in warm(function, world.stream[1:101], "d")])
+    return Row("Lambda, warm handler; DynamoDB ledger", times, "(moto on this machine: an emulator, not AWS)")
+
+
+def in_lambda(world: World, plan: Plan) -> list[Row]:
+    """The package as it is deployed, driven by AWS' own runtime client."""
+    ours = packed(world)
+    peer = {name: function_of(name, world, ours / "provided") for name in ("constant", "pipeline")}
+    environ = {**KEYS, "FRAUD_LEDGER_URL": "memory://", "FRAUD_SERVE_RELOAD_SECONDS": "60", "PEER_MODEL": str(world.pipeline), "OMP_NUM_THREADS": "1"}
+    cold = cold_rows({"ours": ours, **peer}, environ, world, plan)
+    ours, pipeline = with_clock(ours), with_clock(peer["pipeline"])
+    return [*cold, *warm_rows(ours, pipeline, environ, world, plan), dynamodb_row(ours, environ, world)]
+
+
+# The table.
+
+def text(figures: dict[str, float] | None) -> str:
+    """Figures for people."""
+    if not figures:
+        return ""
+    if "per_second" in figures:
+        return f"{figures['per_second']:8,.0f}/s  p50 {figures['p50'] / 1000:6.2f} ms  p99 {figures['p99'] / 1000:6.2f} ms  cpu {figures['cpu']:,.0f} us"
+    if "p50_ms" in figures:
+        return f"{figures['p50_ms']:8,.0f} ms  worst {figures['worst_ms']:,.0f} ms"
+    return f"{figures['p50']:8,.0f} us  p99 {figures['p99']:,.0f} us"
+
+
+def table(rows: list[Row]) -> str:
+    """Ours and the peer's side by side."""
+    head = ("what", "ours", "peer", "peer's", "ours / peer", "aim")
+    verdict = {None: "", True: "met", False: "MISSED"}
+    lines = [(row.what, text(row.ours), row.peer, text(row.theirs), f"{row.ratio:.2f}" if row.theirs else "", f"{row.aim} {verdict[row.met]}".strip()) for row in rows]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, tuple("-" * width for width in widths), *lines])
+
+
+def processor() -> str:
+    """What this machine calls its processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown processor"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less of everything, under a minute: to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there too")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="the model; otherwise models/champion, or one trained here when there is none")
+    parser.add_argument("--only", choices=PARTS, help="one part of the table")
+    return parser.parse_args()
+
+
+def needed(parts: Iterable[str]) -> None:
+    """Ends with one line when a program is missing."""
+    for part, program, package in (("process", "redis-server", "redis-server"), ("http", "wrk", "wrk"), ("http", "taskset", "util-linux")):
+        if part in parts and not shutil.which(program):
+            sys.exit(f"error: {program} is not installed: sudo apt-get install {package}")
+
+
+def measure(part: str, world: World, plan: Plan) -> list[Row]:
+    """The rows of a part."""
+    if part == "http":
+        return over_http(world, plan)
+    if part == "lambda":
+        return in_lambda(world, plan)
+    with servers.redis(world.root) as url:
+        return in_process(world, plan, url)
+
+
+def main() -> None:
+    given = arguments()
+    parts = [given.only] if given.only else PARTS
+    needed(parts)
+    champion, plan = PROJECT / "models/champion", QUICK if given.quick else FULL
+    bundle = given.bundle.resolve() if given.bundle else champion if champion.is_dir() else None
+    began, busy, rows, failed = time.monotonic(), os.getloadavg()[0], [], []
+    with tempfile.TemporaryDirectory() as root:
+        try:
+            world = prepare(Path(root), plan, bundle)
+        except FraudError as error:
+            sys.exit(f"error: {error}")
+        for part in parts:  # what one part cannot do does not cost the others' figures
+            try:
+                rows += measure(part, world, plan)
+            except FraudError as error:
+                failed.append(f"error: {part}: {error}")
+    machine = f"{processor()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}; load {busy:.1f} at the start" + (" (BUSY: figures are too high)" if busy > 0.5 else "")
+    print(f"bundle   {world.source}\nmachine  {machine}\ntook     {time.monotonic() - began:.0f} s\n\n{table(rows)}")
+    if given.json:
+        content = {"bundle": world.source, "machine": machine, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
+        given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
