@@ -258,7 +258,10 @@ def _check_names(folder: Path, manifest: Manifest, optional: set[str]) -> None:
     for name in manifest.files:
         if name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise BundleError(f"{folder / MANIFEST}: files: {name!r} is no plain file name")
-    found = {p.name for p in folder.iterdir()}
+    try:
+        found = {p.name for p in folder.iterdir()}
+    except OSError as error:  # replaced since its manifest was read
+        raise BundleError(f"{folder}: {error.strerror}") from error
     for name in sorted({MODEL, REFERENCE} - set(manifest.files)):
         raise BundleError(f"{folder / MANIFEST}: files: {name} is not listed")
     for name in sorted((found | optional) ^ (set(manifest.files) | optional)):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from .bundle import Bundle, Manifest, Unreachable, bundle_mark, fetch_bundle, load_bundle, write_bundle
 from .evaluate import DECISIONS, Calibration, Sample, Thresholds, Trained, decide
@@ -51,12 +51,18 @@ Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"\S")]
 # %% ../nbs/12_scoring.ipynb #c499f4dc
 ONE_TIME = {"oneOf": [{"required": ["step"], "properties": {"step": {"type": "integer"}}}, {"required": ["timestamp"], "properties": {"timestamp": {"type": "string"}}}]}
 
+def _written_out(value: Any) -> Any:
+    "Pydantic takes numbers, and texts of digits, for seconds since 1970; the contract has ISO 8601."
+    if not isinstance(value, (str, datetime)) or isinstance(value, str) and value.lstrip("+-").replace(".", "", 1).isdigit():
+        raise ValueError("expected a date and time as in ISO 8601, such as 2026-01-05T10:00:00Z")
+    return value
+
 class Transaction(BaseModel):
     "A transaction that waits for a decision."
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, json_schema_extra=ONE_TIME)
     transaction_id: Name
     step: _bounded("step", whole=True) | None = None
-    timestamp: datetime | None = None  # UTC where it has no offset
+    timestamp: Annotated[datetime, Field(strict=False), BeforeValidator(_written_out)] | None = None  # UTC where it has no offset
     type: Literal[TYPES] | None = None
     amount: Annotated[_bounded("amount"), AfterValidator(_whole_cents)]
     nameOrig: Name
@@ -120,7 +126,8 @@ def step_of(transaction: Transaction, epoch: datetime | None) -> int:
         if moment is not None:
             raise _refused(422, "timestamp", "this model counts hours from a step 0 without a date; send step, or set [serve] epoch")
         return step
-    moment = epoch + timedelta(hours=step) if moment is None else moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    # Compared as they are: the calendar ends for some moments when they are taken to UTC.
+    moment = epoch + timedelta(hours=step) if moment is None else moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     if moment > datetime.now(UTC) + AHEAD:
         raise _refused(422, "step" if transaction.timestamp is None else "timestamp", "more than 24 hours ahead of the clock")
     if moment < epoch:
@@ -253,6 +260,10 @@ class Scorer:
             if self.serve.on_ledger_error == "fail":
                 raise
             return None
+        latest = max(events, key=lambda event: event.step)
+        if self.epoch is None and reading.newest is not None and latest.step > reading.newest + self.retention:
+            # Without a clock to hold it against, a step that is a mistake would make the ledger forget everybody.
+            raise _refused(422, "step", f"{latest.step} is more than {self.retention} hours after the newest transaction, of step {reading.newest}")
         for event in events:
             if reading.recorded.get(event.transaction_id, event) != event:
                 raise _refused(409, "transaction_id", f"{event.transaction_id} was recorded before with other accounts, amount or time")
@@ -449,6 +460,7 @@ class Service:
         self._routes = {("POST", "/predict"): self._predict, ("POST", "/predict/batch"): self._predict_batch, ("POST", "/feedback"): self._feedback,
                         ("GET", "/model"): self._model, ("GET", "/healthz"): self._alive, ("GET", "/readyz"): self._ready}
         self._paths = {path for _, path in self._routes}
+        self._ledger_answers = True
 
     def use(self, scorer: Scorer) -> None:
         "Decides with this scorer from now on; requests in flight end with the one they began with."
@@ -459,13 +471,30 @@ class Service:
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
         "The answer to a request; header names are in lower case. Never raises for what a client or a server does wrong."
         try:
-            return self._handler(method, path, headers, body)(body)
+            answer = self._handler(method, path, headers, body)(body)
+            if answer.scored:
+                self._ledger(answer.scored.with_history)
+            return answer
         except Refused as refused:
             return refusal(refused)
         except LedgerError as error:
-            return refusal(_refused(503, "ledger", str(error)))
+            self._ledger(False, error)
+            return refusal(_refused(503, "ledger", "it does not answer"))
         except ModelFailed as error:
-            return refusal(_refused(503, "model", str(error)))
+            log.error("%s", error)
+            return refusal(_refused(503, "model", "it gives no probability"))
+        except Exception:  # a defect of ours: one request fails, the service goes on, and the trace is for us
+            log.exception("%s %s failed", method, path)
+            return refusal(_refused(500, "service", "failed; the reason is in its log"))
+
+    def _ledger(self, answers: bool, error: LedgerError | str = "decisions without history") -> None:
+        "Says once that the ledger went away, and once that it is back; what exactly is wrong is not the client's to know."
+        if answers != self._ledger_answers:
+            self._ledger_answers = answers
+            if answers:
+                log.info("the ledger answers again")
+            else:
+                log.error("the ledger does not answer: %s", error)
 
     def _handler(self, method: str, path: str, headers: Mapping[str, str], body: bytes):
         "Who answers; raises `Refused` for a request that nobody does."
@@ -549,7 +578,7 @@ class Watcher:
             self._complain(error)
             return False
         except FraudError as error:
-            if mark == bundle_mark(place):  # otherwise it was replaced while we read it; the next look finds it whole
+            if mark == self._mark_now(place):  # otherwise it was replaced while we read it; the next look finds it whole
                 self._seen = mark
                 self.refused()
                 self._complain(error)
@@ -559,6 +588,12 @@ class Watcher:
         self.taken(scorer.bundle)
         log.info("champion %s (%s)", scorer.manifest.version, scorer.manifest.name)
         return True
+
+    def _mark_now(self, place: Path | str) -> tuple | None:
+        try:
+            return bundle_mark(place)
+        except Unreachable:
+            return None
 
     def look_if_due(self) -> None:
         "Looks when `[serve] reload_seconds` have passed: for a door that sleeps between requests."
@@ -607,8 +642,10 @@ def request_fields(method: str, route: str, answer: Answer, seconds: float) -> d
     return fields
 
 def cloudwatch(fields: Mapping[str, Any], moment: float) -> dict[str, Any]:
-    "The fields of a request with its metrics: requests, server errors, latency, and the decisions by kind."
+    "The fields of a request with its metrics: requests, server errors, latency, the decisions by kind, and those without history."
     counts = fields.get("decisions", {})
     values = {"requests": 1, "server_errors": int(fields["status"] >= 500), "latency": fields["milliseconds"], **({kind: counts.get(kind, 0) for kind in DECISIONS} if counts else {})}
+    if "history" in fields:
+        values["degraded"] = 0 if fields["history"] else sum(counts.values())
     metrics = [{"Name": name, "Unit": "Milliseconds" if name == "latency" else "Count"} for name in values]
     return {**fields, **values, "_aws": {"Timestamp": int(moment * 1000), "CloudWatchMetrics": [{"Namespace": "fraud", "Dimensions": [["route"]], "Metrics": metrics}]}}

@@ -84,7 +84,8 @@ def test_interrupt_leaves_nothing_half_written(workspace):
     space = workspace(features__engine="local", pipeline__push="false", simulate__rows=2_000_000, simulate__fraud_rate=0.003)
     environ = os.environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in space.overrides.items()})}
     process = subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", "run"], cwd=space.root, env=environ, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell gives what it starts in the background no SIGINT
     while not (space.root / "data/raw/manifest.json").exists():
         assert process.poll() is None
         time.sleep(0.2)

@@ -174,7 +174,8 @@ BAD = [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b"{}", json.dumps({**E
 
 def test_bad_input_gets_the_same_answer(project, function):
     """A 4xx that names field and reason, from both doors alike, and both go on."""
-    with function(FRAUD_LEDGER_URL="memory://") as running, lambda_runtime.gateway(running) as here, api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}) as (there, _):
+    with function(FRAUD_LEDGER_URL="memory://") as running, lambda_runtime.gateway(running) as here, \
+            api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (there, _):
         requests = [("POST", path, body) for path in ("/predict", "/predict/batch", "/feedback") for body in BAD]
         assert differences(requests, here, there) == []
         answers = [httpx.post(here + path, content=body, headers=KEY) for _, path, body in requests]
@@ -186,12 +187,13 @@ def test_bad_input_gets_the_same_answer(project, function):
 
 def test_does_what_the_other_door_documents(project, function, tmp_path):
     """One document for both. API Gateway answers 403 before the function where a service answers 405."""
-    with function(FRAUD_LEDGER_URL="memory://") as running, lambda_runtime.gateway(running) as here, api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}) as (there, _):
+    with function(FRAUD_LEDGER_URL="memory://") as running, lambda_runtime.gateway(running) as here, \
+            api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (there, _):
         (tmp_path / "openapi.json").write_bytes(httpx.get(f"{there}/openapi.json").content)
         conforms(str(tmp_path / "openapi.json"), here, KEY["X-API-Key"], "unsupported_method")
 
 
-def test_ledger_away(function):
+def test_ledger_away(function, tmp_path):
     """A table that does not exist: 503, or an answer that says that it does without."""
     with function(FRAUD_LEDGER_URL="dynamodb://nowhere") as running, lambda_runtime.gateway(running) as url:
         answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=KEY)
@@ -199,6 +201,17 @@ def test_ledger_away(function):
     with function(FRAUD_LEDGER_URL="dynamodb://nowhere", FRAUD_SERVE_ON_LEDGER_ERROR="degrade") as running, lambda_runtime.gateway(running) as url:
         answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=KEY)
         assert (answer.status_code, answer.json()["history"]) == (200, False)
+        time.sleep(0.2)
+    assert '"degraded": 1' in (tmp_path / "lambda.log").read_text() and "nowhere" in (tmp_path / "lambda.log").read_text()  # why is for us, not for the client
+
+
+def test_largest_batch_within_the_timeout(function, day):
+    """The most transactions that a stage takes in one request, with its ledger in DynamoDB."""
+    transactions, _ = day
+    with function() as running, lambda_runtime.gateway(running) as url:
+        began = time.monotonic()
+        answer = httpx.post(f"{url}/predict/batch", json={"transactions": transactions[1_000:1_100]}, headers=KEY, timeout=30)
+        assert answer.status_code == 200 and len(answer.json()["decisions"]) == 100 and time.monotonic() - began < configuration("dev")["Timeout"]
 
 
 def test_redeploy_second_stage_and_removal(project):
@@ -236,19 +249,20 @@ def test_champion_from_a_bucket(project, aws, tmp_path):
         assert (refused.status_code, refused.json()["problems"][0]["field"]) == (503, "model") and "hash does not match" in (tmp_path / "log2").read_text()
 
 
-def test_missing_library_fails_the_build(project, tmp_path):
-    """A lock from which one library went, and a wheel that does not fit the runtime: no package, one line that names it."""
+@pytest.mark.parametrize("library", ["numpy", "pydantic-core"])
+def test_missing_library_fails_the_build(project, tmp_path, library):
+    """A lock from which one library went, and a release that does not exist: no package, one line that names it."""
     lock = project.root / f"chalice_app/python{runtime()}.lock"
     text = lock.read_text()
     try:
         lines = text.splitlines(keepends=True)
-        begin = next(i for i, line in enumerate(lines) if line.startswith("numpy=="))
+        begin = next(i for i, line in enumerate(lines) if line.startswith(f"{library}=="))
         end = next(i for i, line in enumerate(lines) if i > begin and not line.startswith(" "))
         lock.write_text("".join(lines[:begin] + lines[end:]))
         failed = project.fraud("deploy", "package", str(tmp_path / "out"), ok=False)
-        assert failed.returncode == 1 and "numpy missing in the package" in failed.stderr
-        lock.write_text(text.replace("numpy==", "numpy==99."))
+        assert failed.returncode == 1 and f"{library} missing in the package" in failed.stderr
+        lock.write_text(text.replace(f"{library}==", f"{library}==99."))
         failed = project.fraud("deploy", "package", str(tmp_path / "out"), ok=False)
-        assert failed.returncode == 1 and "numpy" in failed.stderr and "Traceback" not in failed.stderr
+        assert failed.returncode == 1 and library in failed.stderr and "Traceback" not in failed.stderr
     finally:
         lock.write_text(text)

@@ -98,6 +98,21 @@ def test_many_writers_lose_nothing(url):
     assert reading.histories[f"{name}-to"].rows() == [(7, 0, 0, 40, sum(e.cents for e in events), 0)]
 
 
+def test_redis_one_round_trip_each(redis_url):
+    """A reading and a recording cost as many commands as they have parts, and none to ask what the server knows."""
+    import redis
+
+    client, ledger, name = redis.Redis.from_url(redis_url), open_ledger(redis_url, RETENTION), f"trip{next(fresh)}"
+    ledger.record([Event(f"{name}-0", 10, name, "C9", 5)])
+    client.config_resetstat()
+    ledger.read([name, "C9"], [f"{name}-1"], 10)
+    ledger.record([Event(f"{name}-1", 10, name, "C9", 5)])
+    calls = {key: value["calls"] for key, value in client.info("commandstats").items()}
+    assert calls.get("cmdstat_evalsha") == 1 and not [key for key in calls if "script" in key]
+    client.script_flush()  # as after a restart
+    assert ledger.record([Event(f"{name}-1", 10, name, "C9", 5), Event(f"{name}-2", 10, name, "C9", 5)]) == [False, True]
+
+
 def test_redis_keys_expire(redis_url):
     import redis
 

@@ -5,17 +5,22 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import servers
 from conftest import shared
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from fraud_pkg.engines import local_history
 from fraud_pkg.features import feature_names, matrix
 from fraud_pkg.ledger import Event, create_table, open_ledger
 from fraud_pkg.scoring import Transaction, look_back, own_features
 
 WINDOWS = (1, 24, 168, 720)
 NAMES = feature_names(WINDOWS)
+fresh = itertools.count()  # accounts that no example used before
 
 
 def live(row: dict) -> Transaction:
@@ -126,3 +131,35 @@ def test_paysim_redis(paysim, tmp_path):
 def test_paysim_dynamodb(paysim, table):
     """The first two hours, for the same reason."""
     check(paysim, 3_000, 1, table, 100)
+
+
+moment = st.tuples(st.integers(0, 60), st.sampled_from("ABCD"), st.sampled_from("ABCD"), st.integers(0, 10**7), st.booleans(), st.integers(0, 30))
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.mark.parametrize("place", ["memory", "redis"])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=st.lists(moment, min_size=1, max_size=25), delay=st.integers(0, 30), cuts=st.integers(1, 4))
+def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
+    """Random accounts that also pay themselves, random cuts into requests, and labels that come at any time up to the delay: the kernel's values."""
+    windows, prefix = (1, 5, 24), f"h{next(fresh)}-"
+    rows = [{"tx_id": i, "step": step, "type": "TRANSFER", "amount": cents / 100, "nameOrig": prefix + orig, "oldbalanceOrg": 5.0, "nameDest": prefix + dest, "oldbalanceDest": None,
+             "isFraud": int(fraud), "known": step + min(late, delay)} for i, (step, orig, dest, cents, fraud, late) in enumerate(sorted(drawn, key=lambda one: one[0]))]
+    raw = pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in (("tx_id", pa.int64()), ("step", pa.int32()), ("amount", pa.float64()), ("nameOrig", pa.string()), ("nameDest", pa.string()), ("isFraud", pa.int8()))})
+    ledger = open_ledger("memory://" if place == "memory" else request.getfixturevalue("redis_url"), max(windows) + delay, timeout=10)
+    online, waiting = [], []
+    for part in requests(rows, cuts):
+        due = [row for row in waiting if row["known"] <= part[0]["step"]]
+        waiting = [row for row in waiting if row not in due]
+        ledger.label({prefix + str(row["tx_id"]): True for row in due})
+        events = [Event(prefix + str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in part]
+        reading = ledger.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
+        online.append(look_back(events, reading, windows, delay))
+        assert all(ledger.record(events))
+        waiting += [row for row in part if row["isFraud"]]
+    np.testing.assert_array_equal(np.vstack(online), local_history(raw, windows, delay, threads=1))

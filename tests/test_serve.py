@@ -181,3 +181,65 @@ def test_does_what_its_document_says(tmp_path):
     example_bundle(tmp_path / "champion")
     with api(tmp_path, variables={"FRAUD_API_KEYS": "shop:0123456789abcdef"}) as (url, _):
         conforms(f"{url}/openapi.json", url, "0123456789abcdef")
+
+
+def test_hung_ledger_keeps_no_probe_waiting(tmp_path):
+    """Redis is there and says nothing, and decisions pile up: the process is alive, and says what it counts."""
+    example_bundle(tmp_path / "champion")
+    port = servers.free_port()
+    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, ledger__url=redis_url, ledger__timeout=0.5) as (url, _):
+        pid = int(next(line for line in subprocess.run(["redis-cli", "-p", str(port), "info", "server"], capture_output=True, text=True).stdout.splitlines() if line.startswith("process_id")).split(":")[1])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+
+            async def probe() -> list[float]:
+                async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+                    waiting = [asyncio.create_task(client.post("/predict", json=transaction(i))) for i in range(200)]
+                    await asyncio.sleep(0.5)
+                    spent = []
+                    for path in ("/healthz", "/metrics", "/model"):
+                        began = time.monotonic()
+                        assert (await client.get(path)).status_code == 200
+                        spent.append(time.monotonic() - began)
+                    assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {503}
+                    return spent
+
+            assert max(asyncio.run(probe())) < 1.5
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_endless_headers(tmp_path):
+    """They are refused after 64 kB, not kept."""
+    example_bundle(tmp_path / "champion")
+    with api(tmp_path) as (url, _), socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as endless:
+        endless.settimeout(5)
+        endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
+        with contextlib.suppress(ConnectionError):
+            for i in range(200):
+                endless.sendall(b"X-%d: %s\r\n" % (i, b"a" * 1000))
+        with contextlib.suppress(ConnectionError):
+            assert endless.recv(100).startswith(b"HTTP/1.1 431")
+        assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
+
+
+def test_moments_at_the_end_of_the_calendar(tmp_path):
+    """A model that knows dates: a moment that no clock can reach is a 422 that names the field."""
+    example_bundle(tmp_path / "champion", epoch="2026-01-05T00:00")
+    with api(tmp_path) as (url, _):
+        for moment in ("9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+12:00", "1767607200"):
+            answer = httpx.post(f"{url}/predict", json={**EXAMPLE, "step": None, "timestamp": moment})
+            assert (answer.status_code, answer.json()["problems"][0]["field"]) == (422, "timestamp")
+        conforms(f"{url}/openapi.json", url, "none")
+
+
+def test_a_step_far_ahead_erases_nobody(tmp_path):
+    """A unix time in `step`, say: it is refused, and the ledger still knows everybody."""
+    example_bundle(tmp_path / "champion")
+    with servers.redis(tmp_path) as redis_url:
+        for place in (redis_url, "memory://"):
+            with api(tmp_path, ledger__url=place) as (url, _):
+                assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
+                far = httpx.post(f"{url}/predict", json=transaction(2, step=9_000_000))
+                assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "step")
+                assert httpx.post(f"{url}/feedback", json={"labels": [{"transaction_id": "t1", "is_fraud": True}]}).json() == {"recorded": 1, "unknown": []}
