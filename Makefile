@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab export lock minikube image clean
+.PHONY: help setup run test bench lab export lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -27,6 +27,9 @@ run: $(READY)  ## the pipeline: what has changed and what depends on it (ARGS="-
 
 test: $(READY)  ## every test
 	@bash tests/run.sh
+
+bench: $(READY)  ## decisions in process, over HTTP and in Lambda, beside peers (ARGS="--quick")
+	@python benchmarks/serving.py $(ARGS)
 
 lab: $(READY)  ## JupyterLab, in nbs/
 	@jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs

@@ -378,7 +378,7 @@ def optimal_thresholds(
 # %% ../nbs/07_evaluate.ipynb #05db3d8f
 def _log_odds_parts(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "ln p and -ln(1 - p); a float32 of exactly 0 or 1 counts as half a unit inside."
-    p = np.clip(np.asarray(p, np.float64), 2.0**-150, 1 - 2.0**-25)
+    p = np.minimum(np.maximum(np.asarray(p, np.float64), 2.0**-150), 1 - 2.0**-25)  # for one value a third of the time of np.clip
     return np.log(p), -np.log1p(-p)
 
 # %% ../nbs/07_evaluate.ipynb #e0a0f006
@@ -395,7 +395,7 @@ class Calibration:
     ) -> np.ndarray:  # [n] float64, above 0 and below 1
         "Calibrated probabilities in the same order (strictly, up to a calibrated probability of 1 - 1e-15)."
         low, high = _log_odds_parts(p)
-        logit = np.clip(self.a * low + self.b * high + self.c, -700, 700)
+        logit = np.minimum(np.maximum(self.a * low + self.b * high + self.c, -700), 700)
         # Below 1 always, so that a threshold of 1 means never.
         return np.minimum(1 / (1 + np.exp(-logit)), 1 - 2.0**-53)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'DIRECTIONS', 'SLICE', 'transaction_feature_names', 'side_feature_names', 'feature_names', 'safe_divide',
-           'transaction_features', 'flow_features', 'history_features', 'both_sides', 'matrix', 'online_history']
+           'transaction_features', 'flow_features', 'history_features', 'both_sides', 'matrix', 'online_history',
+           'online_transaction']
 
 # %% ../nbs/05_features.ipynb #92f006ce
 import math
@@ -216,3 +217,18 @@ def online_history(
         columns.append(_quotient(confirmed, known))
     columns.append(_hours_since_seen(history, last, step, max(windows)))
     return columns
+
+# %% ../nbs/05_features.ipynb #38e5a338
+def online_transaction(
+    cents: int,
+    type_code: int,       # index into TYPES, -1 where the type is missing
+    step: int,            # hours
+    orig_balance: float,  # currency units, NaN where missing
+    dest_balance: float,  # likewise
+    to_merchant: bool,
+) -> list[float]:
+    "`transaction_features` of one event, in float32 equal to its row."
+    known = not math.isnan(orig_balance)
+    balance_cents = float(round(orig_balance * 100)) if known else math.nan
+    return [cents / 100, *(type_code == code for code in range(len(TYPES))), step % 24, step // 24 % 7, orig_balance, dest_balance,
+            _quotient(cents, balance_cents), cents == balance_cents if known else math.nan, to_merchant]

@@ -9,14 +9,12 @@ __all__ = ['COUNTERS', 'SNAPSHOT', 'RECORD_SCRIPT', 'LABEL_SCRIPT', 'RECORD_SHA'
 
 # %% ../nbs/04_ledger.ipynb #43fc5ed5
 import hashlib
-import json
 import os
 import threading
 import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -275,12 +273,15 @@ def _history(fields: Mapping[str, str], oldest: int) -> History:
     "A history from fields `hour:counter`, without hours before `oldest`."
     hours: dict[int, list[int]] = {}
     for field, value in fields.items():
-        hour, counter = field.split(":")
-        if int(hour) >= oldest:
-            hours.setdefault(int(hour), [0] * len(COUNTERS))[int(counter)] = int(value)
+        name, _, counter = field.partition(":")
+        if (hour := int(name)) >= oldest:
+            if hour not in hours:
+                hours[hour] = [0] * len(COUNTERS)
+            hours[hour][int(counter)] = int(value)
     history = History()
-    for hour in sorted(hours):
-        history.add(hour, *hours[hour])
+    if hours:
+        history.hours = array("q", sorted(hours))
+        history.counters = tuple(array("q", column) for column in zip(*(hours[hour] for hour in history.hours), strict=True))
     return history
 
 # %% ../nbs/04_ledger.ipynb #46bf9206
