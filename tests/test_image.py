@@ -306,7 +306,7 @@ def test_jobs_image(tmp_path):
     for name in ("data", "models", "reports"):
         (tmp_path / name).mkdir(mode=0o777)
         (tmp_path / name).chmod(0o777)
-    volumes = [f"--volume={tmp_path / name}:/work/{name}" for name in ("data", "models", "reports")]
+    volumes = [f"--volume={tmp_path / name}:/pipeline/{name}" for name in ("data", "models", "reports")]
     settings = ["--env=FRAUD_SIMULATE_ROWS=20000", "--env=FRAUD_SIMULATE_DAYS=60", "--env=FRAUD_FEATURES_SPARK_MASTER=local[2]", "--env=FRAUD_FEATURES_SPARK_MEMORY=1g"]
     for job in ("acquire", "features"):
         code, said = output(*podman_run("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", *volumes, *settings, image, "jobs", "run", job), timeout=600)
