@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Name', 'ONE_TIME', 'EXAMPLE', 'LISTED', 'AHEAD', 'TYPE_CODES', 'KEY_LENGTH', 'ENCODER', 'OPEN', 'log', 'Transaction',
            'Refused', 'parse_transaction', 'parse_epoch', 'step_of', 'look_back', 'own_features', 'apply_rules',
-           'reference_row', 'occlusion', 'strongest', 'Scored', 'ModelFailed', 'Scorer', 'example_bundle', 'parse_keys',
-           'load_keys', 'key_name', 'Answer', 'to_json', 'refusal', 'Label', 'Reason', 'Decided', 'Problem', 'Problems',
-           'Service', 'describe', 'Watcher', 'open_service', 'JsonLines', 'log_json_lines', 'request_fields',
-           'cloudwatch']
+           'by_rule', 'reference_row', 'occlusion', 'strongest', 'Scored', 'ModelFailed', 'Scorer', 'example_bundle',
+           'parse_keys', 'load_keys', 'key_name', 'Answer', 'to_json', 'refusal', 'Label', 'Reason', 'Decided',
+           'Problem', 'Problems', 'with_features', 'Service', 'describe', 'Watcher', 'open_service', 'JsonLines',
+           'log_json_lines', 'request_fields', 'cloudwatch']
 
 # %% ../nbs/12_scoring.ipynb #0436b12a
 import hmac
@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -183,6 +183,10 @@ def apply_rules(rules: Rules, event: Event, decision: int) -> tuple[int, str | N
             return severity, name
     return decision, None
 
+def by_rule(rule: str | None, event: Event) -> list[dict[str, Any]]:
+    "The rule as a reason, before those of the model."
+    return [] if rule is None else [{"feature": f"rule:{rule}", "value": None if rule == "block_accounts" else event.cents / 100, "contribution": None}]
+
 # %% ../nbs/12_scoring.ipynb #dee4c66c
 def reference_row(manifest: Manifest) -> np.ndarray:
     "The median of each feature in training, NaN where it was always missing: [F] float32."
@@ -227,6 +231,7 @@ class Scored:
     probability: np.ndarray  # [n] calibrated
     decisions: list[dict[str, Any]]
     with_history: bool       # False: the ledger did not answer
+    features: np.ndarray     # [n, F] float32, all features, whatever the bundle uses
 
 # %% ../nbs/12_scoring.ipynb #91ce892a
 class ModelFailed(FraudError):
@@ -248,37 +253,29 @@ class Scorer:
         self._typical = np.array([_number(manifest.reference.get(name)) for name in names], np.float32)  # in place of histories that nobody knows
         self._thresholds = {"review": manifest.thresholds.review, "block": manifest.thresholds.block}
 
-    def events(self, transactions: Sequence[Transaction]) -> list[Event]:
-        "Transactions as the ledger sees them; raises `Refused` for an impossible moment and for an id that comes twice."
-        if len({t.transaction_id for t in transactions}) < len(transactions):
-            raise _refused(422, "transaction_id", "the same one twice in a request")
-        return [Event(t.transaction_id, step_of(t, self.epoch), t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions]
+    def event(self, transaction: Transaction) -> Event:
+        "The transaction as the ledger sees it; raises `Refused` for an impossible moment."
+        return Event(transaction.transaction_id, step_of(transaction, self.epoch), transaction.nameOrig, transaction.nameDest, round(transaction.amount * 100))
 
-    def _read(self, events: Sequence[Event], ledger: Ledger) -> Reading | None:
-        "What the ledger knows; None when it does not answer and `[serve] on_ledger_error = degrade`."
-        try:
-            reading = ledger.read({account for e in events for account in (e.orig, e.dest)}, [e.transaction_id for e in events], min(e.step for e in events))
-        except LedgerError:
-            if self.serve.on_ledger_error == "fail":
-                raise
-            return None
-        latest = max(events, key=lambda event: event.step)
-        if self.epoch is None and reading.newest is not None and latest.step > reading.newest + self.retention:
-            # Without a clock to hold it against, a step that is a mistake would make the ledger forget everybody.
-            raise _refused(422, "step", f"{latest.step} is more than {self.retention} hours after the newest transaction, of step {reading.newest}")
-        for event in events:
-            if reading.recorded.get(event.transaction_id, event) != event:
-                raise _refused(409, "transaction_id", f"{event.transaction_id} was recorded before with other accounts, amount or time")
-        return reading
+    def refusals(self, events: Sequence[Event], reading: Reading) -> dict[int, Refused]:
+        "What the ledger's memory speaks against, by position."
+        refused, newest = {}, reading.newest
+        for i, event in enumerate(events):
+            if self.epoch is None and newest is not None and event.step > newest + self.retention:
+                # Without a clock to hold it against, a step that is a mistake would make the ledger forget everybody.
+                refused[i] = _refused(422, "step", f"{event.step} is more than {self.retention} hours after the newest transaction, of step {newest}")
+            elif reading.recorded.get(event.transaction_id, event) != event:
+                refused[i] = _refused(409, "transaction_id", f"{event.transaction_id} was recorded before with other accounts, amount or time")
+        return refused
 
     def features(self, transactions: Sequence[Transaction], events: Sequence[Event], reading: Reading | None) -> np.ndarray:
-        "[n, F] float32, the bundle's features."
+        "[n, F] float32, all features in the order of `feature_names`."
         own = own_features(transactions, events)
         if reading is None:
             x = np.hstack([own, np.repeat(self._typical[None, own.shape[1]:], len(own), axis=0)])
         else:
             x = matrix(own, look_back(events, reading, self.manifest.windows, self.manifest.label_delay))
-        return x if self._columns is None else np.ascontiguousarray(x[:, self._columns])
+        return x
 
     def _reasons(self, x: np.ndarray, p: np.ndarray, decided: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
         "Reasons by position, for the decisions that `[serve] explain` asks them for."
@@ -288,20 +285,42 @@ class Scorer:
         moved = occlusion(self.bundle, x[rows], p[rows], self._reference)
         return {i: strongest(self.manifest.features, x[i], m, self.serve.reasons) for i, m in zip(rows, moved, strict=True)}
 
-    def score(self, transactions: Sequence[Transaction], ledger: Ledger) -> Scored:
-        "Decides the transactions in their order and records them; raises `Refused`, and `LedgerError` unless the settings say to do without."
-        events = self.events(transactions)
-        reading = self._read(events, ledger)
-        x = self.features(transactions, events, reading)
+    def decide(self, transactions: Sequence[Transaction], events: Sequence[Event], reading: Reading | None) -> Scored:
+        "Decides the transactions in their order, as if each were recorded before the next; records nothing. A probability that is none is left as it is."
+        features = self.features(transactions, events, reading)
+        x = features if self._columns is None else np.ascontiguousarray(features[:, self._columns])
         p = self.bundle.probability(x)
-        if not np.isfinite(p).all():  # an honest looking "allow" would be the worst answer
-            raise ModelFailed(f"model {self.manifest.version}: no probability for transaction {events[int(np.argmin(np.isfinite(p)))].transaction_id}")
         ruled = [apply_rules(self.rules, event, int(d)) for event, d in zip(events, decide(p, self.manifest.thresholds), strict=True)]
         reasons = self._reasons(x, p, [decision for decision, _ in ruled])
-        known = reading is not None and self._recorded(events, reading, ledger)
-        decisions = [{"transaction_id": e.transaction_id, "fraud_probability": round(float(p[i]), 9), "decision": DECISIONS[d], "thresholds": self._thresholds,
-                      "rule": rule, "reasons": reasons.get(i, []), "history": known, "model": self.manifest.version} for i, (e, (d, rule)) in enumerate(zip(events, ruled, strict=True))]
-        return Scored(events, x, p, decisions, known)
+        probabilities = p.tolist()
+        decisions = [{"transaction_id": e.transaction_id, "fraud_probability": round(probabilities[i], 9), "decision": DECISIONS[d], "thresholds": self._thresholds,
+                      "rule": rule, "reasons": by_rule(rule, e) + reasons.get(i, []), "history": reading is not None, "model": self.manifest.version} for i, (e, (d, rule)) in enumerate(zip(events, ruled, strict=True))]
+        return Scored(list(events), x, p, decisions, reading is not None, features)
+
+    def score(self, transactions: Sequence[Transaction], ledger: Ledger) -> Scored:
+        "Decides the transactions in their order and records them; raises `Refused`, and `LedgerError` unless the settings say to do without."
+        if len({t.transaction_id for t in transactions}) < len(transactions):
+            raise _refused(422, "transaction_id", "the same one twice in a request")
+        events = [self.event(transaction) for transaction in transactions]
+        reading = self._read(events, ledger)
+        scored = self.decide(transactions, events, reading)
+        if not np.isfinite(scored.probability).all():  # an honest looking "allow" would be the worst answer
+            raise ModelFailed(f"model {self.manifest.version}: no probability for transaction {events[int(np.argmin(np.isfinite(scored.probability)))].transaction_id}")
+        if reading is not None and not self._recorded(events, reading, ledger):
+            return replace(scored, with_history=False, decisions=[decision | {"history": False} for decision in scored.decisions])
+        return scored
+
+    def _read(self, events: Sequence[Event], ledger: Ledger) -> Reading | None:
+        "What the ledger knows; None when it does not answer and `[serve] on_ledger_error = degrade`."
+        try:
+            reading = ledger.read({account for e in events for account in (e.orig, e.dest)}, [e.transaction_id for e in events], min(e.step for e in events))
+        except LedgerError:
+            if self.serve.on_ledger_error == "fail":
+                raise
+            return None
+        for refused in self.refusals(events, reading).values():
+            raise refused
+        return reading
 
     def _recorded(self, events: Sequence[Event], reading: Reading, ledger: Ledger) -> bool:
         "Records what is new; False when the ledger stopped answering and the settings say to do without."
@@ -421,9 +440,9 @@ class Label(BaseModel):
 
 class Reason(BaseModel):
     "A feature that moved the score."
-    feature: str
+    feature: str = Field(description="or rule:NAME")
     value: float | None = Field(description="null where it is missing")
-    contribution: float = Field(description="log-odds; positive speaks for fraud")
+    contribution: float | None = Field(description="log-odds; positive speaks for fraud; null for a rule, which does not weigh")
 
 class Decided(BaseModel):
     "A decision."
@@ -446,9 +465,14 @@ class Problems(BaseModel):
     problems: list[Problem]
 
 # %% ../nbs/12_scoring.ipynb #0ca7dcc4
-def _batch_model(name: str, item: type[BaseModel], title: str, most: int) -> type[BaseModel]:
+def _batch_model(name: str, item: type[BaseModel], title: str, most: int, **more) -> type[BaseModel]:
     "A request of 1 to `most` items under the field `name`."
-    return create_model(title, __config__=ConfigDict(strict=True, extra="forbid"), **{name: (Annotated[list[item], Field(min_length=1, max_length=most)], ...)})
+    return create_model(title, __config__=ConfigDict(strict=True, extra="forbid"), **{name: (Annotated[list[item], Field(min_length=1, max_length=most)], ...)}, **more)
+
+def with_features(scored: Scored) -> list[dict[str, Any]]:
+    "Decisions with the hour that was counted and all features in the order of `feature_names`, missing ones null."
+    return [decision | {"step": event.step, "features": [None if value != value else value for value in row]}
+            for decision, event, row in zip(scored.decisions, scored.events, scored.features.tolist(), strict=True)]
 
 # %% ../nbs/12_scoring.ipynb #a75da6f9
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}  # without a key: probes have none
@@ -459,7 +483,7 @@ class Service:
     def __init__(self, serve: Serve, ledger: Ledger | None, keys: Mapping[str, bytes]):
         self.serve, self.ledger, self.keys = serve, ledger, dict(keys)
         self.scorer: Scorer | None = None  # replaced as a whole by `use`
-        self.batch = _batch_model("transactions", Transaction, "Batch", serve.max_batch)
+        self.batch = _batch_model("transactions", Transaction, "Batch", serve.max_batch, features=(Annotated[bool, Field(description="answer with step and features too")], False))
         self.feedback = _batch_model("labels", Label, "Feedback", serve.max_batch)
         self._routes = {("POST", "/predict"): self._predict, ("POST", "/predict/batch"): self._predict_batch, ("POST", "/feedback"): self._feedback,
                         ("GET", "/model"): self._model, ("GET", "/healthz"): self._alive, ("GET", "/readyz"): self._ready}
@@ -524,10 +548,13 @@ class Service:
 
     def _predict_batch(self, body: bytes) -> Answer:
         try:
-            transactions = self.batch.model_validate_json(body).transactions
+            batch = self.batch.model_validate_json(body)
         except ValidationError as error:
             raise _problems(error) from error
-        scored = self._current().score(transactions, self.ledger)
+        scorer = self._current()
+        scored = scorer.score(batch.transactions, self.ledger)
+        if batch.features:
+            return Answer(200, to_json({"decisions": with_features(scored), "windows": list(scorer.manifest.windows)}), scored)
         return Answer(200, to_json({"decisions": scored.decisions}), scored)
 
     def _feedback(self, body: bytes) -> Answer:
