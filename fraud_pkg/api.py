@@ -76,9 +76,10 @@ class Metrics:
         if answer.status == 503 and b'"ledger"' in answer.body:
             self.ledger_errors.inc()
         if answer.scored:
-            self._scored(answer.scored)
+            self.scored(answer.scored)
 
-    def _scored(self, scored: Scored) -> None:
+    def scored(self, scored: Scored) -> None:
+        "Counts decisions."
         for decision in scored.decisions:
             self._by_decision[decision["decision"]].inc()
             self.scores.observe(decision["fraud_probability"])

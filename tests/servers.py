@@ -1,11 +1,14 @@
 """Real servers on loopback, each on a free port, each ended by the one that started it."""
 
+import base64
 import contextlib
+import functools
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -91,3 +94,48 @@ def moto(folder: Path) -> Iterator[dict[str, str]]:
     port = free_port()
     with running([sys.executable, str(Path(__file__).with_name("moto_aws.py")), "-H", HOST, "-p", str(port)], answers(port), folder / "moto.log"):
         yield AWS | {"AWS_ENDPOINT_URL": f"http://{HOST}:{port}"}
+
+KAFKA = """
+process.roles=broker,controller
+node.id=1
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
+advertised.listeners=PLAINTEXT://{host}:{port}
+controller.listener.names=CONTROLLER
+controller.quorum.bootstrap.servers={host}:{controller}
+log.dirs={data}
+num.network.threads=2
+num.io.threads=2
+auto.create.topics.enable=false
+offsets.topic.num.partitions=1
+offsets.topic.replication.factor=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=500
+"""
+
+
+@functools.cache
+def kafka_classpath() -> str:
+    """The broker's jars, fetched by Maven into its own store."""
+    pom, found = Path(__file__).parent / "servers/kafka/pom.xml", Path(tempfile.mkdtemp()) / "classpath"
+    done = subprocess.run([program("mvn", "maven"), "-q", "-B", "-f", str(pom), "dependency:build-classpath", f"-Dmdep.outputFile={found}"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"maven: {done.stdout[-3000:]}{done.stderr[-1000:]}"
+    return found.read_text()
+
+
+@contextlib.contextmanager
+def kafka(folder: Path, port: int | None = None) -> Iterator[str]:
+    """An Apache Kafka broker (KRaft) that keeps its data in `folder`: started there again it goes on. Yields its address."""
+    port, data = port or free_port(), folder / "kafka"
+    java = [program("java", "openjdk-17-jre-headless"), "-Xms256m", "-Xmx512m", "-cp", kafka_classpath()]
+    configuration = folder / "kafka.properties"
+    configuration.write_text(KAFKA.format(host=HOST, port=port, controller=free_port(), data=data))
+    if not data.exists():
+        cluster = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
+        done = subprocess.run([*java, "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(configuration)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    with running([*java, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
+        yield f"{HOST}:{port}"
