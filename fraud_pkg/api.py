@@ -139,8 +139,8 @@ class FeatureSums:
     def collect(self):
         "For prometheus_client."
         self._fold()
-        for name, text, values in (("fraud_feature_sum", "Sum of the known values.", self.sums), ("fraud_feature_known", "Known values.", self.known), ("fraud_feature_missing", "Missing values.", self.missing)):
-            family = GaugeMetricFamily(name, text, labels=("feature",)) if name == "fraud_feature_sum" else CounterMetricFamily(name, text, labels=("feature",))
+        for name, text, values in (("fraud_feature_accumulated", "Sum of the known values.", self.sums), ("fraud_feature_known", "Known values.", self.known), ("fraud_feature_missing", "Missing values.", self.missing)):
+            family = GaugeMetricFamily(name, text, labels=("feature",)) if name == "fraud_feature_accumulated" else CounterMetricFamily(name, text, labels=("feature",))
             for feature, value in zip(self.names, values, strict=True):
                 family.add_metric((feature,), float(value))
             yield family

@@ -321,8 +321,10 @@ Via = Annotated[str | None, typer.Option(metavar="URL", help="Let the service th
 def _streaming(pairs: Sequence[str] | None, via: str | None = None):
     "Settings with `via` in them; logging to standard error."
     import logging
+
+    from fraud_pkg.stream import quiet_clients
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # what it retries it says each time; what lasts we say ourselves
+    quiet_clients()
     return _settings([*(pairs or ()), *([f"stream.via={via}"] if via else ())])
 
 @stream_app.command("score")

@@ -11,7 +11,7 @@ __all__ = ['VERSION', 'log', 'KINDS', 'MOMENT', 'OF_PAYMENT', 'TRANSACTION_AVRO'
            'decide_batch', 'give_decision', 'label_batch', 'Unavailable', 'Remote', 'decide_remotely', 'label_remotely',
            'Tails', 'last_record', 'StreamMetrics', 'Health', 'answering', 'producer_of', 'Delivery', 'NotWhole',
            'BrokerAway', 'broker_comes_back', 'Reader', 'in_order', 'Worker', 'local_work', 'NoModel', 'remote_work',
-           'open_worker', 'stop_on_signals', 'run_worker', 'main']
+           'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
 # %% ../nbs/14_stream.ipynb #02f7d6d7
 import base64
@@ -353,7 +353,7 @@ def label_batch(ledger: SteppingLedger, records: Sequence[Any], topics: Topics, 
             reason = Poison("unknown", [{"field": "transaction_id", "reason": f"{label.transaction_id}: nobody recorded this transaction (so far)"}])
             step.give(record, dead_letter(topics.dead_labels, record, reason), "unknown")
 
-# %% ../nbs/14_stream.ipynb #08b9c7fd
+# %% ../nbs/14_stream.ipynb #632b3dd3
 class Unavailable(FraudError):
     "The service does not answer now; later it may."
     reason = "service"
@@ -373,7 +373,7 @@ class Remote:
             answer = self._pool.request(method, f"{self.url}{path}", body=body)
             content = json.loads(answer.data)
         except (self._failure, ValueError) as error:
-            raise Unavailable(f"{self.url}{path}: {' '.join(str(error).split())[:200]}") from error
+            raise Unavailable(f"{self.url}{path}: {' '.join(str(getattr(error, 'reason', error)).split())[:200]}") from error
         if answer.status >= 500 or answer.status in (408, 429):
             raise Unavailable(f"{self.url}{path}: {answer.status} {answer.data[:200].decode(errors='replace')}")
         if answer.status in (401, 403, 404, 405):
@@ -664,7 +664,7 @@ class _Rebalanced(ConsumerRebalanceListener):
         self.joined = True
         self.noted.set()
 
-# %% ../nbs/14_stream.ipynb #c708481f
+# %% ../nbs/14_stream.ipynb #6e6bcde8
 class Reader:
     "A member of a consumer group that takes its positions from a ledger."
 
@@ -672,7 +672,7 @@ class Reader:
         self.stream, self.environ, self.topics, self.group, self.ledger, self.metrics = stream, environ, list(topics), group, ledger, metrics
         self.rebalanced = _Rebalanced()
         self.believed: dict[TopicPartition, int | None] = {}  # where the ledger has each partition, as far as we know
-        self._half_since, self._ever_whole = None, False
+        self._half_since, self._ever_whole, self._told = None, False, {}
         timeout = int(stream.session_timeout * 1000)
         with brokers_answer(stream):
             self.consumer = KafkaConsumer(**client_options(stream, environ), group_id=group, enable_auto_commit=False, auto_offset_reset="earliest", max_poll_records=stream.batch, session_timeout_ms=timeout,
@@ -705,7 +705,9 @@ class Reader:
                 reached[partition] = progress.position
             self.believed[partition] = progress.position if progress else None
             self.consumer.seek(partition, start)
-            log.info("reading %s/%s from %s", partition.topic, partition.partition, start)
+            if self._told.get(partition) != start:
+                log.info("reading %s/%s from %s", partition.topic, partition.partition, start)
+            self._told[partition] = start
         return again, reached
 
     def _start(self, partition: TopicPartition, progress: Progress | None, committed: int, begin: int, end: int) -> int:
@@ -759,7 +761,7 @@ class Reader:
         with contextlib.suppress(KafkaError, OSError):
             self.consumer.close(autocommit=False, timeout_ms=5000)
 
-# %% ../nbs/14_stream.ipynb #e5a11010
+# %% ../nbs/14_stream.ipynb #a97af972
 def in_order(polled: Mapping[TopicPartition, Sequence[Any]]) -> dict[str, list[Any]]:
     "Messages by topic: each partition in its order, partitions merged by their messages' timestamps."
     topics: dict[str, list[Sequence[Any]]] = {}
@@ -807,18 +809,24 @@ class Worker:
             self.probe()
         polled = self.reader.consumer.poll(timeout_ms=1 if self._delivery.pending else 500)
         if self.reader.uncertain:
-            self._settle()
-            again, self._done = self.reader.take_over()
-            if again:
-                log.info("sending %s messages again that may not have arrived", len(again))
-                self.metrics.repeated.inc(len(again))
-                self._delivery.send(again)
-        elif polled:
+            self._take_over()
+            return
+        if polled:
             self._step(polled)
         else:
             self._settle()
         self._failures, self._told, self.health.ready = 0, "", self.reader.rebalanced.joined
         self.metrics.open.set(0)
+
+    def _take_over(self) -> None:
+        "Finishes what is ours, then looks where everything is."
+        if self._settle():
+            self._commit(wait=True)
+        again, self._done = self.reader.take_over()
+        if again:
+            log.info("sending %s messages again that may not have arrived", len(again))
+            self.metrics.repeated.inc(len(again))
+            self._delivery.send(again)
 
     def _step(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
         "Decides a batch, stores it and begins to send."
@@ -928,11 +936,16 @@ def open_worker(settings: Settings, environ: Mapping[str, str], scores: bool) ->
         log.info("group %s reads %s%s", group, ", ".join(wanted), f"; metrics on http://{stream.host}:{port}/metrics" if port else "")
         yield worker
 
-# %% ../nbs/14_stream.ipynb #f6046a18
+# %% ../nbs/14_stream.ipynb #29cb7455
 def stop_on_signals(stopping: threading.Event) -> None:
     "SIGTERM and SIGINT let the step in hand finish."
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+
+def quiet_clients() -> None:
+    "Client libraries say each time what they try again; what lasts we say ourselves."
+    for name in ("kafka", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 def run_worker(settings: Settings, environ: Mapping[str, str], scores: bool = True) -> None:
     "Scores (or labels) until a signal says to stop; raises `FraudError`."
@@ -944,7 +957,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     "`python -m fraud_pkg.stream [labels]`: the consumer without the command line's other commands, for the image."
     given = sys.argv[1:] if arguments is None else list(arguments)
     log_json_lines()
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # what it retries it says each time; what lasts we say ourselves
+    quiet_clients()
     if given not in ([], ["labels"]):
         sys.exit(f"error: {' '.join(given)}: expected nothing, or labels")
     try:

@@ -1,0 +1,587 @@
+"""The stream on a real Kafka broker: every decision that of batch scoring, and nothing lost, counted twice or changed, whatever is killed or taken away."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import servers
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+
+from fraud_pkg.acquire import acquire
+from fraud_pkg.bundle import load_bundle
+from fraud_pkg.engines import build_features
+from fraud_pkg.evaluate import DECISIONS, decide
+from fraud_pkg.feeds import label_message, transaction_messages
+from fraud_pkg.journal import JournaledLedger, SteppingRedis
+from fraud_pkg.ledger import Event, MemoryLedger
+from fraud_pkg.scores import enter, load_periods
+from fraud_pkg.scoring import EXAMPLE
+from fraud_pkg.settings import load_settings
+from fraud_pkg.stream import DECISIONS as DECISION_FORMAT
+from fraud_pkg.stream import TRANSACTIONS, read_record
+from fraud_pkg.xgboost import train_xgboost
+
+PROJECT = Path(__file__).resolve().parents[1]
+ROWS, RETENTION = 100_000, 720 + 168
+DAYS = 28  # within the retention: nothing is forgotten, so that ledgers can be compared as a whole
+
+
+class Broker:
+    """A broker that can go away and come back with what it had."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._port, self._running = folder, servers.free_port(), contextlib.ExitStack()
+        self.start()
+
+    def start(self) -> None:
+        self.address = self._running.enter_context(servers.kafka(self._folder, self._port))
+
+    def stop(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory):
+    if address := os.environ.get("FRAUD_STREAM_BOOTSTRAP_SERVERS"):
+        yield SimpleNamespace(address=address, stop=lambda: pytest.skip("the broker is not ours to stop"), start=lambda: None)
+        return
+    made = Broker(tmp_path_factory.mktemp("broker"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@dataclass(frozen=True)
+class World:
+    """Transactions, a model that learned from them, and what batch scoring says of them while nobody knows what was fraud."""
+    bundle: Path
+    table: pa.Table   # 100,000 transactions with labels
+    quiet: Path       # the same in a file, without labels
+    features: np.ndarray
+    probability: np.ndarray
+    decision: list[str]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    shutil.copy(PROJECT / "settings.ini", root)
+
+    def settings(**more):
+        given = {"simulate.rows": ROWS, "simulate.days": DAYS, "simulate.fraud_rate": 0.01, "features.engine": "local", "split.test_hours": 144, "split.validation_hours": 96, "xgboost.rounds": 60, "evaluate.resamples": 20}
+        return load_settings(cli=given | {key.replace("__", "."): value for key, value in more.items()}, file=root / "settings.ini", environ={})
+
+    learning = settings()
+    table = pq.read_table(learning.data_dir / "raw" / acquire(learning)["file"])
+    build_features(learning)
+    periods = load_periods(learning)
+    enter(train_xgboost(periods.train, periods.validation, learning, tell=lambda line: None), periods, learning)
+    quiet = root / "quiet.parquet"
+    pq.write_table(table.set_column(table.column_names.index("isFraud"), "isFraud", pa.array(np.zeros(len(table), np.int8))), quiet)
+    batch = settings(data__source=str(quiet), paths__data="batch")
+    acquire(batch)
+    names = build_features(batch)["features"]
+    parts = pa.concat_tables(pq.read_table(file) for file in sorted((batch.data_dir / "features").glob("part-*.parquet")))
+    features = np.stack([parts[name].to_numpy() for name in names], axis=1).astype(np.float32)
+    bundle = load_bundle(learning.models_dir / "xgboost")
+    p = bundle.probability(np.ascontiguousarray(features[:, [names.index(name) for name in bundle.manifest.features]]))
+    return World(bundle.folder, table, quiet, features, p, [DECISIONS[d] for d in decide(p, bundle.manifest.thresholds)])
+
+
+@dataclass
+class Case:
+    """Topics, a group and folders of their own, and the command line on them."""
+    folder: Path
+    broker: Broker
+    settings: dict
+    environ: dict[str, str] = field(default_factory=dict)
+    ports: list[int] = field(default_factory=list)
+
+    def _variables(self, more: Mapping) -> dict[str, str]:
+        given = self.settings | {key.replace("__", "."): value for key, value in more.items()}
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+        return environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(self.folder), "PYTHONPATH": str(PROJECT)} | self.environ
+
+    def fraud(self, *arguments: str, ok: bool = True, **more) -> subprocess.CompletedProcess:
+        done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", "stream", *arguments], cwd=self.folder, env=self._variables(more), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 or not ok, f"{arguments}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        return done
+
+    def start(self, *arguments: str, **more) -> subprocess.Popen:
+        port = servers.free_port()
+        self.ports.append(port)
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", "stream", *arguments], cwd=self.folder, env=self._variables({"stream.port": port, **more}), stdout=log, stderr=subprocess.STDOUT)
+        process.port = port
+        return process
+
+    @contextlib.contextmanager
+    def running(self, *arguments: str, **more) -> Iterator[subprocess.Popen]:
+        """Stopped in the friendly way afterwards, which has to end well."""
+        process = self.start(*arguments, **more)
+        try:
+            yield process
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, self.log()
+        finally:
+            process.kill()
+            process.wait()
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()[-6000:]
+
+    def topic(self, name: str) -> str:
+        return {"transactions": self.settings["stream.transactions"], "decisions": self.settings["stream.decisions"], "labels": self.settings["stream.labels"],
+                "dead": f"{self.settings['stream.transactions']}.dlq", "dead labels": f"{self.settings['stream.labels']}.dlq"}[name]
+
+    def read(self, name: str) -> list:
+        """Every message of a topic, in the order of its partitions."""
+        consumer = KafkaConsumer(bootstrap_servers=self.broker.address, auto_offset_reset="earliest", enable_auto_commit=False)
+        with contextlib.closing(consumer):
+            partitions = [TopicPartition(self.topic(name), number) for number in sorted(consumer.partitions_for_topic(self.topic(name)) or ())]
+            consumer.assign(partitions)
+            ends, found = consumer.end_offsets(partitions), []
+            while any(consumer.position(p) < ends[p] for p in partitions):
+                found += [record for records in consumer.poll(timeout_ms=1000).values() for record in records]
+        return sorted(found, key=lambda r: (r.partition, r.offset))
+
+    def count(self, name: str) -> int:
+        consumer = KafkaConsumer(bootstrap_servers=self.broker.address, enable_auto_commit=False)
+        with contextlib.closing(consumer):
+            return sum(consumer.end_offsets([TopicPartition(self.topic(name), number) for number in consumer.partitions_for_topic(self.topic(name)) or ()]).values())
+
+    def send(self, name: str, messages: list[tuple[bytes | None, bytes | None]]) -> None:
+        with contextlib.closing(KafkaProducer(bootstrap_servers=self.broker.address, linger_ms=20, batch_size=1 << 18)) as producer:
+            for future in [producer.send(self.topic(name), value, key=key) for key, value in messages]:
+                future.get(30) if future.is_done else None
+            producer.flush()
+
+    def until(self, holds: Callable[[], bool], seconds: float = 120, process: subprocess.Popen | None = None) -> None:
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, self.log()
+            assert process is None or process.poll() is None, self.log()
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def case(tmp_path, broker, world) -> Callable[..., Case]:
+    def make(name: str = "a", **more) -> Case:
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(PROJECT / "settings.ini", folder)
+        tag = f"{os.getpid()}-{time.time_ns()}"
+        settings = {"stream.bootstrap_servers": broker.address, "stream.transactions": f"t-{tag}", "stream.decisions": f"d-{tag}", "stream.labels": f"l-{tag}", "stream.group": f"g-{tag}", "stream.partitions": 1,
+                    "stream.session_timeout": 1, "stream.port": 0, "serve.bundle": world.bundle, "features.engine": "local"}
+        return Case(folder, broker, settings | {key.replace("__", "."): value for key, value in more.items()})
+    return make
+
+
+def metric(process: subprocess.Popen, name: str, **labels: str) -> float:
+    """The sum of a figure that a consumer shows, 0 while it shows none."""
+    try:
+        text = urllib.request.urlopen(f"http://{servers.HOST}:{process.port}/metrics", timeout=5).read().decode()
+    except OSError:
+        return 0.0
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line) and all(w in line for w in wanted))
+
+
+def events_of(table: pa.Table) -> list[Event]:
+    return [Event(str(r["tx_id"]), r["step"], r["nameOrig"], r["nameDest"], round(r["amount"] * 100)) for r in table.select(["tx_id", "step", "nameOrig", "nameDest", "amount"]).to_pylist()]
+
+
+def everything(ledger: MemoryLedger) -> dict:
+    """A memory ledger as it is."""
+    return {account: history.rows() for account, history in ledger._accounts.items()}, ledger._events, ledger._frauds
+
+
+def expected_ledger(table: pa.Table, frauds: bool) -> MemoryLedger:
+    ledger = MemoryLedger(RETENTION)
+    ledger.record(events_of(table))
+    if frauds:
+        ledger.label({str(i): True for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True) if fraud})
+    return ledger
+
+
+def once(decisions: list) -> dict[str, bytes]:
+    """{transaction id: message}; what is there twice is there twice the same."""
+    found: dict[str, bytes] = {}
+    for record in decisions:
+        number = read_record(record.value)["transaction_id"]
+        assert found.setdefault(number, record.value) == record.value, f"{number} was repeated with other bytes"
+    return found
+
+
+def check_decisions(found: Mapping[str, bytes], world: World, rows: int) -> None:
+    """Those of batch scoring, bit for bit."""
+    numbers = [str(i) for i in world.table["tx_id"].to_pylist()[:rows]]
+    assert found.keys() == set(numbers)
+    records = [read_record(found[number]) for number in numbers]
+    assert np.array_equal(np.array([r["features"] for r in records], np.float32), world.features[:rows], equal_nan=True)
+    assert [r["fraud_probability"] for r in records] == [round(p, 9) for p in world.probability[:rows].tolist()]
+    assert [r["decision"] for r in records] == world.decision[:rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, broker, world) -> SimpleNamespace:
+    """A hundred thousand transactions through one consumer that nothing happens to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copy(PROJECT / "settings.ini", folder)
+    tag = f"u-{os.getpid()}-{time.time_ns()}"
+    made = Case(folder, broker, {"stream.bootstrap_servers": broker.address, "stream.transactions": f"t-{tag}", "stream.decisions": f"d-{tag}", "stream.labels": f"l-{tag}", "stream.group": f"g-{tag}", "stream.partitions": 1,
+                                 "stream.session_timeout": 1, "stream.port": 0, "serve.bundle": world.bundle, "features.engine": "local"})
+    said = made.fraud("produce", str(world.quiet)).stdout
+    with made.running("score") as process:
+        made.until(lambda: made.count("decisions") >= ROWS, process=process)
+    return SimpleNamespace(case=made, said=said, decisions=made.read("decisions"))
+
+
+def test_every_decision_is_that_of_batch_scoring(uninterrupted, world):
+    assert uninterrupted.said.startswith("100,000 transactions and 0 labels")
+    assert len(uninterrupted.decisions) == ROWS
+    check_decisions(once(uninterrupted.decisions), world, ROWS)
+    keys = dict(zip(map(str, world.table["tx_id"].to_pylist()), world.table["nameOrig"].to_pylist(), strict=True))
+    assert all(keys[read_record(r.value)["transaction_id"]].encode() == r.key for r in uninterrupted.decisions[:1000])
+    ledger = JournaledLedger(uninterrupted.case.folder / "data/stream", RETENTION)
+    assert everything(ledger) == everything(expected_ledger(world.table, frauds=False))
+    ledger.close()
+
+
+def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command: str = "score", **more) -> int:
+    """Starts a consumer and kills it, each time at another moment; returns how often it was in the middle of something."""
+    chance, busy = random.Random(seed), 0
+    for _ in range(times):
+        before = case.count("decisions")
+        process = case.start(command, **more)
+        if chance.random() < 0.8:  # most of the time while it works, otherwise while it starts
+            with contextlib.suppress(AssertionError):
+                case.until(lambda before=before: case.count("decisions") > before or done(), 30, process)
+        time.sleep(chance.uniform(0, 0.6))
+        busy += process.poll() is None and not done()
+        process.kill()
+        process.wait()
+    return busy
+
+
+def test_killed_twenty_times(case, uninterrupted, world):
+    """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the same ledger."""
+    made = case(stream__batch=100, stream__transactions=uninterrupted.case.topic("transactions"), stream__labels=uninterrupted.case.topic("labels"))
+    made.fraud("redrive", "--dry-run")  # makes the topics
+    seed = int.from_bytes(os.urandom(4), "big")
+    print("seed", seed)
+    busy = killed(made, 20, seed, lambda: made.count("decisions") >= ROWS)
+    assert busy >= 10, "the consumer was through before it could be killed"
+    with made.running("score", stream__batch=500) as process:
+        made.until(lambda: metric(process, "fraud_stream_lag") == 0 and made.count("decisions") >= ROWS, process=process)
+    decisions = made.read("decisions")
+    print(f"{busy} of 20 kills in the middle of work, {len(decisions) - ROWS} decisions repeated")
+    assert once(decisions) == once(uninterrupted.decisions)
+    ledger = JournaledLedger(made.folder / "data/stream", RETENTION)
+    assert everything(ledger) == everything(expected_ledger(world.table, frauds=False))
+    ledger.close()
+
+
+def redis_ledger(url: str, table: pa.Table) -> tuple[dict, set]:
+    """Histories and recorded transactions of everybody in `table`."""
+    ledger, accounts = SteppingRedis(url, RETENTION, 10), sorted(set(table["nameOrig"].to_pylist()) | set(table["nameDest"].to_pylist()))
+    reading = ledger.read(accounts, map(str, table["tx_id"].to_pylist()), int(max(table["step"].to_pylist())))
+    ledger.close()
+    return {account: history.rows() for account, history in reading.histories.items() if history.hours}, set(reading.recorded)
+
+
+def test_killed_with_a_shared_ledger(case, world, redis_url):
+    """Redis, three partitions, labels in a process of their own, two scorers and a labeller that are killed."""
+    made, table = case(stream__partitions=3, stream__batch=100, ledger__url=redis_url.replace("/0", "/1")), world.table.slice(0, 40_000)
+    source = made.folder / "source.parquet"
+    pq.write_table(table, source)
+    frauds = sum(table["isFraud"].to_pylist())
+    made.fraud("produce", str(source))
+    made.send("labels", [(str(i).encode(), label_message(str(i), True, "json")) for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True) if fraud])
+    seed = int.from_bytes(os.urandom(4), "big")
+    print("seed", seed)
+    with made.running("score") as beside:
+        killed(made, 6, seed, lambda: made.count("decisions") >= len(table))
+        killed(made, 4, seed + 1, lambda: made.count("decisions") >= len(table), "labels")
+        made.until(lambda: made.count("decisions") >= len(table) and metric(beside, "fraud_stream_lag") == 0, process=beside)
+        for _ in range(3):  # labels that were too early come back
+            with made.running("labels") as labeller:
+                made.until(lambda: (metric(labeller, "fraud_stream_messages_total") > 0 or metric(labeller, "fraud_stream_lag") == 0) and servers.status(f"http://{servers.HOST}:{labeller.port}/readyz") == 200, process=labeller)
+                time.sleep(1.5)
+            made.fraud("redrive", "--labels")
+        with made.running("labels") as labeller:
+            made.until(lambda: servers.status(f"http://{servers.HOST}:{labeller.port}/readyz") == 200, process=labeller)
+            time.sleep(1.5)
+    found = once(made.read("decisions"))
+    assert found.keys() == set(map(str, table["tx_id"].to_pylist()))
+    histories, recorded = redis_ledger(made.settings["ledger.url"], table)
+    expected = expected_ledger(table, frauds=True)
+    assert recorded == found.keys() and histories == {account: history.rows() for account, history in expected._accounts.items()}
+    assert sum(row[-1] for rows in histories.values() for row in rows) == 2 * frauds
+
+
+def test_broker_goes_away_and_comes_back(case, world, broker):
+    made = case(stream__batch=100)
+    made.fraud("produce", str(world.quiet), "--limit", "30000")
+    with made.running("score") as process:
+        made.until(lambda: metric(process, "fraud_stream_messages_total") > 3000, process=process)
+        broker.stop()
+        time.sleep(4)
+        assert process.poll() is None, made.log()
+        broker.start()
+        made.until(lambda: metric(process, "fraud_stream_messages_total", outcome="decided") == 30_000, process=process)
+    check_decisions(once(made.read("decisions")), world, 30_000)
+
+
+def test_consumers_join_and_leave(case, world, redis_url):
+    """Up to three share the work, and the partitions change hands while messages flow; each is decided once, and each account's in their order."""
+    made, rows = case(stream__partitions=6, stream__batch=50, ledger__url=redis_url.replace("/0", "/2")), 30_000
+    made.fraud("redrive", "--dry-run")  # makes the topics
+    source = made.start("produce", str(world.quiet), "--limit", str(rows), "--rate", "1500")
+    with made.running("score") as first:
+        made.until(lambda: metric(first, "fraud_stream_messages_total") > 500, process=first)
+        with made.running("score") as second:
+            made.until(lambda: metric(second, "fraud_stream_messages_total") > 500, process=second)
+            with made.running("score") as third:
+                made.until(lambda: metric(third, "fraud_stream_messages_total") > 500, process=third)
+            assert source.poll() is None, "everything was sent before the last consumer left"
+        made.until(lambda: source.poll() == 0 and made.count("decisions") >= rows, process=first)
+    decisions = made.read("decisions")
+    found = once(decisions)
+    assert found.keys() == set(map(str, world.table["tx_id"].to_pylist()[:rows]))
+    histories, recorded = redis_ledger(made.settings["ledger.url"], world.table.slice(0, rows))
+    assert recorded == found.keys() and histories == {a: h.rows() for a, h in expected_ledger(world.table.slice(0, rows), frauds=False)._accounts.items()}
+    order: dict[bytes, list[int]] = defaultdict(list)
+    for record in decisions:
+        order[record.key].append(int(read_record(record.value)["transaction_id"]))
+    assert all(list(dict.fromkeys(numbers)) == sorted(set(numbers)) for numbers in order.values())
+
+
+def test_a_memory_ledger_is_not_shared(case, world):
+    made = case(stream__partitions=2)
+    made.fraud("produce", str(world.quiet), "--limit", "1000")
+    with made.running("score") as process:
+        made.until(lambda: metric(process, "fraud_stream_messages_total") == 1000, process=process)
+        beside = made.fraud("score", ok=False)
+        assert beside.returncode == 1 and "another consumer keeps its memory ledger here" in beside.stderr
+        elsewhere = made.fraud("score", ok=False, stream__state="data/elsewhere")
+        assert elsewhere.returncode == 1 and "a memory ledger must see them all; several consumers need [ledger] url = redis://" in elsewhere.stderr
+        labeller = made.fraud("labels", ok=False, stream__state="data/elsewhere")
+        assert labeller.returncode == 1 and "a memory ledger lives in `fraud stream score`" in labeller.stderr
+        made.fraud("produce", str(world.quiet), "--limit", "1000", "--prefix", "again-")
+        made.until(lambda: metric(process, "fraud_stream_messages_total") == 2000, process=process)
+
+
+POISON = {
+    "empty": [None, b""],
+    "encoding": [b"{", b"[" * 100_000, b"\xff\xfe\x00", b"not json", TRANSACTIONS.write(EXAMPLE)[:-4], TRANSACTIONS.write(EXAMPLE) + b"\x00"],
+    "schema": [json.dumps({"schema": 2, **EXAMPLE}).encode(), json.dumps({"schema": "1", **EXAMPLE}).encode(), b"\xc3\x01" + bytes(8) + b"x", DECISION_FORMAT.head + b"x"],
+    "contract": [b"[]", b"null", b"{}", json.dumps({"schema": 1, **EXAMPLE, "amount": -5}).encode(), json.dumps({"schema": 1, **EXAMPLE, "amount": 1e300}).encode(), json.dumps({"schema": 1, **EXAMPLE, "extra": 1}).encode(),
+                 json.dumps({"schema": 1, **EXAMPLE, "timestamp": "2026-01-05T10:00:00Z"}).encode(), json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "far", "step": 20_000}).encode(),
+                 json.dumps({"schema": 1, **EXAMPLE, "nameOrig": "x" * 65}).encode()],
+    "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "0", "amount": 1.0, "step": 3}).encode()]}
+
+
+def test_poison_among_good_ones(case, world):
+    """Each kind ends in the dead-letter topic as it came, the good ones are decided as if it were not there; what is sent twice is decided once."""
+    made, rows, bad = case(), 2_000, [(kind, value) for kind, values in POISON.items() for value in values]
+    good = [(key, value) for _, _, key, value, _ in transaction_messages(world.table.slice(0, rows), "json")]
+    made.fraud("redrive", "--dry-run")
+    messages = list(good)
+    for i, (_, value) in enumerate(bad):
+        messages.insert(200 + 70 * i, (b"\xff\x00key", value))
+    made.send("transactions", messages[:1000] + [messages[5], messages[700]] + messages[1000:] + [messages[9]])
+    with made.running("score") as process:
+        made.until(lambda: metric(process, "fraud_stream_messages_total") == len(messages) + 3, process=process)
+        assert metric(process, "fraud_stream_messages_total", outcome="duplicate") == 3
+        assert {kind: metric(process, "fraud_stream_dead_letters_total", kind=kind) for kind in POISON} == {kind: len(values) for kind, values in POISON.items()}
+        text = urllib.request.urlopen(f"http://{servers.HOST}:{process.port}/metrics").read()
+        check = subprocess.run([servers.program("promtool", "prometheus"), "check", "metrics"], input=text, capture_output=True)
+        assert check.returncode == 0, check.stdout + check.stderr
+    check_decisions(once(made.read("decisions")), world, rows)
+    dead = made.read("dead")
+    assert Counter((dict(d.headers)["fraud-kind"].decode(), d.value) for d in dead) == Counter((kind, value) for kind, value in bad)
+    source = {r.offset: r.value for r in made.read("transactions")}
+    for letter in dead:
+        headers = {name: value.decode() for name, value in letter.headers}
+        assert letter.key == b"\xff\x00key" and headers["fraud-topic"] == made.topic("transactions") and source[int(headers["fraud-offset"])] == letter.value
+        assert json.loads(headers["fraud-reason"])[0]["reason"]
+    assert "20 dead letters are there" not in made.fraud("redrive", "--dry-run").stdout
+
+
+def test_dead_letters_come_back_when_what_was_wrong_is_mended(case, world):
+    """Timestamps need the moment of step 0; without it they are dead letters, with it they are decided."""
+    made = case()
+    made.fraud("redrive", "--dry-run")
+    timed = [{key: value for key, value in EXAMPLE.items() if key != "step"} | {"transaction_id": f"t{i}", "timestamp": f"2026-01-05T10:{i:02}:00Z"} for i in range(40)]
+    made.send("transactions", [(b"C1001", json.dumps(t).encode()) for t in timed] + [(b"C1001", b"{")])
+    with made.running("score") as process:
+        made.until(lambda: made.count("dead") == 41, process=process)
+    assert "41 dead letters are there" in made.fraud("redrive", "--dry-run").stdout
+    with made.running("score", serve__epoch="2026-01-01T00:00") as process:
+        shown = made.fraud("redrive").stdout
+        assert re.search(r"contract .*timestamp.* 40\n", shown) and "41 dead letters sent back" in shown
+        made.until(lambda: made.count("decisions") == 40 and made.count("dead") == 42, process=process)
+    assert {read_record(r.value)["step"] for r in made.read("decisions")} == {4 * 24 + 10}
+    left = made.read("dead")[-1]
+    assert (left.value, dict(left.headers)["fraud-redriven"]) == (b"{", b"1")
+    assert "1 dead letters are there" in made.fraud("redrive", "--dry-run").stdout
+
+
+@contextlib.contextmanager
+def api(folder: Path, bundle: Path, port: int) -> Iterator[subprocess.Popen]:
+    """The service with a memory ledger that survives a friendly stop."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+    given = {"serve.port": port, "serve.bundle": bundle, "ledger.url": f"memory://{folder}/ledger.npz"}
+    environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(PROJECT), "PYTHONPATH": str(PROJECT), "FRAUD_API_KEYS": "stream:0123456789abcdef"}
+    with servers.running([sys.executable, "-m", "fraud_pkg.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, folder / "api.log", env=environ) as process:
+        yield process
+
+
+def test_the_service_decides_goes_away_and_comes_back(case, world, tmp_path):
+    """Through the API: decisions equal those of batch scoring too; while it is away the consumer waits; a consumer that is killed repeats nothing."""
+    port, rows = servers.free_port(), 20_000
+    made = case(stream__via=f"http://{servers.HOST}:{port}", stream__batch=100)
+    made.environ["FRAUD_API_KEY"] = "0123456789abcdef"
+    made.fraud("produce", str(world.quiet), "--limit", str(rows))
+    with made.running("score") as process:
+        made.until(lambda: metric(process, "fraud_stream_waits_total", reason="service") >= 2, process=process)  # nobody there yet
+        with api(tmp_path, world.bundle, port):
+            made.until(lambda: made.count("decisions") > 2_000, process=process)
+        made.until(lambda: metric(process, "fraud_stream_circuit_open") == 1, 60, process)
+        assert servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 503 and servers.status(f"http://{servers.HOST}:{process.port}/healthz") == 200
+        with api(tmp_path, world.bundle, port):
+            made.until(lambda: made.count("decisions") > 5_000, process=process)
+            process.kill()
+            process.wait()
+            killed(made, 3, 5, lambda: made.count("decisions") >= rows)
+            with made.running("score") as last:
+                made.until(lambda: made.count("decisions") >= rows, process=last)
+            process.send_signal = lambda number: setattr(process, "returncode", 0)  # it is gone already
+    decisions = made.read("decisions")
+    assert len(decisions) == rows
+    check_decisions(once(decisions), world, rows)
+
+
+def test_labels_through_the_service(case, world, tmp_path):
+    port = servers.free_port()
+    made = case(stream__via=f"http://{servers.HOST}:{port}")
+    made.environ["FRAUD_API_KEY"] = "0123456789abcdef"
+    made.fraud("produce", str(world.quiet), "--limit", "1000")
+    with api(tmp_path, world.bundle, port), made.running("score") as scorer:
+        made.until(lambda: made.count("decisions") == 1000, process=scorer)
+        made.send("labels", [(b"7", label_message("7", True, "json")), (b"none", label_message("none", True, "avro")), (b"x", b"{}")])
+        with made.running("labels") as labeller:
+            made.until(lambda: metric(labeller, "fraud_stream_messages_total") == 3, process=labeller)
+            assert metric(labeller, "fraud_stream_messages_total", outcome="label") == 1
+    assert sorted(dict(d.headers)["fraud-kind"] for d in made.read("dead labels")) == [b"contract", b"unknown"]
+    made.environ["FRAUD_API_KEY"] = "not-this-one-either"
+    with api(tmp_path, world.bundle, port):
+        made.fraud("produce", str(world.quiet), "--limit", "10", "--prefix", "x")
+        refused = made.fraud("score", ok=False)
+        assert refused.returncode == 1 and "its key in FRAUD_API_KEY" in refused.stderr
+
+
+def test_avro_from_end_to_end(case, world, uninterrupted):
+    made, rows = case(stream__format="avro", stream__compression="lz4"), 5_000
+    made.fraud("produce", str(world.quiet), "--limit", str(rows))
+    with made.running("score") as process:
+        made.until(lambda: made.count("decisions") == rows, process=process)
+    decisions = made.read("decisions")
+    check_decisions(once(decisions), world, rows)
+    as_json = {read_record(r.value)["transaction_id"]: len(r.value) for r in uninterrupted.decisions[:rows]}
+    assert sum(len(r.value) for r in decisions) < 0.7 * sum(as_json.values())
+
+
+def test_the_sink_writes_each_decision_once(case, world, uninterrupted):
+    """Killed while it writes, with messages that a crash had repeated, and with what is no decision."""
+    made = case(stream__decisions=uninterrupted.case.topic("decisions"))
+    values = [(r.key, r.value) for r in uninterrupted.decisions]
+    chance = random.Random(3)
+    for _ in range(5):
+        process = made.start("sink")
+        time.sleep(chance.uniform(2.0, 6.0))
+        process.kill()
+        process.wait()
+    made.send("decisions", [*values[-400:], (b"x", b"no decision"), (b"x", b'{"schema":1,"transaction_id":"half"}')])
+    said = made.fraud("sink", "--until-end").stdout
+    assert re.match(r"[\d,]+ decisions written to", said)
+    lake = made.folder / "data/decisions"
+    table = pq.read_table(lake, filters=None, ignore_prefixes=["unreadable", "."])
+    assert sorted(map(int, table["transaction_id"].to_pylist())) == world.table["tx_id"].to_pylist()
+    assert sorted(path.read_bytes() for path in (lake / "unreadable").iterdir()) == [b"no decision", b'{"schema":1,"transaction_id":"half"}']
+    ordered = table.sort_by("source_offset")
+    assert ordered["decision"].to_pylist() == world.decision
+    assert all(day == step // 24 for day, step in zip(ordered["day"].to_pylist(), ordered["step"].to_pylist(), strict=True))
+    assert "0 decisions written" in made.fraud("sink", "--until-end").stdout
+
+
+def test_stops_when_asked_and_repeats_nothing(case, world):
+    made, rows = case(stream__batch=50), 20_000
+    made.fraud("produce", str(world.quiet), "--limit", str(rows))
+    for _ in range(3):
+        with made.running("score") as process:
+            made.until(lambda: metric(process, "fraud_stream_messages_total") > 500, process=process)
+    with made.running("score") as process:
+        made.until(lambda: made.count("decisions") >= rows, process=process)
+        assert metric(process, "fraud_stream_repeated_total") == 0
+    decisions = made.read("decisions")
+    assert len(decisions) == rows
+    check_decisions(once(decisions), world, rows)
+
+
+def test_a_topic_that_was_made_anew(case, world):
+    made = case()
+    made.fraud("produce", str(world.quiet), "--limit", "500")
+    with made.running("score") as process:
+        made.until(lambda: made.count("decisions") == 500, process=process)
+    with contextlib.closing(KafkaAdminClient(bootstrap_servers=made.broker.address)) as admin:
+        admin.delete_topics([made.topic("transactions")])
+        made.until(lambda: made.topic("transactions") not in admin.list_topics())
+    made.fraud("produce", str(world.quiet), "--limit", "10")
+    refused = made.fraud("score", ok=False)
+    assert refused.returncode == 1 and "the ledger is at 500, the topic ends at 10; it was made anew" in refused.stderr
+
+
+def test_replay_at_a_rate_with_labels(case, world):
+    """Labels follow label_delay hours after their transactions, and reach the memory ledger."""
+    made, table = case(features__label_delay=24), world.table
+    source, rows = made.folder / "source.parquet", 12_000
+    pq.write_table(table.slice(0, rows), source)
+    began = time.monotonic()
+    said = made.fraud("produce", str(source), "--rate", "3000", "--labels").stdout
+    assert time.monotonic() - began > rows / 3000
+    last = table["step"][rows - 1].as_py()
+    known = {str(r["tx_id"]) for r in table.slice(0, rows).select(["tx_id", "step", "isFraud"]).to_pylist() if r["isFraud"] and r["step"] + 24 <= last}
+    assert f"{rows:,} transactions and {len(known):,} labels" in said
+    with made.running("score") as process:
+        made.until(lambda: made.count("decisions") == rows and metric(process, "fraud_stream_messages_total") == rows + len(known), process=process)
+    made.fraud("redrive", "--labels")  # those that were read before their transactions
+    with made.running("score") as process:
+        made.until(lambda: servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 200, process=process)
+        time.sleep(2)
+    ledger = JournaledLedger(made.folder / "data/stream", RETENTION)
+    assert ledger._frauds == known
+    ledger.close()
