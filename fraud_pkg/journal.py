@@ -149,7 +149,7 @@ def _lock(folder: Path) -> int:
         raise LedgerError(f"{folder}: another consumer keeps its memory ledger here; several consumers share one with [ledger] url = redis://...") from error
     return owner
 
-# %% ../nbs/04a_journal.ipynb #bf4b3ac9
+# %% ../nbs/04a_journal.ipynb #369724da
 STEP_SCRIPT = """
 local seconds, moves, events, labels = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 for i = 0, moves - 1 do
@@ -208,8 +208,8 @@ class SteppingRedis(RedisLedger):
         return {name: Progress(int(fields[b"position"]), fields[b"outputs"]) for name, fields in zip(names, self._run(fill), strict=True) if fields}
 
     def step(self, events: Sequence[Event], labels: Mapping[str, bool], moves: Mapping[str, Move]) -> None:
-        known = self.read([], labels, 0).recorded if labels else {}
-        keys, arguments = self._arguments(events, [(event, labels[i]) for i, event in known.items()], moves)
+        known = ({e.transaction_id: e for e in events} | self.read([], labels, 0).recorded) if labels else {}
+        keys, arguments = self._arguments(events, [(known[i], fraud) for i, fraud in labels.items() if i in known], moves)
         try:
             refused, position = self._step(keys=keys, args=arguments)
         except self._failure as error:

@@ -560,8 +560,8 @@ def answering(health: Health, host: str, port: int) -> Iterator[int | None]:
         server.shutdown()
         server.server_close()
 
-# %% ../nbs/14_stream.ipynb #8a07f0ff
-def producer_of(stream: Stream, environ: Mapping[str, str], linger: int = 5) -> KafkaProducer:
+# %% ../nbs/14_stream.ipynb #3456ec26
+def producer_of(stream: Stream, environ: Mapping[str, str], linger: int = 1) -> KafkaProducer:
     "An idempotent producer that waits for all replicas."
     compression = None if stream.compression == "none" else stream.compression
     try:
@@ -664,7 +664,7 @@ class _Rebalanced(ConsumerRebalanceListener):
         self.joined = True
         self.noted.set()
 
-# %% ../nbs/14_stream.ipynb #6e6bcde8
+# %% ../nbs/14_stream.ipynb #18a447bb
 class Reader:
     "A member of a consumer group that takes its positions from a ledger."
 
@@ -677,7 +677,7 @@ class Reader:
         with brokers_answer(stream):
             self.consumer = KafkaConsumer(**client_options(stream, environ), group_id=group, enable_auto_commit=False, auto_offset_reset="earliest", max_poll_records=stream.batch, session_timeout_ms=timeout,
                                           heartbeat_interval_ms=timeout // 4, isolation_level="read_committed", allow_auto_create_topics=False, reconnect_backoff_max_ms=1000, max_partition_fetch_bytes=4 << 20,
-                                          metrics_enabled=False)
+                                          fetch_max_wait_ms=25, metrics_enabled=False)  # a broker is asked for one fetch at a time: an idle topic must not keep a busy one waiting
             self.consumer.subscribe(self.topics, listener=self.rebalanced)
 
     @property

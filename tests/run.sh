@@ -39,6 +39,7 @@ need() {  # program, Debian package, what for: installed where that is allowed
 
 [ -n "${JAVA_HOME:-}" ] || need java openjdk-17-jre-headless "the Spark engine"
 need redis-server redis-server "the shared ledger"
+need mvn maven "the Kafka broker of the tests"
 need shellcheck shellcheck "the check of scripts"
 need promtool prometheus "the check of its configuration"
 for name in buildah podman crun debootstrap; do need "$name" "$name" "the test of the image"; done

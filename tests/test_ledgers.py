@@ -10,6 +10,7 @@ import servers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fraud_pkg.journal import JournaledLedger, Move, Overtaken, Progress, SteppingRedis
 from fraud_pkg.ledger import Event, LedgerError, MemoryLedger, create_table, open_ledger
 
 RETENTION = 100
@@ -145,3 +146,66 @@ def test_server_that_went_away(tmp_path):
 def test_missing_table(dynamodb_url):
     with pytest.raises(LedgerError, match="dynamodb://nowhere"):
         open_ledger("dynamodb://nowhere", RETENTION).ping()
+
+
+step = st.tuples(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60), st.sampled_from(ACCOUNTS), st.sampled_from(ACCOUNTS), st.integers(0, 10**12)), max_size=3),
+    st.dictionaries(st.integers(0, 11), st.booleans(), max_size=2),
+    st.dictionaries(st.integers(0, 2), st.tuples(st.integers(1, 5), st.binary(max_size=8), st.booleans()), max_size=3),
+    st.booleans())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(step, max_size=10))
+def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
+    """The journal, its process ending at any time, and Redis agree: positions and counters move together; a step from the wrong place changes nothing."""
+    prefix, folder = f"s{next(fresh)}-", tmp_path_factory.mktemp("journal")
+    journaled, shared = JournaledLedger(folder, RETENTION), SteppingRedis(redis_url, RETENTION, 5)
+    at: dict[str, Progress] = {}
+    for content, known, partitions, ends in steps:
+        events = [Event(f"{prefix}{i}", hour, prefix + orig, prefix + dest, cents) for i, hour, orig, dest, cents in content]
+        labels = {f"{prefix}{i}": fraud for i, fraud in known.items()}
+        names = {f"{prefix}{number}": given for number, given in partitions.items()}
+        begins = {name: at[name].position if name in at else None for name in names}
+        moves = {name: Move((begins[name] or 0) + 7 if wrong else begins[name], (begins[name] or 0) + further, outputs) for name, (further, outputs, wrong) in names.items()}
+        refused = any(wrong for _, _, wrong in names.values())
+        for ledger in (journaled, shared):
+            if refused:
+                with pytest.raises(Overtaken, match="another consumer has moved on"):
+                    ledger.step(events, labels, moves)
+            else:
+                ledger.step(events, labels, moves)
+        if not refused:
+            at |= {name: Progress(move.position, move.outputs) for name, move in moves.items()}
+        if ends:
+            journaled.close()  # what the process's memory had is gone
+            journaled = JournaledLedger(folder, RETENTION)
+        asked = [f"{prefix}{number}" for number in range(3)]
+        assert journaled.progress(asked) == shared.progress(asked) == at
+        assert seen(journaled, prefix, 60) == seen(shared, prefix, 60)
+    journaled.close()
+
+
+def test_a_step_in_a_redis_that_forgot_its_scripts(redis_url):
+    ledger = SteppingRedis(redis_url, RETENTION, 5)
+    ledger._client.script_flush()
+    ledger.step([Event("script-1", 5, "script-a", "script-b", 10)], {}, {"script/0": Move(None, 1, b"\xff\x00")})
+    assert ledger.progress(["script/0"]) == {"script/0": Progress(1, b"\xff\x00")}
+    assert ledger.read(["script-a"], [], 5).histories["script-a"].rows() == [(5, 1, 10, 0, 0, 0)]
+
+
+def test_a_full_disk_refuses_the_step(tmp_path):
+    """Nothing of it has happened, and the ledger goes on when there is room again."""
+    ledger = JournaledLedger(tmp_path / "ledger", RETENTION)
+    ledger.step([Event("a", 5, "C1", "C2", 10)], {}, {"p/0": Move(None, 1)})
+    pages = ledger._journal.execute("PRAGMA page_count").fetchone()[0]
+    ledger._journal.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(LedgerError, match="full"):
+        ledger.step([Event(f"b{i}", 6, "C1", "C2", 10) for i in range(2000)], {}, {"p/0": Move(1, 2)})
+    assert ledger.progress(["p/0"]) == {"p/0": Progress(1)} and len(ledger._events) == 1
+    ledger._journal.execute("PRAGMA max_page_count = 100000")
+    ledger.step([Event("b", 6, "C1", "C2", 10)], {}, {"p/0": Move(1, 2)})
+    ledger.close()
+    again = JournaledLedger(tmp_path / "ledger", RETENTION)
+    assert (len(again._events), again.progress(["p/0"])) == (2, {"p/0": Progress(2)})
+    again.close()
