@@ -28,8 +28,9 @@ run: $(READY)  ## the pipeline: what has changed and what depends on it (ARGS="-
 test: $(READY)  ## every test
 	@bash tests/run.sh
 
-bench: $(READY)  ## decisions in process, over HTTP and in Lambda, beside peers (ARGS="--quick")
+bench: $(READY)  ## decisions in process, over HTTP, in Lambda and on a stream, beside peers (ARGS="--quick")
 	@python benchmarks/serving.py $(ARGS)
+	@python benchmarks/streaming.py $(ARGS)
 
 lab: $(READY)  ## JupyterLab, in nbs/
 	@jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs

@@ -34,6 +34,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .bundle import MANIFEST, Bundle
@@ -174,10 +175,13 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
 class Door(APIRoute):
     "A route that leaves everything but transport to the service."
 
-    def get_route_handler(self):
-        async def handle(request: Request) -> Response:
-            return await respond(request, self.path)
-        return handle
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.app = self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await respond(Request(scope, receive), self.path)
+        await response(scope, receive, send)
 
 LOCAL = {"/healthz", "/model"}  # answered without the ledger
 PROBES = {"/readyz"}            # ask for it in threads of their own: decisions that wait for a ledger keep no probe waiting
@@ -349,7 +353,11 @@ def build(settings: Settings, environ: Mapping[str, str]) -> tuple[FastAPI, Watc
         task = asyncio.create_task(keep_looking(watcher))
         yield
         task.cancel()
-        keep(service.ledger, settings)
+        try:
+            keep(service.ledger, settings)
+        except OSError as error:
+            app.state.lost = error
+            raise
 
     return create_app(service, metrics, lifespan), watcher
 
@@ -370,6 +378,8 @@ def serve(settings: Settings, environ: Mapping[str, str] | None = None) -> None:
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(app, chosen.host, chosen.port, http=protocol, log_config=None, access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=math.ceil(chosen.drain))
     uvicorn.Server(config).run()
+    if lost := getattr(app.state, "lost", None):
+        raise FraudError(f"[ledger] url = {settings.ledger.url}: the snapshot was not written ({lost}); the one before stays")
 
 # %% ../nbs/13_api.ipynb #44801aaf
 def main() -> None:

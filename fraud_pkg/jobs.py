@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CRON_BOUNDS', 'HEADER', 'Target', 'TARGETS', 'HASH_BELOW', 'STYLE', 'DVC_NOISE', 'DVC_CONFIG', 'Resources',
-           'FrontMatter', 'Job', 'module_closure', 'read_job', 'compile_jobs', 'dvc_files', 'write_targets',
-           'source_fingerprint', 'params_document', 'write_params', 'parse_parameters', 'ProcessTree', 'render_html',
-           'disk_full', 'JobError', 'exclusive', 'Record', 'find_job', 'run_job', 'preflight', 'Event', 'Repro',
-           'initialise_dvc', 'JobResult', 'Run', 'run_pipeline']
+           'FrontMatter', 'Job', 'read_job', 'compile_jobs', 'dvc_files', 'write_targets', 'source_fingerprint',
+           'params_document', 'write_params', 'parse_parameters', 'ProcessTree', 'render_html', 'disk_full', 'JobError',
+           'exclusive', 'Record', 'find_job', 'run_job', 'preflight', 'Event', 'Repro', 'initialise_dvc', 'JobResult',
+           'Run', 'run_pipeline']
 
 # %% ../nbs/17_jobs.ipynb #555d8d5a
 import ast
@@ -34,6 +34,7 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from .modules import imports_of, module_closure
 from .settings import FraudError, Settings, SettingsError, known_keys, load_settings, project_root
 
 # %% ../nbs/17_jobs.ipynb #2d1eee63
@@ -133,34 +134,6 @@ def _check_settings(path: Path, declared: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             raise FraudError(f"{path.name}: settings names {name}, which is no section or section.key" + (f"; did you mean {close[0]}?" if close else ""))
 
-# %% ../nbs/17_jobs.ipynb #7e696eb5
-def _imports(source: str, package: str) -> set[str]:
-    "Modules of `package` that a piece of source imports, by bare name."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith(f"{package}.")}
-        elif isinstance(node, ast.ImportFrom):
-            module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
-            if module == package:
-                found |= {a.name for a in node.names}
-            elif module.startswith(f"{package}."):
-                found.add(module.split(".")[1])
-    return found
-
-# %% ../nbs/17_jobs.ipynb #9cbd6d20
-def module_closure(names: Iterable[str], folder: Path) -> tuple[str, ...]:
-    "The files of package `folder` that importing `names` reaches, sorted; raises `FraudError` for one that does not exist."
-    todo, seen = set(names), set()
-    while todo:
-        name = todo.pop()
-        file = folder / f"{name}.py"
-        if not file.is_file():
-            raise FraudError(f"{folder.name} has no module {name}")
-        seen.add(name)
-        todo |= _imports(file.read_text(encoding="utf-8"), folder.name) - seen
-    return tuple(f"{folder.name}/{name}.py" for name in sorted(seen))
-
 # %% ../nbs/17_jobs.ipynb #e0ad4e08
 def read_job(
     path: Path,     # a notebook in the project's jobs folder
@@ -172,7 +145,7 @@ def read_job(
     _check_settings(path, fields["settings"])
     code = "\n".join(re.sub(r"^[%!].*$", "", c["source"], flags=re.MULTILINE) for c in cells if c["type"] == "code")
     try:
-        modules = module_closure(_imports(code, package.name), package)
+        modules = module_closure(imports_of(code, package.name), package)
     except SyntaxError as error:
         raise FraudError(f"{path.name}: a code cell is not Python ({error.msg})") from error
     except FraudError as error:

@@ -243,3 +243,15 @@ def test_a_step_far_ahead_erases_nobody(tmp_path):
                 far = httpx.post(f"{url}/predict", json=transaction(2, step=9_000_000))
                 assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "step")
                 assert httpx.post(f"{url}/feedback", json={"labels": [{"transaction_id": "t1", "is_fraud": True}]}).json() == {"recorded": 1, "unknown": []}
+
+
+def test_a_snapshot_that_cannot_be_written_is_no_good_end(tmp_path):
+    """Whoever stops the service learns that its memory was not kept."""
+    example_bundle(tmp_path / "champion")
+    (tmp_path / "ledger").mkdir()
+    with api(tmp_path, ledger__url=f"memory://{tmp_path}/ledger/kept.npz") as (url, process):
+        assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
+        (tmp_path / "ledger").rmdir()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+    assert "the snapshot was not written" in (tmp_path / "api.log").read_text()
