@@ -7,7 +7,7 @@ __all__ = ['log', 'PAYMENT', 'RECALL', 'OWN', 'PAID', 'REASONS', 'transaction_me
            'produce', 'Dead', 'redrive', 'count_reasons', 'Rows', 'lake_table', 'Lake', 'Sink', 'Source',
            'ScoredRecord', 'open_sink']
 
-# %% ../nbs/14a_feeds.ipynb #43f4264d
+# %% ../nbs/14a_feeds.ipynb #ecd72609
 import contextlib
 import heapq
 import logging
@@ -31,14 +31,14 @@ from pydantic import BaseModel, ValidationError, model_validator
 from .acquire import check_source, read_source
 from .features import feature_names
 from .journal import Move, Overtaken, Progress
-from .scoring import Decided
+from .scoring import Decided, to_json
 from .settings import FraudError, Settings, Stream
 from .stream import (LABELS, TRANSACTIONS, VERSION, WHY, BrokerAway, Health, Poison, Reader, StreamMetrics, answering, broker_comes_back, brokers_answer, client_options, make_topics, producer_of,
-                              read_record, to_json_bytes, topics_of)
+                              read_record, topics_of)
 
 log = logging.getLogger("fraud_pkg.stream")
 
-# %% ../nbs/14a_feeds.ipynb #dc024805
+# %% ../nbs/14a_feeds.ipynb #ebeb6976
 PAYMENT = ("step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
 
 def transaction_messages(table: pa.Table, format: str, prefix: str = "") -> Iterator[tuple[int, str, bytes, bytes, bool]]:
@@ -48,12 +48,12 @@ def transaction_messages(table: pa.Table, format: str, prefix: str = "") -> Iter
         for row in batch.to_pylist():
             number, fraud = f"{prefix}{row.pop('tx_id')}", bool(row.pop("isFraud", 0))
             record = {"transaction_id": number, **row}
-            yield row["step"], number, row["nameOrig"].encode(), TRANSACTIONS.write(record) if format == "avro" else to_json_bytes({"schema": VERSION, **record}), fraud
+            yield row["step"], number, row["nameOrig"].encode(), TRANSACTIONS.write(record) if format == "avro" else to_json({"schema": VERSION, **record}), fraud
 
 def label_message(transaction_id: str, fraud: bool, format: str) -> bytes:
     "What became known of a transaction."
     record = {"transaction_id": transaction_id, "is_fraud": fraud}
-    return LABELS.write(record) if format == "avro" else to_json_bytes({"schema": VERSION, **record})
+    return LABELS.write(record) if format == "avro" else to_json({"schema": VERSION, **record})
 
 # %% ../nbs/14a_feeds.ipynb #9375dfd5
 class Sender:

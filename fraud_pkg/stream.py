@@ -13,7 +13,7 @@ __all__ = ['VERSION', 'log', 'KINDS', 'MOMENT', 'OF_PAYMENT', 'TRANSACTION_AVRO'
            'BrokerAway', 'broker_comes_back', 'Reader', 'in_order', 'Worker', 'local_work', 'NoModel', 'remote_work',
            'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
-# %% ../nbs/14_stream.ipynb #02f7d6d7
+# %% ../nbs/14_stream.ipynb #05a895d2
 import base64
 import contextlib
 import functools
@@ -35,17 +35,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import fastavro
 import numpy as np
+import pydantic_core
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 from kafka import ConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaConfigurationError, KafkaError, RetriableError, TopicAlreadyExistsError
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram
 from pydantic import Field, ValidationError
-from pydantic_core import to_json as to_json_bytes
 
 from .api import Metrics
 from .journal import Move, Overtaken, Progress, SteppingLedger, open_stepping
 from .ledger import Event, LedgerError, MemoryLedger, Reading
-from .scoring import EXAMPLE, Label, Refused, Scored, Scorer, Service, Transaction, Watcher, log_json_lines
+from .scoring import EXAMPLE, Label, Refused, Scored, Scorer, Service, Transaction, Watcher, log_json_lines, to_json
 from .settings import FraudError, Settings, Stream, load_settings
 
 # %% ../nbs/14_stream.ipynb #784d622f
@@ -141,7 +141,7 @@ def read_message(model: type, avro: AvroFormat, value: bytes | None) -> Any:
 read_transaction = functools.partial(read_message, TransactionMessage, TRANSACTIONS)
 read_label = functools.partial(read_message, LabelMessage, LABELS)
 
-# %% ../nbs/14_stream.ipynb #30903d9f
+# %% ../nbs/14_stream.ipynb #5d48231f
 def payment(transaction: Transaction) -> dict[str, Any]:
     "What a transaction says, beside its id and step."
     t = transaction
@@ -155,7 +155,7 @@ def write_record(record: Mapping[str, Any], format: str) -> bytes:
     "The record's bytes, in `json` or `avro`."
     if format == "avro":
         return DECISIONS.write({**record, "features": [None if value is None or value != value else value for value in record["features"]]})
-    return to_json_bytes(record, inf_nan_mode="null")
+    return to_json(record)
 
 def read_record(value: bytes) -> dict[str, Any]:
     "The scored record in these bytes; raises `Poison`."
@@ -170,7 +170,7 @@ def read_record(value: bytes) -> dict[str, Any]:
         raise Poison("schema", [{"field": "schema", "reason": f"version {str(version)[:40]} is unknown here; expected {VERSION}"}])
     return record
 
-# %% ../nbs/14_stream.ipynb #c3a83ee4
+# %% ../nbs/14_stream.ipynb #b4df0e40
 class Output(NamedTuple):
     "A message to be sent."
     topic: str
@@ -181,7 +181,7 @@ class Output(NamedTuple):
 
 def pack(outputs: Sequence[Output]) -> bytes:
     "For the ledger to keep."
-    return to_json_bytes(outputs, bytes_mode="base64") if outputs else b""
+    return pydantic_core.to_json(outputs, bytes_mode="base64") if outputs else b""
 
 def unpack(kept: bytes) -> list[Output]:
     "What `pack` packed."
@@ -353,7 +353,7 @@ def label_batch(ledger: SteppingLedger, records: Sequence[Any], topics: Topics, 
             reason = Poison("unknown", [{"field": "transaction_id", "reason": f"{label.transaction_id}: nobody recorded this transaction (so far)"}])
             step.give(record, dead_letter(topics.dead_labels, record, reason), "unknown")
 
-# %% ../nbs/14_stream.ipynb #632b3dd3
+# %% ../nbs/14_stream.ipynb #a1cf2595
 class Unavailable(FraudError):
     "The service does not answer now; later it may."
     reason = "service"
@@ -386,7 +386,7 @@ class Remote:
 
     def decide(self, found: Sequence[Candidate]) -> Iterator[tuple[Candidate, Mapping[str, Any] | Poison, Sequence[int]]]:
         "Decision with step and features, or what the service has against a transaction, for each; and the windows. A batch that is refused is halved until it is known for whom."
-        body = to_json_bytes({"transactions": [c.transaction.model_dump(exclude={"schema_version"}, exclude_none=True) for c in found], "features": True})
+        body = to_json({"transactions": [c.transaction.model_dump(exclude={"schema_version"}, exclude_none=True) for c in found], "features": True})
         status, content = self._call("POST", "/predict/batch", body)
         if status == 200:
             yield from ((c, decision, content["windows"]) for c, decision in zip(found, content["decisions"], strict=True))
@@ -400,7 +400,7 @@ class Remote:
         "Tells the service what became known; returns the ids that it does not know."
         items, unknown = list(labels.items()), set()
         for begin in range(0, len(items), 500):
-            body = to_json_bytes({"labels": [{"transaction_id": i, "is_fraud": fraud} for i, fraud in items[begin:begin + 500]]})
+            body = to_json({"labels": [{"transaction_id": i, "is_fraud": fraud} for i, fraud in items[begin:begin + 500]]})
             status, content = self._call("POST", "/feedback", body)
             if status != 200:
                 raise Unavailable(f"{self.url}/feedback: {status} {content}")
