@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The service in Minikube, with the champion of the last run: builds the image, brings the champion, applies the overlay, waits, and sends a first transaction.
-# `make minikube` calls this. Doing it again brings what has changed; keys and the ledger stay as they are.
+# The service and the stream in Minikube, with the champion of the last run: builds the image, brings the champion, applies the overlay, waits, and sends a first transaction.
+# `make minikube` calls this. Doing it again brings what has changed; keys, the ledger and what is in Kafka stay as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 profile=${MINIKUBE_PROFILE:-minikube}
@@ -60,7 +60,7 @@ apply() {
 }
 
 wait_until_ready() {
-    for name in statefulset/fraud-redis deployment/fraud-api; do
+    for name in statefulset/fraud-redis statefulset/fraud-kafka deployment/fraud-api deployment/fraud-stream deployment/fraud-stream-labels; do
         kube rollout status "$name" --timeout=300s || fail "$name is not ready after five minutes; see why with: kubectl --context $profile --namespace fraud get pods,events"
     done
 }
@@ -101,4 +101,10 @@ Again, and from your own programs:
   kubectl --context $profile --namespace fraud port-forward service/fraud-api 8000:80 &
   key=\$(kubectl --context $profile --namespace fraud get secret fraud-api-keys --output 'go-template={{index .data "api-keys" | base64decode}}' | cut -d: -f2)
   curl --header "X-API-Key: \$key" --data '$transaction' http://127.0.0.1:8000/predict
+
+The stream, with a thousand transactions of [data] source:
+
+  kubectl --context $profile --namespace fraud port-forward pod/fraud-kafka-0 9092:9092 &
+  fraud stream produce --limit 1000
+  fraud stream sink --until-end
 END

@@ -5,6 +5,7 @@ The test asks what the kubelet asks. Two things are not as in a cluster: the pod
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import servers
 import yaml
 
 from fraud_pkg.scoring import EXAMPLE, example_bundle
+from fraud_pkg.settings import load_settings
+from fraud_pkg.stream import LAST_WAIT, Health, StreamMetrics, client_options
 
 PROJECT = Path(__file__).resolve().parents[1]
 STAND_IN = "localhost/fraud-test/python:3.11-slim-bookworm"
@@ -110,7 +113,7 @@ class Pod:
 
     def __post_init__(self) -> None:
         self.spec = of(self.objects, "Deployment", "fraud-api")["spec"]["template"]["spec"]
-        self.container = next(c for c in self.spec["containers"] if c["name"] == "api")
+        self.container = next(c for c in self.spec["containers"] if c["name"] == "fraud")
         self.models = self.folder / "models"
         self.models.mkdir()
 
@@ -260,6 +263,9 @@ def test_without_keys_it_does_not_start(image):
 # Docker Compose
 
 
+CONSUMERS = {"stream": [], "stream-labels": ["labels"]}  # and what their command has more
+
+
 def compose() -> dict:
     return yaml.safe_load((PROJECT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
 
@@ -269,7 +275,7 @@ def test_compose_file_is_valid():
     assert code == 0, said
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     images = {name: service["image"] for name, service in compose().items()}
-    assert (images["api"], images["mlflow"]) == (f"fraud-api:{version}", f"fraud-jobs:{version}")  # as `make image` names them
+    assert ({images[name] for name in ("api", *CONSUMERS)}, images["mlflow"]) == ({f"fraud-api:{version}"}, f"fraud-jobs:{version}")  # as `make image` names them
     assert all(":" in image and not image.endswith(":latest") for image in images.values())
     assert all(port.startswith("127.0.0.1:") for service in compose().values() for port in service.get("ports", ()))
 
@@ -288,6 +294,37 @@ def test_compose_ledger_starts_as_declared(tmp_path):
         assert ask("set", "account", "1") == (0, "OK\n")
     with servers.running(command, lambda: ask(*check) == (0, "PONG\n"), tmp_path / "redis.log"):
         assert ask("get", "account") == (0, "1\n")
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_compose_consumers_find_what_they_need(name):
+    """Settings that are known, servers that listen there and are waited for, a health check on a path and a port that are answered, time to stop."""
+    services = compose()
+    service, kafka, environ = services[name], services["kafka"], {key: str(value) for key, value in services[name]["environment"].items()}
+    settings = load_settings(environ=environ | {"FRAUD_ROOT": str(PROJECT)})  # as in the image; refuses unknown keys
+    assert all(settings.origins[key.removeprefix("FRAUD_").lower().replace("_", ".", 1)] == f"environment {key}" for key in environ)
+    assert service["command"] == ["python", "-m", "fraud_pkg.stream", *CONSUMERS[name]] and "./settings.ini:/app/settings.ini:ro" in service["volumes"]
+    assert settings.ledger.url == services["api"]["environment"]["FRAUD_LEDGER_URL"] and client_options(settings.stream, environ)["security_protocol"] == "PLAINTEXT"
+    [broker] = settings.stream.bootstrap_servers
+    assert broker == dict(listener.split("://") for listener in kafka["environment"]["KAFKA_ADVERTISED_LISTENERS"].split(","))["INSIDE"]
+    for server in ("redis", "kafka", "prometheus"):
+        assert set(service["networks"]) & set(services[server]["networks"]), server
+    assert service["depends_on"] == {"redis": {"condition": "service_healthy"}, "kafka": {"condition": "service_healthy"}}
+    assert settings.stream.host == "0.0.0.0" and not service.get("ports")  # for the networks, not for this machine
+    [address] = re.findall(r"http://127.0.0.1:(\d+)(/\w+)", service["healthcheck"]["test"][-1])
+    assert address == (str(settings.stream.port), "/healthz") and Health(StreamMetrics()).answer(address[1])[0] == 200
+    assert int(service["stop_grace_period"].removesuffix("s")) >= LAST_WAIT + 20
+    folders = [volume["target"] for volume in service["volumes"] if isinstance(volume, dict)]
+    assert [str(Path(settings.serve.bundle).parent)] == folders if name == "stream" else not folders
+
+
+def test_compose_prometheus_asks_everybody():
+    services, found = compose(), {}
+    for job in yaml.safe_load((PROJECT / "compose/prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]:
+        looked_up = [f"{name}:{item['port']}" for item in job.get("dns_sd_configs", ()) for name in item["names"]]
+        found[job["job_name"]] = [target for item in job.get("static_configs", ()) for target in item["targets"]] + looked_up
+    consumers = {f"fraud-{name}": [f"{name}:{services[name]['environment']['FRAUD_STREAM_PORT']}"] for name in CONSUMERS}
+    assert found == {"fraud-api": ["api:8000"], "prometheus": ["localhost:9090"]} | consumers
 
 
 def test_compose_prometheus_takes_its_configuration():
