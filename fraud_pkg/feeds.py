@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'PAYMENT', 'RECALL', 'OWN', 'PAID', 'REASONS', 'transaction_messages', 'label_message', 'Sender', 'Produced',
-           'produce', 'Dead', 'redrive', 'count_reasons', 'Rows', 'lake_table', 'Lake', 'Sink', 'Source',
-           'ScoredRecord', 'open_sink']
+           'produce', 'Dead', 'redrive', 'count_reasons', 'Rows', 'lake_table', 'DiskTrouble', 'disk_comes_back',
+           'alone', 'whole', 'Lake', 'Sink', 'Source', 'Payment', 'ScoredRecord', 'open_sink']
 
-# %% ../nbs/14a_feeds.ipynb #ecd72609
+# %% ../nbs/14a_feeds.ipynb #6e5570f3
 import contextlib
+import fcntl
 import heapq
 import logging
 import os
@@ -17,7 +18,7 @@ import time
 from collections import Counter as Tally
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 from prometheus_client import Counter
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .acquire import check_source, read_source
 from .features import feature_names
 from .journal import Move, Overtaken, Progress
 from .scoring import Decided, to_json
 from .settings import FraudError, Settings, Stream
-from .stream import (LABELS, TRANSACTIONS, VERSION, WHY, BrokerAway, Health, Poison, Reader, StreamMetrics, answering, broker_comes_back, brokers_answer, client_options, make_topics, producer_of,
-                              read_record, topics_of)
+from .stream import (LABELS, TRANSACTIONS, VERSION, WHY, Health, Output, Poison, Reader, StreamMetrics, Unavailable, answering, broker_comes_back, brokers_answer, client_options, make_topics, producer_of,
+                              read_record, sendable, topics_of)
 
 log = logging.getLogger("fraud_pkg.stream")
 
@@ -129,7 +130,7 @@ def produce(settings: Settings, environ: Mapping[str, str], rate: float = 0, lim
     done.seconds = time.monotonic() - began
     return done
 
-# %% ../nbs/14a_feeds.ipynb #42ca45e5
+# %% ../nbs/14a_feeds.ipynb #25e90818
 @dataclass(frozen=True)
 class Dead:
     "A dead letter."
@@ -141,11 +142,11 @@ class Dead:
 
     def why(self, name: str) -> str:
         "One of `kind`, `reason`, `topic`, `partition`, `offset`, `redriven`; empty where it is not noted."
-        return dict(self.headers).get(f"{WHY}{name}", b"").decode(errors="replace")
+        return (dict(self.headers).get(f"{WHY}{name}") or b"").decode(errors="replace")
 
     def revived(self) -> tuple[tuple[str, bytes], ...]:
         "The headers to send it back with."
-        times = int(self.why("redriven") or 0) + 1
+        times = int(before) + 1 if (before := self.why("redriven")[:8]).isdecimal() and before.isascii() else 1
         return (*((name, value) for name, value in self.headers if not name.startswith(WHY)), (f"{WHY}redriven", str(times).encode()))
 
 def _dead_letters(consumer: KafkaConsumer, topic: str) -> Iterator[Dead]:
@@ -161,9 +162,9 @@ def _dead_letters(consumer: KafkaConsumer, topic: str) -> Iterator[Dead]:
             yield from (Dead(r.partition, r.offset, r.key, r.value, tuple(r.headers)) for r in records if r.offset < ends[partition])
         waiting = {partition for partition in waiting if consumer.position(partition) < ends[partition]}
 
-# %% ../nbs/14a_feeds.ipynb #47f21d66
+# %% ../nbs/14a_feeds.ipynb #6fad9f15
 def redrive(settings: Settings, environ: Mapping[str, str], labels: bool = False, dry: bool = False) -> list[Dead]:
-    "Sends dead transactions (or labels) back; returns them. `dry` only looks. Raises `FraudError`."
+    "Sends dead transactions (or labels) back; returns them without their values. `dry` only looks. Raises `FraudError`."
     stream, topics = settings.stream, topics_of(settings.stream)
     dead, home = (topics.dead_labels, topics.labels) if labels else (topics.dead_transactions, topics.transactions)
     make_topics(stream, environ)
@@ -172,9 +173,10 @@ def redrive(settings: Settings, environ: Mapping[str, str], labels: bool = False
         with contextlib.closing(consumer), contextlib.closing(producer_of(stream, environ)) as producer:
             sender, found = Sender(producer, stream), []
             for letter in _dead_letters(consumer, dead):
-                found.append(letter)
+                found.append(replace(letter, value=None))  # they may be many
                 if not dry:
-                    sender.send(home, letter.key, letter.value, letter.revived())
+                    again = sendable(Output(home, None, letter.key, letter.value, letter.revived()))
+                    sender.send(home, again.key, again.value, again.headers)
             if found and not dry:
                 sender.flush()
                 consumer.commit({TopicPartition(dead, p): OffsetAndMetadata(max(d.offset for d in found if d.partition == p) + 1, "", -1) for p in {d.partition for d in found}})
@@ -210,7 +212,37 @@ def lake_table(records: Sequence[Mapping[str, Any]], windows: Sequence[int]) -> 
     features = np.array([r["features"] for r in records], np.float32)
     return pa.table(columns | {name: features[:, i] for i, name in enumerate(feature_names(windows))})
 
-# %% ../nbs/14a_feeds.ipynb #bfddaced
+# %% ../nbs/14a_feeds.ipynb #6d376f16
+class DiskTrouble(Unavailable):
+    "The disk does not take a file now; later it may."
+    reason = "disk"
+
+@contextlib.contextmanager
+def disk_comes_back(path: Path) -> Iterator[None]:
+    "Raises `DiskTrouble` for what a disk can do to us."
+    try:
+        yield
+    except OSError as error:
+        raise DiskTrouble(f"{path}: {error.strerror or error}") from error
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    "Keeps other processes out of the block."
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+def whole(path: Path, write: Callable[[Path], Any]) -> None:
+    "A file that is there whole and on the disk, or not at all."
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
 class Lake:
     "A folder of decisions that knows how far it goes."
     shared = True
@@ -241,20 +273,24 @@ class Lake:
         return OrderedDict((offset, number) for part in reversed(parts) for offset, number in zip(*(column.to_pylist() for column in part.columns), strict=True))
 
     def write(self, partition: int, rows: Rows) -> Path:
-        "One file; raises `Overtaken` when another sink has written these offsets."
-        files = self.files(partition)
-        if files and files[-1][1] >= rows.first:
-            raise Overtaken(f"{self.folder}: partition {partition} is written to offset {files[-1][1]}; expected to go on at {rows.first}; another sink writes here")
+        "One file; raises `Overtaken` when another sink has written these offsets, `DiskTrouble`."
         path = self.folder / f"day={rows.day}" / f"part-{partition}-{rows.first}-{rows.last}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            pq.write_table(lake_table(rows.records, rows.windows), temporary, compression="zstd")
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with disk_comes_back(path), alone(self.folder / f".partition-{partition}"):
+            files = self.files(partition)
+            if files and files[-1][1] >= rows.first:
+                raise Overtaken(f"{self.folder}: partition {partition} is written to offset {files[-1][1]}; expected to go on at {rows.first}; another sink writes here")
+            path.parent.mkdir(exist_ok=True)
+            whole(path, lambda temporary: pq.write_table(lake_table(rows.records, rows.windows), temporary, compression="zstd"))
+        return path
+
+    def set_aside(self, partition: int, offset: int, value: bytes) -> Path | None:
+        "Keeps a message that is no scored record; None when it is there already. Raises `DiskTrouble`."
+        path = self.folder / "unreadable" / f"{partition}-{offset}"
+        if path.exists():
+            return None
+        with disk_comes_back(path):
+            path.parent.mkdir(exist_ok=True)
+            whole(path, lambda temporary: temporary.write_bytes(value))
         return path
 
     def step(self, events: Sequence[Any], labels: Mapping[str, bool], moves: Mapping[str, Move]) -> None:
@@ -262,7 +298,7 @@ class Lake:
 
     def close(self) -> None: ...
 
-# %% ../nbs/14a_feeds.ipynb #94939c74
+# %% ../nbs/14a_feeds.ipynb #2e4e48d9
 class Sink:
     "Writes decisions to a lake."
 
@@ -273,7 +309,7 @@ class Sink:
         self.health = Health(self.metrics)
         self._rows: dict[int, Rows] = {}
         self._known: dict[int, OrderedDict[int, str]] = {}
-        self._next: dict[TopicPartition, int] = {}
+        self._ends: dict[TopicPartition, int] | None = None
         self.total = 0  # rows written
         self.written = Counter("fraud_sink_rows", "Decisions in files.", registry=self.metrics.registry)
         self.left_out = Counter("fraud_sink_repeated", "Repeated decisions that were left out.", registry=self.metrics.registry)
@@ -281,19 +317,18 @@ class Sink:
 
     def run(self, until_end: bool = False) -> None:
         "Works until `stopping` is set, or to the end of what is there now; what waits is written then. Raises `FraudError`."
-        ends: dict[TopicPartition, int] | None = None
         try:
             while not self.stopping.is_set():
                 self.health.turn()
                 try:
                     with broker_comes_back(self.reader.stream):
                         self._turn()
-                        if until_end and self.reader.believed:
-                            ends = self.reader.consumer.end_offsets(list(self.reader.believed)) if ends is None else ends
-                            if all(self._next.get(partition, 0) >= end for partition, end in ends.items()):
-                                break
-                except BrokerAway as error:
-                    log.error("waiting for the broker: %s", error)
+                        if until_end and self._through():
+                            break
+                except Unavailable as error:
+                    log.error("waiting for the %s: %s", error.reason, error)
+                    self.health.ready = False
+                    self.reader.rebalanced.noted.set()  # what was read and is not in a file is read again
                     self.stopping.wait(1)
                 except Overtaken as error:
                     log.warning("%s", error)
@@ -306,18 +341,27 @@ class Sink:
     def _turn(self) -> None:
         polled = self.reader.consumer.poll(timeout_ms=500)
         if self.reader.uncertain:
-            self._rows = {}  # whoever has the partition now reads them again
+            self._rows, self._ends = {}, None  # whoever has the partition now reads them again
             self.reader.take_over()
             self._known = {partition.partition: self.lake.recall(partition.partition) for partition in self.reader.believed}
-            self._next = {partition: self.reader.consumer.position(partition) for partition in self.reader.believed}
             return
         for partition, records in polled.items():
             for record in records:
                 self._take(record)
-            self._next[partition] = records[-1].offset + 1
-            self.metrics.lag.labels(partition.topic, partition.partition).set(max(0, (self.reader.consumer.highwater(partition) or 0) - self._next[partition]))
+            self.metrics.lag.labels(partition.topic, partition.partition).set(max(0, (self.reader.consumer.highwater(partition) or 0) - records[-1].offset - 1))
         self._flush(lambda rows: time.monotonic() - rows.since > self.SECONDS)
         self.health.ready = self.reader.rebalanced.joined
+
+    def _through(self) -> bool:
+        "Whether everything is read that was there when this was asked for the first time; raises `FraudError` when it is another's to read."
+        partitions = list(self.reader.believed)
+        if not partitions:
+            if self.reader.rebalanced.joined and not self.reader.uncertain:
+                raise FraudError(f"group {self.reader.group}: another sink has all partitions of {self.reader.topics[0]}")
+            return False
+        if self._ends is None:
+            self._ends = self.reader.consumer.end_offsets(partitions)
+        return all(self.reader.consumer.position(partition) >= end for partition, end in self._ends.items())
 
     def _take(self, record: Any) -> None:
         "Puts a message where it belongs."
@@ -343,11 +387,7 @@ class Sink:
         rows.last = record.offset
 
     def _set_aside(self, record: Any, error: Exception) -> None:
-        "Keeps a message that is no scored record."
-        path = self.lake.folder / "unreadable" / f"{record.partition}-{record.offset}"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(record.value or b"")
+        if path := self.lake.set_aside(record.partition, record.offset, record.value or b""):
             self.unreadable.inc()
             log.error("%s/%s offset %s is no scored record, kept in %s: %s", record.topic, record.partition, record.offset, path, " ".join(str(error).split())[:200])
 
@@ -361,25 +401,33 @@ class Sink:
                 del self._rows[partition]
                 self.reader.commit({TopicPartition(self.reader.topics[0], partition): rows.last + 1}, wait=False)  # for the tools that show lag
 
-# %% ../nbs/14a_feeds.ipynb #a66284c6
+# %% ../nbs/14a_feeds.ipynb #74c08388
 class Source(BaseModel):
     "Where a transaction came from."
     topic: str
     partition: int
     offset: int
 
+class Payment(BaseModel):
+    "What a transaction says, beside its id and step."
+    timestamp: str | None
+    type: str | None
+    amount: float
+    nameOrig: str
+    oldbalanceOrg: float | None
+    nameDest: str
+    oldbalanceDest: float | None
+
 class ScoredRecord(Decided):
     "What the sink expects of a message."
-    step: int
-    transaction: dict[str, Any]
+    step: int = Field(ge=0, le=10**9)
+    transaction: Payment
     windows: tuple[int, ...]
     features: list[float | None]
     source: Source
 
     @model_validator(mode="after")
     def _whole(self):
-        if missing := PAID.keys() - self.transaction.keys():
-            raise ValueError(f"transaction without {', '.join(sorted(missing))}")
         if len(self.features) != len(feature_names(self.windows)):
             raise ValueError(f"{len(self.features)} features; expected the {len(feature_names(self.windows))} of windows {', '.join(map(str, self.windows))}")
         return self

@@ -197,11 +197,14 @@ def save(ledger: MemoryLedger, path: Path) -> None:
     arrays |= {f"{name}_{part}": value for name, column in texts.items() for part, value in _pack(column).items()}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def _joined(parts: Iterable[array]) -> np.ndarray:
     return np.frombuffer(b"".join(part.tobytes() for part in parts), np.int64)

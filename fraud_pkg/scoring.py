@@ -267,6 +267,8 @@ class Scorer:
                 refused[i] = _refused(422, "step", f"{event.step} is more than {self.retention} hours after the newest transaction, of step {newest}")
             elif reading.recorded.get(event.transaction_id, event) != event:
                 refused[i] = _refused(409, "transaction_id", f"{event.transaction_id} was recorded before with other accounts, amount or time")
+            else:
+                newest = event.step if newest is None else max(newest, event.step)  # as if each were recorded before the next
         return refused
 
     def features(self, transactions: Sequence[Transaction], events: Sequence[Event], reading: Reading | None) -> np.ndarray:

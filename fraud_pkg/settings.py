@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_TELEMETRY', 'Share', 'Count', 'Positive', 'Rate', 'NotNegative', 'Names', 'Sizes', 'Hours', 'Moment', 'Topic',
-           'Key', 'FraudError', 'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate', 'Features', 'Split',
-           'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor', 'Pipeline',
-           'Ledger', 'Serve', 'Stream', 'Rules', 'Settings', 'known_keys', 'project_root', 'load_settings',
+           'Brokers', 'Key', 'FraudError', 'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate',
+           'Features', 'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor',
+           'Pipeline', 'Ledger', 'Serve', 'Stream', 'Rules', 'Settings', 'known_keys', 'project_root', 'load_settings',
            'replace_dir', 'staging_dir']
 
 # %% ../nbs/00_settings.ipynb #4b80efb4
@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 # %% ../nbs/00_settings.ipynb #5d0a5e0f
 NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1"}  # onnxruntime, MLflow, Evidently, DVC
@@ -68,6 +68,7 @@ Sizes = Annotated[tuple[Positive, ...], BeforeValidator(_split)]
 Hours = Annotated[tuple[Positive, ...], BeforeValidator(_split), AfterValidator(_increasing)]
 Moment = Annotated[str, AfterValidator(_moment)]
 Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
+Brokers = Annotated[tuple[Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")], ...], BeforeValidator(_split), Field(min_length=1)]
 
 # %% ../nbs/00_settings.ipynb #d8dad208
 class Paths(Section):
@@ -228,7 +229,7 @@ class Serve(Section):
 
 class Stream(Section):
     "Kafka. Names of topics are Kafka's: letters, digits, dots, dashes and underscores."
-    bootstrap_servers: Names = ("localhost:9092",)
+    bootstrap_servers: Brokers = ("localhost:9092",)
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     ssl_cafile: str = ""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
@@ -248,6 +249,13 @@ class Stream(Section):
     via: str = Field("", pattern=r"^(https?://\S+)?$")
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(9108, ge=0, le=65535)
+
+    @field_validator("decisions", "labels")
+    @classmethod
+    def _of_its_own(cls, value: str, info: ValidationInfo) -> str:
+        if value in [name for key in ("transactions", "decisions") if (topic := info.data.get(key)) for name in (topic, f"{topic}.dlq")]:
+            raise ValueError("expected a topic of its own")
+        return value
 
 class Rules(Section):
     "Decisions that are not the model's to make; an amount of 0 is no rule."

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'log', 'KINDS', 'MOMENT', 'OF_PAYMENT', 'TRANSACTION_AVRO', 'LABEL_AVRO', 'DECISION_AVRO', 'MAGIC',
-           'TRANSACTIONS', 'LABELS', 'DECISIONS', 'read_transaction', 'read_label', 'WHY', 'LATENCY', 'LAST_WAIT',
-           'Work', 'TransactionMessage', 'LabelMessage', 'Poison', 'AvroFormat', 'read_message', 'payment',
+           'TRANSACTIONS', 'LABELS', 'DECISIONS', 'read_transaction', 'read_label', 'WHY', 'LARGEST', 'LATENCY',
+           'LAST_WAIT', 'Work', 'TransactionMessage', 'LabelMessage', 'Poison', 'AvroFormat', 'read_message', 'payment',
            'scored_record', 'write_record', 'read_record', 'Output', 'pack', 'unpack', 'dead_letter', 'Topics',
            'topics_of', 'client_options', 'brokers_answer', 'make_topics', 'Step', 'Candidate', 'candidates',
            'decide_batch', 'give_decision', 'label_batch', 'Unavailable', 'Remote', 'decide_remotely', 'label_remotely',
-           'Tails', 'last_record', 'StreamMetrics', 'Health', 'answering', 'producer_of', 'Delivery', 'NotWhole',
-           'BrokerAway', 'broker_comes_back', 'Reader', 'in_order', 'Worker', 'local_work', 'NoModel', 'remote_work',
-           'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
+           'Tails', 'last_source', 'StreamMetrics', 'Health', 'answering', 'producer_of', 'sendable', 'Delivery',
+           'NotWhole', 'BrokerAway', 'broker_comes_back', 'Reader', 'in_order', 'Worker', 'local_work', 'NoModel',
+           'remote_work', 'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
-# %% ../nbs/14_stream.ipynb #05a895d2
+# %% ../nbs/14_stream.ipynb #b9d021d0
 import base64
 import contextlib
 import functools
@@ -38,7 +38,7 @@ import numpy as np
 import pydantic_core
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 from kafka import ConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
-from kafka.errors import KafkaConfigurationError, KafkaError, RetriableError, TopicAlreadyExistsError
+from kafka.errors import AuthorizationError, InvalidTopicError, KafkaConfigurationError, KafkaError, MessageSizeTooLargeError, RetriableError, TopicAlreadyExistsError
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram
 from pydantic import Field, ValidationError
 
@@ -48,7 +48,7 @@ from .ledger import Event, LedgerError, MemoryLedger, Reading
 from .scoring import EXAMPLE, Label, Refused, Scored, Scorer, Service, Transaction, Watcher, log_json_lines, to_json
 from .settings import FraudError, Settings, Stream, load_settings
 
-# %% ../nbs/14_stream.ipynb #784d622f
+# %% ../nbs/14_stream.ipynb #d9e220ff
 VERSION = 1
 log = logging.getLogger("fraud_pkg.stream")
 
@@ -64,7 +64,7 @@ class Poison(FraudError):
     "A message that cannot be used: of which kind, and what is wrong, field by field."
 
     def __init__(self, kind: str, problems: Sequence[Mapping[str, str]]):
-        self.kind, self.problems = kind, list(problems)
+        self.kind, self.problems = kind, [{"field": p["field"][:100], "reason": p["reason"][:300]} for p in problems]  # a header holds them
         super().__init__("; ".join(f"{p['field']}: {p['reason']}" for p in self.problems))
 
 KINDS = ("empty", "encoding", "schema", "contract", "conflict", "model", "unknown")  # of dead letters; few, for metrics
@@ -141,7 +141,7 @@ def read_message(model: type, avro: AvroFormat, value: bytes | None) -> Any:
 read_transaction = functools.partial(read_message, TransactionMessage, TRANSACTIONS)
 read_label = functools.partial(read_message, LabelMessage, LABELS)
 
-# %% ../nbs/14_stream.ipynb #5d48231f
+# %% ../nbs/14_stream.ipynb #fb514f7a
 def payment(transaction: Transaction) -> dict[str, Any]:
     "What a transaction says, beside its id and step."
     t = transaction
@@ -157,12 +157,14 @@ def write_record(record: Mapping[str, Any], format: str) -> bytes:
         return DECISIONS.write({**record, "features": [None if value is None or value != value else value for value in record["features"]]})
     return to_json(record)
 
-def read_record(value: bytes) -> dict[str, Any]:
+def read_record(value: bytes | None) -> dict[str, Any]:
     "The scored record in these bytes; raises `Poison`."
+    if not value:
+        raise Poison("empty", [{"field": "body", "reason": "empty"}])
     if value.startswith(MAGIC):
         return DECISIONS.read(value)
     try:
-        record = json.loads(value)
+        record = pydantic_core.from_json(value)
     except ValueError as error:
         raise Poison("encoding", [{"field": "body", "reason": f"not JSON: {error}"}]) from error
     version = record.pop("schema", None) if isinstance(record, dict) else None
@@ -235,13 +237,16 @@ def brokers_answer(stream: Stream) -> Iterator[None]:
     except (KafkaError, OSError) as error:
         raise FraudError(f"[stream] bootstrap_servers = {', '.join(stream.bootstrap_servers)}: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
 
-# %% ../nbs/14_stream.ipynb #9cdcccb7
+# %% ../nbs/14_stream.ipynb #74481efb
+LARGEST = 16 << 20  # bytes of a message that we send
+
 def make_topics(stream: Stream, environ: Mapping[str, str]) -> None:
-    "Makes the topics that are missing; raises `FraudError` when decisions have fewer partitions than transactions."
+    "Makes the topics that are missing, and partitions of decisions where there are fewer than of transactions; raises `FraudError`."
     topics = topics_of(stream)
     kept = {"retention.ms": str(stream.retention_hours * 3_600_000), "min.insync.replicas": str(max(1, stream.replication - 1))}
-    longer = kept | {"retention.ms": str(4 * stream.retention_hours * 3_600_000)}
-    wanted = {topics.transactions: (stream.partitions, kept), topics.decisions: (stream.partitions, kept), topics.labels: (stream.partitions, kept), topics.dead_transactions: (1, longer), topics.dead_labels: (1, longer)}
+    ours = kept | {"max.message.bytes": str(LARGEST)}  # what came compressed, or as large as the broker takes, must fit with what we add
+    longer = ours | {"retention.ms": str(4 * stream.retention_hours * 3_600_000)}
+    wanted = {topics.transactions: (stream.partitions, kept), topics.decisions: (stream.partitions, ours), topics.labels: (stream.partitions, kept), topics.dead_transactions: (1, longer), topics.dead_labels: (1, longer)}
     with brokers_answer(stream), contextlib.closing(KafkaAdminClient(**client_options(stream, environ))) as admin:
         missing = {name: {"num_partitions": partitions, "replication_factor": stream.replication, "configs": configs} for name, (partitions, configs) in wanted.items() if name not in set(admin.list_topics())}
         for name, options in missing.items():
@@ -249,8 +254,9 @@ def make_topics(stream: Stream, environ: Mapping[str, str]) -> None:
                 admin.create_topics({name: options}, wait_for_metadata=True)
                 log.info("made topic %s with %s partitions", name, options["num_partitions"])
         counts = {found["name"]: len(found["partitions"]) for found in admin.describe_topics([topics.transactions, topics.decisions])}
-    if counts[topics.decisions] < counts[topics.transactions]:
-        raise FraudError(f"topic {topics.decisions} has {counts[topics.decisions]} partitions; expected at least the {counts[topics.transactions]} of {topics.transactions}")
+        if counts[topics.decisions] < counts[topics.transactions]:
+            admin.create_partitions({topics.decisions: counts[topics.transactions]})
+            log.info("topic %s has %s partitions now, as %s", topics.decisions, counts[topics.transactions], topics.transactions)
 
 # %% ../nbs/14_stream.ipynb #fd971597
 @dataclass
@@ -441,7 +447,7 @@ def label_remotely(remote: Remote, records: Sequence[Any], topics: Topics, step:
         else:
             step.outcomes["label"] += 1
 
-# %% ../nbs/14_stream.ipynb #d3ad69c4
+# %% ../nbs/14_stream.ipynb #ad3f0394
 class Tails:
     "Where a consumer is that has no ledger: behind the last decision of each partition. Stores nothing."
     shared = True
@@ -450,13 +456,13 @@ class Tails:
         self._stream, self._environ = stream, environ
 
     def progress(self, names: Iterable[str]) -> dict[str, Progress]:
-        "By partition of transactions; a label is set again without harm."
+        "By partition of transactions; a label is set again without harm. Raises `BrokerAway`."
         found, topics = {}, topics_of(self._stream)
         with contextlib.closing(KafkaConsumer(**client_options(self._stream, self._environ), enable_auto_commit=False, metrics_enabled=False)) as consumer:
             for name in names:
                 _, topic, number = name.rsplit("/", 2)
-                if topic == topics.transactions and (last := last_record(consumer, TopicPartition(topics.decisions, int(number)))):
-                    found[name] = Progress(read_record(last.value)["source"]["offset"] + 1)
+                if topic == topics.transactions and (last := last_source(consumer, TopicPartition(topics.decisions, int(number)), 2 * self._stream.batch)) is not None:
+                    found[name] = Progress(last + 1)
         return found
 
     def step(self, events: Sequence[Event], labels: Mapping[str, bool], moves: Mapping[str, Move]) -> None:
@@ -464,15 +470,23 @@ class Tails:
 
     def close(self) -> None: ...
 
-def last_record(consumer: KafkaConsumer, partition: TopicPartition) -> Any:
-    "The newest message of a partition, None where there is none."
+def last_source(consumer: KafkaConsumer, partition: TopicPartition, depth: int) -> int | None:
+    "The largest offset of a transaction among the last `depth` decisions of a partition (a delivery that was begun again repeats some), or farther back where none of these is one; None where none is."
     consumer.assign([partition])
     begin, end = consumer.beginning_offsets([partition])[partition], consumer.end_offsets([partition])[partition]
     while end > begin:
-        end -= 1
-        consumer.seek(partition, end)
-        if records := consumer.poll(timeout_ms=5000, max_records=1).get(partition):
-            return records[0]
+        first, found = max(begin, end - depth), []
+        consumer.seek(partition, first)
+        while consumer.position(partition) < end:
+            records = consumer.poll(timeout_ms=5000).get(partition)
+            if not records and consumer.position(partition) < end:
+                raise BrokerAway(f"{partition.topic}/{partition.partition}: no answer from the broker")
+            for record in records or ():
+                with contextlib.suppress(Poison, KeyError, TypeError):  # somebody else's
+                    found.append(read_record(record.value)["source"]["offset"])
+        if found:
+            return max(found)
+        end = first
     return None
 
 # %% ../nbs/14_stream.ipynb #741f1365
@@ -560,15 +574,23 @@ def answering(health: Health, host: str, port: int) -> Iterator[int | None]:
         server.shutdown()
         server.server_close()
 
-# %% ../nbs/14_stream.ipynb #3456ec26
+# %% ../nbs/14_stream.ipynb #8d891064
 def producer_of(stream: Stream, environ: Mapping[str, str], linger: int = 1) -> KafkaProducer:
     "An idempotent producer that waits for all replicas."
     compression = None if stream.compression == "none" else stream.compression
     try:
-        return KafkaProducer(**client_options(stream, environ), acks="all", enable_idempotence=True, linger_ms=linger, batch_size=1 << 18, compression_type=compression, delivery_timeout_ms=30_000,
+        return KafkaProducer(**client_options(stream, environ), acks="all", enable_idempotence=True, linger_ms=linger, batch_size=1 << 18, compression_type=compression, max_request_size=LARGEST, delivery_timeout_ms=30_000,
                              request_timeout_ms=10_000, max_block_ms=10_000, reconnect_backoff_max_ms=1000, metrics_enabled=False, allow_auto_create_topics=False)
     except KafkaConfigurationError as error:
         raise FraudError(f"[stream] {error}") from error
+
+def sendable(output: Output) -> Output:
+    "The output as the client library can send it: where key and value are both null, or a header is, there is an empty one, and a header says so."
+    gone = [name for name, value in output.headers if value is None] + (["key"] if output.key is None and output.value is None else [])
+    if not gone:
+        return output
+    headers = tuple((name, b"" if value is None else value) for name, value in output.headers)
+    return output._replace(key=b"" if "key" in gone and output.key is None else output.key, headers=(*headers, (f"{WHY}null", ",".join(gone).encode())))
 
 class Delivery:
     "Sends outputs and knows which have arrived."
@@ -585,12 +607,15 @@ class Delivery:
         try:
             if self._producer is None:
                 self._producer = producer_of(self._stream, self._environ)
-            for o in self._outputs:
+            for o in map(sendable, self._outputs):
                 self._futures.append(self._producer.send(o.topic, o.value, key=o.key, headers=list(o.headers), partition=o.partition))
-        except (KafkaError, OSError) as error:
+        except (KafkaError, OSError, ValueError) as error:  # ValueError: a partition that the producer has not heard of yet
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
+        "Lets go of the producer; raises `FraudError` for what does not pass."
+        if isinstance(error, (MessageSizeTooLargeError, AuthorizationError, InvalidTopicError)):
+            raise FraudError(f"[stream] decisions cannot be delivered: {' '.join(str(error).split())[:200]}") from error
         self._metrics.waits.labels("broker").inc()
         log.error("decisions not delivered yet: %s", " ".join(str(error).split())[:200] or type(error).__name__)
         self.close()
@@ -629,6 +654,10 @@ class Delivery:
     @property
     def pending(self) -> bool: return bool(self._outputs)
 
+    def drop(self) -> None:
+        "Forgets what has not arrived: whoever has its partition now finds it in the ledger."
+        self._outputs, self._futures = [], []
+
     def close(self) -> None:
         "Lets go of the producer; what has not arrived is not sent."
         if self._producer is not None:
@@ -636,7 +665,7 @@ class Delivery:
                 self._producer.close(timeout=1)
             self._producer = None
 
-# %% ../nbs/14_stream.ipynb #bf8a6c0c
+# %% ../nbs/14_stream.ipynb #357896bc
 class NotWhole(Unavailable):
     "Another consumer has some of the partitions."
     reason = "group"
@@ -658,13 +687,16 @@ class _Rebalanced(ConsumerRebalanceListener):
     "Notes that partitions came or went."
 
     def __init__(self): self.noted, self.joined = threading.Event(), False
-    def on_partitions_revoked(self, revoked) -> None: self.noted.set()
+
+    def on_partitions_revoked(self, revoked) -> None:
+        if revoked:  # a first join begins with none
+            self.noted.set()
 
     def on_partitions_assigned(self, assigned) -> None:
         self.joined = True
         self.noted.set()
 
-# %% ../nbs/14_stream.ipynb #18a447bb
+# %% ../nbs/14_stream.ipynb #eef97ba2
 class Reader:
     "A member of a consumer group that takes its positions from a ledger."
 
@@ -692,13 +724,14 @@ class Reader:
     def take_over(self) -> tuple[list[Output], dict[TopicPartition, int]]:
         "Goes to where the ledger is; returns what may not have arrived, and the positions that are reached when it has."
         self.rebalanced.noted.clear()
+        self.metrics.lag.clear()
         self.believed, again, reached = {}, [], {}
         assigned = self.consumer.assignment()
         self._refuse_half(assigned)
         found = self.ledger.progress(self.name(partition) for partition in assigned)
         begins, ends = self.consumer.beginning_offsets(list(assigned)), self.consumer.end_offsets(list(assigned))
         for partition in sorted(assigned):
-            progress, committed = found.get(self.name(partition)), self.consumer.committed(partition) or 0
+            progress, committed = found.get(self.name(partition)), self.consumer.committed(partition, timeout_ms=5000) or 0
             start = self._start(partition, progress, committed, begins[partition], ends[partition])
             if progress and progress.outputs and committed < progress.position:
                 again += unpack(progress.outputs)
@@ -761,7 +794,7 @@ class Reader:
         with contextlib.suppress(KafkaError, OSError):
             self.consumer.close(autocommit=False, timeout_ms=5000)
 
-# %% ../nbs/14_stream.ipynb #a97af972
+# %% ../nbs/14_stream.ipynb #122d5632
 def in_order(polled: Mapping[TopicPartition, Sequence[Any]]) -> dict[str, list[Any]]:
     "Messages by topic: each partition in its order, partitions merged by their messages' timestamps."
     topics: dict[str, list[Sequence[Any]]] = {}
@@ -796,8 +829,9 @@ class Worker:
                 except Overtaken as error:
                     log.warning("%s", error)
                     self.reader.rebalanced.noted.set()
-            if self._settle():
-                self._commit(wait=True)
+            with broker_comes_back(self.stream):
+                if self._settle():
+                    self._commit(wait=True)
         finally:
             self.health.ready = False
             self._delivery.close()
@@ -822,6 +856,7 @@ class Worker:
         "Finishes what is ours, then looks where everything is."
         if self._settle():
             self._commit(wait=True)
+        self._delivery.drop()
         again, self._done = self.reader.take_over()
         if again:
             log.info("sending %s messages again that may not have arrived", len(again))
@@ -833,31 +868,40 @@ class Worker:
         step, records, believed = Step(), in_order(polled), self.reader.believed
         self.work(records, step)
         if not self._settle():
-            return  # stopped: this batch is read again
+            return  # this batch is read again, by us or by another
         after = {partition: found[-1].offset + 1 for partition, found in polled.items()}
         self.ledger.step(step.events, step.labels, {self.reader.name(p): Move(believed[p], position, pack(step.outputs.get(p, ()))) for p, position in after.items()})
         believed |= after
         self._done |= after
         self._stamps = [record.timestamp for found in records.values() for record in found]
-        self._delivery.send([output for partition in polled for output in step.outputs.get(partition, ())])
+        outputs = [output for partition in polled for output in step.outputs.get(partition, ())]
+        if isinstance(self.ledger, Tails):  # there a decision says that everything before it is done, dead letters too
+            self._delivery.send([output for output in outputs if output.headers])
+            if not self._settle():
+                return
+            outputs = [output for output in outputs if not output.headers]
+        self._delivery.send(outputs)
         self.metrics.step(step, len(self._stamps))
-        for p, position in after.items():
+        for p, position in after.items() if not self.reader.uncertain else ():
             self.metrics.lag.labels(p.topic, p.partition).set(max(0, (self.reader.consumer.highwater(p) or position) - position))
 
     def _settle(self) -> bool:
-        "Waits for the messages of the step before; then Kafka may know where we are. False when the worker was stopped meanwhile."
+        "Waits for the messages of the step before; then Kafka may know where we are. False when it was given up."
         if self._delivery.pending and not self._delivery.settle(self._given_up, self._stay):
             return False
         now = time.time()
         for stamp in self._stamps:
-            self.metrics.latency.observe(max(0.0, now - stamp / 1000))
+            if stamp > 0:  # some producers have no clock
+                self.metrics.latency.observe(max(0.0, now - stamp / 1000))
         self._stamps = []
         if time.monotonic() - self._committed_at > 0.5:
             self._commit(wait=False)
         return True
 
     def _given_up(self) -> bool:
-        "Whether a worker that was told to stop has waited long enough for a broker."
+        "Whether to wait no longer for a broker: the partitions may be another's by now, or the worker was told to stop some time ago."
+        if self.reader.uncertain:
+            return True
         self._stopped_at = self._stopped_at or (time.monotonic() if self.stopping.is_set() else 0.0)
         return bool(self._stopped_at) and time.monotonic() - self._stopped_at > LAST_WAIT
 
@@ -868,7 +912,9 @@ class Worker:
 
     def _stay(self) -> None:
         self.health.turn()
-        self.reader.stay()
+        self.health.ready = False
+        with contextlib.suppress(KafkaError, OSError):  # the turn after this one meets it too
+            self.reader.stay()
 
     def _wait(self, error: FraudError) -> None:
         "Waits for what is away; afterwards nothing is taken for known."
@@ -878,7 +924,7 @@ class Worker:
         self._failures, self._told, self.health.ready = self._failures + 1, str(error), False
         self.metrics.waits.labels(reason).inc()
         self.metrics.open.set(reason == "service" and self._failures >= 5)
-        end = time.monotonic() + min(0.1 * 2**self._failures, 5.0) * random.uniform(0.5, 1.0)
+        end = time.monotonic() + min(0.1 * 2 ** min(self._failures, 6), 5.0) * random.uniform(0.5, 1.0)
         while time.monotonic() < end and not self.stopping.wait(0.1):
             self._stay()
         self.reader.rebalanced.noted.set()

@@ -162,13 +162,14 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
     prefix, folder = f"s{next(fresh)}-", tmp_path_factory.mktemp("journal")
     journaled, shared = JournaledLedger(folder, RETENTION), SteppingRedis(redis_url, RETENTION, 5)
     at: dict[str, Progress] = {}
+    recorded: set[str] = set()
     for content, known, partitions, ends in steps:
         events = [Event(f"{prefix}{i}", hour, prefix + orig, prefix + dest, cents) for i, hour, orig, dest, cents in content]
         labels = {f"{prefix}{i}": fraud for i, fraud in known.items()}
         names = {f"{prefix}{number}": given for number, given in partitions.items()}
         begins = {name: at[name].position if name in at else None for name in names}
         moves = {name: Move((begins[name] or 0) + 7 if wrong else begins[name], (begins[name] or 0) + further, outputs) for name, (further, outputs, wrong) in names.items()}
-        refused = any(wrong for _, _, wrong in names.values())
+        refused = any(wrong for _, _, wrong in names.values()) or any(event.transaction_id in recorded for event in events)
         for ledger in (journaled, shared):
             if refused:
                 with pytest.raises(Overtaken, match="another consumer has moved on"):
@@ -176,6 +177,7 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
             else:
                 ledger.step(events, labels, moves)
         if not refused:
+            recorded |= {event.transaction_id for event in events}
             at |= {name: Progress(move.position, move.outputs) for name, move in moves.items()}
         if ends:
             journaled.close()  # what the process's memory had is gone

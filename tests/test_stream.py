@@ -401,6 +401,7 @@ POISON = {
     "schema": [json.dumps({"schema": 2, **EXAMPLE}).encode(), json.dumps({"schema": "1", **EXAMPLE}).encode(), b"\xc3\x01" + bytes(8) + b"x", DECISION_FORMAT.head + b"x"],
     "contract": [b"[]", b"null", b"{}", json.dumps({"schema": 1, **EXAMPLE, "amount": -5}).encode(), json.dumps({"schema": 1, **EXAMPLE, "amount": 1e300}).encode(), json.dumps({"schema": 1, **EXAMPLE, "extra": 1}).encode(),
                  json.dumps({"schema": 1, **EXAMPLE, "timestamp": "2026-01-05T10:00:00Z"}).encode(), json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "far", "step": 20_000}).encode(),
+                 b'{"transaction_id": "' + b"y" * 1_040_000 + b'"}',
                  json.dumps({"schema": 1, **EXAMPLE, "nameOrig": "x" * 65}).encode()],
     "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "0", "amount": 1.0, "step": 3}).encode()]}
 
