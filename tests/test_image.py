@@ -233,7 +233,7 @@ def test_image_as_docker_sees_it(image):
     assert facts["Healthcheck"]["Test"][0] == "CMD" and facts["Config"]["Labels"]["org.opencontainers.image.version"] == "test"
     own = facts["Size"] - inspect(base_image())["Size"]
     print(f"{facts['Size'] / 1e6:.0f} MB, {own / 1e6:.0f} MB of it above the base image")
-    assert own < 220e6
+    assert own < 240e6  # zstandard, fastavro and lz4 are 42 MB of it: topics may be compressed with anything
 
 
 SEARCH = """

@@ -202,7 +202,7 @@ def test_ledger_away(function, tmp_path):
         answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=KEY)
         assert (answer.status_code, answer.json()["history"]) == (200, False)
         time.sleep(0.2)
-    assert '"degraded": 1' in (tmp_path / "lambda.log").read_text() and "nowhere" in (tmp_path / "lambda.log").read_text()  # why is for us, not for the client
+    assert '"degraded":1' in (tmp_path / "lambda.log").read_text() and "nowhere" in (tmp_path / "lambda.log").read_text()  # why is for us, not for the client
 
 
 def test_largest_batch_within_the_timeout(function, day):
