@@ -951,6 +951,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fraud_pkg.stream.scored_record': ('stream.html#scored_record', 'fraud_pkg/stream.py'),
                                   'fraud_pkg.stream.sendable': ('stream.html#sendable', 'fraud_pkg/stream.py'),
                                   'fraud_pkg.stream.stop_on_signals': ('stream.html#stop_on_signals', 'fraud_pkg/stream.py'),
+                                  'fraud_pkg.stream.take_labels': ('stream.html#take_labels', 'fraud_pkg/stream.py'),
                                   'fraud_pkg.stream.topics_of': ('stream.html#topics_of', 'fraud_pkg/stream.py'),
                                   'fraud_pkg.stream.unpack': ('stream.html#unpack', 'fraud_pkg/stream.py'),
                                   'fraud_pkg.stream.write_record': ('stream.html#write_record', 'fraud_pkg/stream.py')},

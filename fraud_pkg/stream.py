@@ -8,10 +8,10 @@ __all__ = ['VERSION', 'log', 'KINDS', 'MOMENT', 'OF_PAYMENT', 'TRANSACTION_AVRO'
            'LAST_WAIT', 'Work', 'TransactionMessage', 'LabelMessage', 'Poison', 'AvroFormat', 'read_message', 'payment',
            'scored_record', 'write_record', 'read_record', 'Output', 'pack', 'unpack', 'dead_letter', 'Topics',
            'topics_of', 'client_options', 'brokers_answer', 'make_topics', 'Step', 'Candidate', 'candidates',
-           'decide_batch', 'give_decision', 'label_batch', 'Unavailable', 'Remote', 'decide_remotely', 'label_remotely',
-           'Tails', 'last_source', 'StreamMetrics', 'Health', 'answering', 'producer_of', 'sendable', 'Delivery',
-           'NotWhole', 'BrokerAway', 'broker_comes_back', 'Reader', 'in_order', 'Worker', 'local_work', 'NoModel',
-           'remote_work', 'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
+           'decide_batch', 'give_decision', 'take_labels', 'label_batch', 'Unavailable', 'Remote', 'decide_remotely',
+           'label_remotely', 'Tails', 'last_source', 'StreamMetrics', 'Health', 'answering', 'producer_of', 'sendable',
+           'Delivery', 'NotWhole', 'BrokerAway', 'broker_comes_back', 'Reader', 'in_order', 'Worker', 'local_work',
+           'NoModel', 'remote_work', 'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
 # %% ../nbs/14_stream.ipynb #b9d021d0
 import base64
@@ -340,24 +340,32 @@ def give_decision(step: Step, c: Candidate, decision: Mapping[str, Any], hour: i
     record = scored_record(decision, hour, c.transaction, windows, features, {"topic": c.record.topic, "partition": c.record.partition, "offset": c.record.offset})
     step.give(c.record, Output(topics.decisions, c.record.partition, c.record.key, write_record(record, format)), "decided")
 
-# %% ../nbs/14_stream.ipynb #bf6c47cb
-def label_batch(ledger: SteppingLedger, records: Sequence[Any], topics: Topics, step: Step) -> None:
-    "Adds what these messages say to `step`; raises `LedgerError`."
+# %% ../nbs/14_stream.ipynb #6050001e
+def take_labels(records: Sequence[Any], topics: Topics, step: Step, unknown_among: Callable[[dict[str, bool]], set[str]]) -> dict[str, bool]:
+    "What these messages say of transactions that are known; the other messages become dead letters in `step`."
     found = []
     for record in records:
         try:
             found.append((record, read_label(record.value)))
         except Poison as poison:
             step.give(record, dead_letter(topics.dead_labels, record, poison), poison.kind)
-    known = {event.transaction_id for event in step.events}
-    known |= ledger.read([], {label.transaction_id for _, label in found} - known, 0).recorded.keys() if found else set()
+    labels = {label.transaction_id: label.is_fraud for _, label in found}
+    unknown = unknown_among(labels) if labels else set()
     for record, label in found:
-        if label.transaction_id in known:
-            step.labels[label.transaction_id] = label.is_fraud
-            step.outcomes["label"] += 1
-        else:
+        if label.transaction_id in unknown:
             reason = Poison("unknown", [{"field": "transaction_id", "reason": f"{label.transaction_id}: nobody recorded this transaction (so far)"}])
             step.give(record, dead_letter(topics.dead_labels, record, reason), "unknown")
+        else:
+            step.outcomes["label"] += 1
+    return {number: fraud for number, fraud in labels.items() if number not in unknown}
+
+def label_batch(ledger: SteppingLedger, records: Sequence[Any], topics: Topics, step: Step) -> None:
+    "Adds what these messages say to `step`; raises `LedgerError`."
+    def unknown(labels: dict[str, bool]) -> set[str]:
+        asked = labels.keys() - {event.transaction_id for event in step.events}
+        return asked - ledger.read([], asked, 0).recorded.keys()
+
+    step.labels |= take_labels(records, topics, step, unknown)
 
 # %% ../nbs/14_stream.ipynb #a1cf2595
 class Unavailable(FraudError):
@@ -413,7 +421,7 @@ class Remote:
             unknown |= set(content["unknown"])
         return unknown
 
-# %% ../nbs/14_stream.ipynb #76880c30
+# %% ../nbs/14_stream.ipynb #d3b274be
 class _WireOnly:
     "What `candidates` needs where the hour is the service's to find."
 
@@ -433,19 +441,7 @@ def decide_remotely(remote: Remote, records: Sequence[Any], topics: Topics, form
 
 def label_remotely(remote: Remote, records: Sequence[Any], topics: Topics, step: Step) -> None:
     "Hands labels on to the service; raises `Unavailable`."
-    found = []
-    for record in records:
-        try:
-            found.append((record, read_label(record.value)))
-        except Poison as poison:
-            step.give(record, dead_letter(topics.dead_labels, record, poison), poison.kind)
-    unknown = remote.label({label.transaction_id: label.is_fraud for _, label in found}) if found else set()
-    for record, label in found:
-        if label.transaction_id in unknown:
-            reason = Poison("unknown", [{"field": "transaction_id", "reason": f"{label.transaction_id}: nobody recorded this transaction (so far)"}])
-            step.give(record, dead_letter(topics.dead_labels, record, reason), "unknown")
-        else:
-            step.outcomes["label"] += 1
+    take_labels(records, topics, step, remote.label)
 
 # %% ../nbs/14_stream.ipynb #ad3f0394
 class Tails:
