@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_UTF8', 'HUB', 'ALIASES', 'KNOWN_NAMES', 'KNOWN_EXTRAS', 'REQUIRED', 'MOMENT', 'ZONE', 'DAY', 'HOUR',
-           'QUARANTINE_COLUMNS', 'AMOUNT_EDGES', 'HONEST', 'FRAUD', 'Broken', 'Source', 'read_content', 'read_header',
-           'read_csv', 'read_parquet', 'read_file', 'download_hub', 'download_s3', 'read_source', 'map_columns',
-           'to_seconds', 'monday_before', 'steps_since', 'contract_columns', 'name_accounts', 'quarantine_table',
-           'Checked', 'check_source', 'account_hash', 'sample_accounts', 'fingerprint', 'profile_table',
-           'profile_figure', 'acquire']
+           'QUARANTINE_COLUMNS', 'AMOUNT_EDGES', 'HONEST', 'FRAUD', 'PAID', 'Broken', 'Source', 'read_content',
+           'read_header', 'read_csv', 'read_parquet', 'read_file', 'download_hub', 'download_s3', 'read_source',
+           'map_columns', 'to_seconds', 'monday_before', 'steps_since', 'contract_columns', 'name_accounts',
+           'quarantine_table', 'Checked', 'check_source', 'account_hash', 'sample_accounts', 'fingerprint',
+           'profile_table', 'profile_figure', 'read_decisions', 'newest_step', 'read_labels', 'go_on', 'acquire']
 
 # %% ../nbs/03_acquire.ipynb #575c1f60
 import codecs
@@ -788,18 +788,82 @@ def _too_many(source: Source, checked: Checked, settings: Settings, version: str
 def _manifest(table: pa.Table, checked: Checked, source: str, digest: str) -> dict:
     return {"version": digest[:12], "fingerprint": digest, "file": f"{digest[:12]}.parquet", "rows": table.num_rows,
             "quarantined": checked.quarantine.num_rows, "reasons": {reason: count for reason, (count, _) in checked.reasons().items()}, "source": source,
-            "first_step": table["step"][0].as_py(), "last_step": table["step"][-1].as_py(), "epoch": checked.epoch, "sampled": table.num_rows < checked.good.num_rows}
+            "first_step": table["step"][0].as_py(), "last_step": table["step"][-1].as_py(), "epoch": checked.epoch}
+
+# %% ../nbs/03_acquire.ipynb #dc2dafdc
+def _lake_part(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise FraudError(f"{path}: not a whole Parquet file of the sink ({_one_line(error)}); move it away, or let the sink write it again") from error
+
+def read_decisions(
+    folder: Path,          # of `[stream] sink`
+    columns: list[str],
+    first_step: int = 0,
+    end_step: int = 2**31, # exclusive
+) -> pa.Table:             # by (step, partition, offset), each transaction once
+    "Decisions of these steps; raises `FraudError` without any, and for a file that is not whole."
+    days = {path: int(path.name.removeprefix("day=")) for path in folder.glob("day=*")}
+    files = [file for path, day in days.items() if first_step // 24 <= day <= (end_step - 1) // 24 for file in sorted(path.glob("part-*.parquet"))]
+    order = ["step", "source_partition", "source_offset"]
+    wanted = list(dict.fromkeys([*columns, "transaction_id", *order]))
+    parts = [part for file in files if len(part := _lake_part(file, wanted))]
+    if not parts:
+        raise FraudError(f"{folder}: no decisions of steps {first_step} to {end_step - 1}; `fraud stream sink` writes them")
+    table = pa.concat_tables(parts, promote_options="default").sort_by([(name, "ascending") for name in order])
+    step, numbers = table["step"].to_numpy(), table["transaction_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    first = np.zeros(len(table), bool)
+    first[np.unique(numbers, return_index=True)[1]] = True
+    return table.filter(pa.array(first & (step >= first_step) & (step < end_step))).select(columns)
+
+# %% ../nbs/03_acquire.ipynb #3ee84ee7
+def newest_step(folder: Path) -> int:
+    "The last hour in the lake; raises `FraudError` when it is empty."
+    days = sorted((int(path.name.removeprefix("day=")) for path in folder.glob("day=*") if any(path.glob("part-*.parquet"))), reverse=True)
+    if not days:
+        raise FraudError(f"{folder}: no decisions here; `fraud stream sink` writes them")
+    return int(pc.max(read_decisions(folder, ["step"], days[0] * 24, days[0] * 24 + 24)["step"]).as_py())
+
+def read_labels(folder: Path) -> dict[str, bool]:
+    "What is known of transactions, by id; the newest label of one counts."
+    def place(path: Path) -> tuple[int, int]:
+        _, partition, first, _ = path.stem.split("-")
+        return int(partition), int(first)
+    tables = [_lake_part(path, ["transaction_id", "is_fraud"]) for path in sorted((folder / "labels").glob("part-*.parquet"), key=place)]
+    return {number: fraud for table in tables for number, fraud in zip(table["transaction_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)}
+
+# %% ../nbs/03_acquire.ipynb #1a3c5b32
+PAID = ("type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
+
+def go_on(table: pa.Table, settings: Settings) -> tuple[pa.Table, dict | None]:
+    "The table and behind it the lake's transactions that are old enough to be labelled (from its first step on they replace the table's own); what was taken."
+    if not settings.data.decisions:
+        return table, None
+    folder = settings.root / settings.data.decisions
+    live = read_decisions(folder, ["transaction_id", "step", *PAID], end_step=newest_step(folder) - settings.features.label_delay + 1)
+    frauds = pa.array([number for number, fraud in read_labels(folder).items() if fraud], pa.string())
+    kept = table.filter(pc.less(table["step"], live["step"][0]))
+    first_id = 0 if not len(kept) else pc.max(kept["tx_id"]).as_py() + 1
+    known = {"tx_id": np.arange(first_id, first_id + len(live)), "isFraud": pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())}
+    typed, broken = check_table(pa.table({**known, **{name: live[name] for name in ("step", *PAID)}}))
+    if broken:
+        raise FraudError(f"{settings.data.decisions}: decisions that break the contract ({next(iter(broken))}); was it written by this sink?")
+    told = {"folder": settings.data.decisions, "first_step": live["step"][0].as_py(), "last_step": live["step"][-1].as_py(), "rows": len(live), "frauds": int(pc.sum(known["isFraud"]).as_py()),
+            "replaced": len(table) - len(kept)}
+    return pa.concat_tables([kept, typed]), told
 
 # %% ../nbs/03_acquire.ipynb #ae20a2a3
 def acquire(settings: Settings) -> dict:
     "Brings `[data] source` into `data/raw`, `data/quarantine` and `reports/data`; the manifest of what is there now."
     source, recorded = read_source(settings)
     checked = check_source(source, settings)
-    table = sample_accounts(checked.good, settings.data.sample_size)
+    longer, live = go_on(checked.good, settings)
+    table = sample_accounts(longer, settings.data.sample_size)
     digest = fingerprint(table)
     if problem := _too_many(source, checked, settings, digest[:12]):
         raise problem
-    manifest = _manifest(table, checked, recorded, digest)
+    manifest = _manifest(table, checked, recorded, digest) | {"sampled": len(table) < len(longer), **({"decisions": live} if live else {})}
     raw, quarantine, report = settings.data_dir / "raw", settings.data_dir / "quarantine", settings.reports_dir / "data"
     with _writing(settings.data_dir), staging_dir(raw) as r, staging_dir(quarantine) as q, staging_dir(report) as p:
         _write_parquet(table, r / manifest["file"])

@@ -6,8 +6,8 @@
 __all__ = ['NO_TELEMETRY', 'Share', 'Count', 'Positive', 'Rate', 'NotNegative', 'Names', 'Sizes', 'Hours', 'Moment', 'Topic',
            'Brokers', 'Key', 'FraudError', 'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate',
            'Features', 'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor',
-           'Pipeline', 'Ledger', 'Serve', 'Stream', 'Rules', 'Settings', 'known_keys', 'project_root', 'load_settings',
-           'replace_dir', 'staging_dir']
+           'Retrain', 'Pipeline', 'Ledger', 'Serve', 'Stream', 'Rules', 'Settings', 'known_keys', 'project_root',
+           'load_settings', 'replace_dir', 'staging_dir']
 
 # %% ../nbs/00_settings.ipynb #4b80efb4
 import configparser
@@ -83,6 +83,7 @@ class Data(Section):
     sample_size: Count = 0
     max_quarantined: Share = 0.01
     epoch: Moment = ""
+    decisions: str = ""
     orig_prefix: str = ""
     dest_prefix: str = ""
     ignore: Names = ()
@@ -195,11 +196,27 @@ class Registry(Section):
     model: str = Field("fraud-scorer", min_length=1)
 
 class Monitor(Section):
-    "Drift."
+    "Drift, and the champion on live traffic."
     reference_rows: Positive = 20_000
     current_rows: Positive = 50_000
     psi_threshold: NotNegative = 0.2
     drifted_share: Share = 0.3
+    window_hours: Positive = 24
+    reference_hours: Positive = 672
+    false_alarm_rate: float = Field(0.05, gt=0, lt=0.5)
+    bad_windows: Positive = 3
+    of_windows: Positive = 5
+    least_rows: Positive = 200
+    least_frauds: Positive = 5
+    resamples: int = Field(1000, ge=100)
+    max_age_days: NotNegative = 120
+    pushgateway: str = ""
+
+class Retrain(Section):
+    "The periods of a champion that is trained on what the stream brought."
+    test_hours: Positive = 168
+    validation_hours: Positive = 72
+    train_hours: Count = 0
 
 class Pipeline(Section):
     "Runs of all jobs."
@@ -214,6 +231,7 @@ class Ledger(Section):
 class Serve(Section):
     "The doors."
     bundle: str = Field("models/champion", min_length=1)
+    shadow: str = ""
     bundle_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
@@ -280,6 +298,7 @@ class Settings(Section):
     gate: Gate = Gate()
     registry: Registry = Registry()
     monitor: Monitor = Monitor()
+    retrain: Retrain = Retrain()
     pipeline: Pipeline = Pipeline()
     ledger: Ledger = Ledger()
     serve: Serve = Serve()
