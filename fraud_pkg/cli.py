@@ -7,7 +7,8 @@ __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'stream_app', 'Overrid
            'parse_overrides', 'explain', 'run', 'main', 'settings', 'version', 'acquire', 'features', 'monitor',
            'report', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run', 'View', 'run_all', 'serve', 'deploy_lambda',
            'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels', 'stream_produce', 'stream_redrive',
-           'stream_sink', 'models_list', 'models_show', 'models_promote', 'models_publish', 'models_rollback']
+           'stream_sink', 'models_list', 'models_show', 'watch_live', 'models_promote', 'models_publish',
+           'models_rollback']
 
 # %% ../nbs/18_cli.ipynb #d5704334
 import json
@@ -378,14 +379,14 @@ def stream_redrive(labels: Annotated[bool, typer.Option("--labels", help="Dead l
 
 @stream_app.command("sink")
 def stream_sink(until_end: Annotated[bool, typer.Option("--until-end", help="Stop at the end of what is there now.")] = False, overrides: Overrides = None) -> None:
-    "Write decisions to Parquet, each once, until stopped."
+    "Write decisions and labels to Parquet, each once, until stopped."
     from fraud_pkg.feeds import open_sink
     from fraud_pkg.stream import stop_on_signals
     found = _streaming(overrides)
     with open_sink(found, os.environ) as sink:
         stop_on_signals(sink.stopping)
         sink.run(until_end)
-    print(f"{sink.total:,} decisions written to {found.root / found.stream.sink}")
+    print(f"{sink.total:,} decisions and {sink.labels:,} labels written to {found.root / found.stream.sink}")
 
 # %% ../nbs/18_cli.ipynb #3976c3c9
 @models_app.command("list")
@@ -405,6 +406,34 @@ def models_show(name: Annotated[str, typer.Argument(help="A version (or its star
 
     from fraud_pkg.registry import show_model
     print(yaml.safe_dump(json.loads(json.dumps(show_model(_settings(overrides), name))), sort_keys=False, allow_unicode=True, width=160), end="")
+
+# %% ../nbs/18_cli.ipynb #bdaffec7
+def _show_checks(found: dict) -> None:
+    "The checks of a look as a table."
+    def shown(value): return "" if value is None else f"{value:.3f}"
+    rows = [(c["check"], f"{c['bad']} of {c['judged']}", "alarm" if c["alarm"] else "", shown(c["value"]), shown(c["threshold"])) for c in found.get("checks", ())]
+    if rows:
+        _print_table("", ("check", "bad windows", "", "newest", "threshold"), rows, right=(3, 4))
+
+@app.command("watch")
+def watch_live(heal: Annotated[bool, typer.Option("--heal", help="Retrain when the verdict asks for it.")] = False, overrides: Overrides = None) -> None:
+    "Judge the champion on live traffic: the decisions that `fraud stream sink` wrote."
+    from fraud_pkg.settings import FraudError
+    found = _settings(overrides)
+    if heal:
+        from fraud_pkg.heal import heal as look_and_heal
+        verdict, outcome = look_and_heal(found, View())
+    else:
+        from fraud_pkg.live import watch
+        verdict, outcome = watch(found), None
+    _show_checks(verdict)
+    print(f"{verdict['verdict']}: {verdict['reasons'][0]}", *verdict["reasons"][1:], sep="\n  ")
+    if verdict["verdict"] == "unknown":
+        raise FraudError("the verdict is unknown")
+    if outcome and outcome["error"]:
+        raise FraudError(f"retraining failed: {outcome['error']}")
+    if outcome:
+        print(f"new champion {outcome['after']} instead of {outcome['before']}" if outcome["promoted"] else f"champion {outcome['before']} stays: no challenger passed the gate")
 
 # %% ../nbs/18_cli.ipynb #bb491f25
 @models_app.command("promote")

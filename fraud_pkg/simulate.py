@@ -687,10 +687,10 @@ def _frauds(rng, people, settings):
     hours, total = people.hours, fraud_count(settings)
     if not settings.drift_scenario:
         return _episodes_of_all(rng, people, total, MIX, (0, hours), True)
-    changed = (1 - DRIFTED) * np.array(MIX)
-    changed[SCENARIOS.index(settings.drift_scenario)] += DRIFTED
+    new = np.array([name == settings.drift_scenario for name in SCENARIOS])
+    changed = (1 - DRIFTED) * np.array(MIX) + DRIFTED * new
     before = round(total * settings.drift_step / hours)
-    return [*_episodes_of_all(rng, people, before, MIX, (0, settings.drift_step), True),
+    return [*_episodes_of_all(rng, people, before, np.where(new, 0, MIX), (0, settings.drift_step), True),
             *_episodes_of_all(rng, people, total - before, changed, (settings.drift_step, hours), True)]
 
 # %% ../nbs/02_simulate.ipynb #1a09c48f
