@@ -34,17 +34,19 @@ start() {
     in_minikube start --cni=calico --addons=metrics-server  # Calico, because it enforces the network policies
 }
 
-build() {  # under a name of its own, so that a build that failed (which Minikube does not report) cannot pass for an older image
-    in_minikube image build --tag "$image" --file Dockerfile .
-    [[ $(in_minikube image ls) == *"$image"* ]] || fail "the image was not built; what went wrong stands above"
+build() {  # image, Dockerfile; under a name of its own, so that a build that failed (which Minikube does not report) cannot pass for an older image
+    in_minikube image build --tag "$1" --file "$2" .
+    [[ $(in_minikube image ls) == *"$1"* ]] || fail "the image was not built; what went wrong stands above"
 }
 
-bring() {  # files beside the old champion, then its name: the service finds the one or the other, whole
+has_jobs() { [[ $(kubectl kustomize k8s/overlays/minikube) == *"image: fraud-jobs:"* ]]; }  # k8s/components/jobs
+
+bring() {  # files beside the old champion, then its name: the service finds the one or the other, whole; the folder belongs to the jobs' user, who brings champions too
     in_minikube ssh -- "sudo rm -rf $node_models/new && sudo mkdir -p $node_models/new"
     for file in "$champion"/*; do
         in_minikube cp "$file" "$node_models/new/${file##*/}"
     done
-    in_minikube ssh -- "cd $node_models && sudo chmod -R a+rX . && sudo rm -rf old && { [ ! -e champion ] || sudo mv champion old; } && sudo mv new champion"
+    in_minikube ssh -- "cd $node_models && sudo chown -R 10001:10001 . && sudo chmod -R a+rX . && sudo rm -rf old && { [ ! -e champion ] || sudo mv champion old; } && sudo mv new champion"
 }
 
 secret() {  # name, "key: 'value'"...: made once
@@ -56,7 +58,7 @@ secret() {  # name, "key: 'value'"...: made once
 
 apply() {
     cp settings.ini k8s/base/settings.ini
-    kubectl kustomize k8s/overlays/minikube | sed "s|image: fraud-api:.*|image: $image|" | kube apply --filename -
+    kubectl kustomize k8s/overlays/minikube | sed "s|image: fraud-api:.*|image: $image|; s|image: fraud-jobs:.*|image: $jobs_image|" | kube apply --filename -
 }
 
 wait_until_ready() {
@@ -80,9 +82,15 @@ send() {
 check
 say "Minikube, profile $profile"
 start
-image=fraud-api:$(date -u +%Y%m%d%H%M%S)
+now=$(date -u +%Y%m%d%H%M%S)
+image=fraud-api:$now
+jobs_image=fraud-jobs:$now
 say "image $image"
-build
+build "$image" Dockerfile
+if has_jobs; then
+    say "image $jobs_image"
+    build "$jobs_image" Dockerfile.jobs
+fi
 say "champion $champion"
 bring
 say "namespace, Secrets, overlay"

@@ -41,6 +41,7 @@ need() {  # program, Debian package, what for: installed where that is allowed
 need redis-server redis-server "the shared ledger"
 need mvn maven "the Kafka broker of the tests"
 need shellcheck shellcheck "the check of scripts"
+need jq jq "the check of the scheduled workflow"
 need promtool prometheus "the check of its configuration"
 for name in buildah podman crun debootstrap; do need "$name" "$name" "the test of the image"; done
 part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0

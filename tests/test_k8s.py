@@ -598,7 +598,7 @@ STAND_INS = {
             "image build") [ -e broken ] || echo "docker.io/library/$4" >> images; exit 0 ;;
             "image ls") cat images 2>/dev/null || true ;;
             "cp "*) cp "$FROM/$2" "$HERE/node${3#/data/fraud-models}" ;;
-            "ssh --") cd node; eval "$(sed "s|sudo ||g; s|/data/fraud-models|$HERE/node|g" <<< "$3")" ;;
+            "ssh --") cd node; eval "$(sed "s|sudo chown [^&]*&& ||; s|sudo ||g; s|/data/fraud-models|$HERE/node|g" <<< "$3")" ;;
         esac""",
     "docker": "[ -e daemon ]",
     "kubectl": """
