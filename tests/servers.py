@@ -55,6 +55,12 @@ def status(url: str, **headers: str) -> int:
         return 0
 
 
+def fetch(url: str) -> str:
+    """The body of a GET."""
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return response.read().decode()
+
+
 @contextlib.contextmanager
 def running(command: list[str], ready: Callable[[], bool], log: Path, seconds: float = 30, **more) -> Iterator[subprocess.Popen]:
     """Starts a server, waits until it is ready, and stops it afterwards; what it said is in `log`."""
@@ -83,6 +89,14 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
     command = [program("redis-server", "redis-server"), "--port", str(port), "--bind", HOST, "--save", "", "--appendonly", "no", "--dir", str(folder)]
     with running(command, answers(port), folder / "redis.log"):
         yield f"redis://{HOST}:{port}/0"
+
+
+@contextlib.contextmanager
+def pushgateway(folder: Path) -> Iterator[str]:
+    """A Prometheus Pushgateway; yields its URL."""
+    port = free_port()
+    with running([program("prometheus-pushgateway", "prometheus-pushgateway"), f"--web.listen-address={HOST}:{port}"], answers(port), folder / "pushgateway.log"):
+        yield f"http://{HOST}:{port}"
 
 
 AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "eu-central-1", "AWS_EC2_METADATA_DISABLED": "true"}

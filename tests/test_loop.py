@@ -1,0 +1,167 @@
+"""The whole loop on real servers: calm weeks, a fraud that the champion has never seen, the alarm, a challenger that learned from the stream, and the way back."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import servers
+from conftest import PROJECT, Workspace
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from fraud_pkg.acquire import read_decisions
+from fraud_pkg.feeds import label_message, transaction_messages
+from fraud_pkg.settings import Simulate
+from fraud_pkg.simulate import simulate
+
+BASE, CALM, DRIFTED, DELAY = 44, 14, 16, 48  # days of the champion's log, without drift, with drift; hours until labels are known
+NEW = "structuring"
+SEEDS = [int(seed) for seed in os.environ.get("FRAUD_LOOP_SEEDS", "7").split(",")]
+SETTINGS = {"features.engine": "local", "features.windows": "1, 24, 168", "features.label_delay": DELAY, "split.test_hours": 336, "split.validation_hours": 96, "retrain.test_hours": 96, "retrain.validation_hours": 48,
+            "xgboost.rounds": 80, "tensorflow.epochs": 2, "train.ablation": False, "evaluate.resamples": 100, "pipeline.push": False, "stream.partitions": 1, "stream.port": 0, "serve.reload_seconds": 0.5}
+
+
+class Live:
+    """A project whose champion is at work: broker, service, consumer and sink."""
+
+    def __init__(self, project: Workspace, table: pa.Table, address: str, log: Path):
+        self.project, self.table, self.address, self.log = project, table, address, log
+        self.scenario = dict(zip(map(str, table["tx_id"].to_pylist()), table["scenario"].to_pylist(), strict=True))
+        self.decided = 0
+
+    def start(self, *arguments: str, **more) -> subprocess.Popen:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+        given = self.project.overrides | {key.replace("__", "."): value for key, value in more.items()}
+        environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as output:
+            return subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.project.root, env=environ, stdout=output, stderr=subprocess.STDOUT)
+
+    def send(self, first_day: int, end_day: int) -> None:
+        """The transactions of these days, and the labels of frauds that become known in them, in the log's order."""
+        step = self.table["step"].to_numpy()
+        fraud = self.table["isFraud"].to_numpy() == 1
+        own = self.table.filter(pa.array((step >= 24 * first_day) & (step < 24 * end_day)))
+        known = [(s + DELAY, str(number)) for s, number in zip(step[fraud].tolist(), self.table["tx_id"].to_numpy()[fraud].tolist(), strict=True) if 24 * first_day <= s + DELAY < 24 * end_day]
+        with contextlib.closing(KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)) as producer:
+            for moment, number, key, value, _ in transaction_messages(own, "json"):
+                while known and known[0][0] <= moment:
+                    _, told = known.pop(0)
+                    producer.send("labels", label_message(told, True, "json"), key=told.encode())
+                producer.send("transactions", value, key=key)
+            for _, told in known:
+                producer.send("labels", label_message(told, True, "json"), key=told.encode())
+            producer.flush()
+        self.decided += len(own)
+        self._wait(lambda: self._end("decisions") >= self.decided)
+
+    def _end(self, topic: str) -> int:
+        with contextlib.closing(KafkaConsumer(bootstrap_servers=self.address)) as consumer:
+            return consumer.end_offsets([TopicPartition(topic, 0)])[TopicPartition(topic, 0)]
+
+    def _wait(self, holds, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, self.log.read_text()[-4000:]
+            time.sleep(0.2)
+
+    def look(self, heal: bool = False) -> dict:
+        """What the sink has by now, judged."""
+        self.project.fraud("stream", "sink", "--until-end")
+        self.project.fraud("watch", *(["--heal"] if heal else []))
+        return self.project.json("reports/watch/verdict.json")
+
+    def recall(self, scenario: str, first_day: int, end_day: int) -> float:
+        """The share of this kind of fraud that was reviewed or blocked."""
+        table = read_decisions(self.project.root / "data/decisions", ["transaction_id", "decision"], 24 * first_day, 24 * end_day)
+        flagged = [decision != "allow" for number, decision in zip(*(column.to_pylist() for column in table.columns), strict=True) if self.scenario[number] == scenario]
+        return float(np.mean(flagged))
+
+    def champion_at(self, url: str) -> str:
+        return json.loads(servers.fetch(f"{url}/model"))["version"]
+
+
+def ended(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(params=SEEDS)
+def live(request, workspace, tmp_path):
+    table = simulate(Simulate(rows=1000 * (BASE + CALM + DRIFTED), days=BASE + CALM + DRIFTED, fraud_rate=0.02, seed=request.param, drift_step=24 * (BASE + CALM), drift_scenario=NEW))
+    pq.write_table(table.filter(pc.less(table["step"], 24 * BASE)), tmp_path / "base.parquet")
+    project = workspace()
+    project.overrides = SETTINGS | {"data.source": tmp_path / "base.parquet"}
+    with servers.kafka(tmp_path) as address, servers.pushgateway(tmp_path) as gateway:
+        project.overrides |= {"stream.bootstrap_servers": address, "monitor.pushgateway": gateway}
+        made = Live(project, table, address, tmp_path / "log")
+        made.gateway = gateway
+        project.fraud("run")
+        port = servers.free_port()
+        made.url = f"http://{servers.HOST}:{port}"
+        running = [made.start("serve", serve__port=port), made.start("stream", "score")]
+        try:
+            made._wait(lambda: servers.status(f"{made.url}/readyz") == 200)
+            made._wait(lambda: "reading" in made.log.read_text())
+            yield made
+        finally:
+            for process in running:
+                process.kill() if process.poll() is not None else ended(process)
+
+
+def test_drift_is_seen_learned_and_taken_back(live, capsys):
+    first = live.champion_at(live.url)
+    live.send(0, BASE)  # the ledger learns who is who, as it would from the log
+    live.send(BASE, BASE + CALM // 2)
+    looks = [live.look()]
+    live.send(BASE + CALM // 2, BASE + CALM)
+    looks.append(live.look())
+    assert [look["verdict"] for look in looks] == ["healthy"] * 2, [look["reasons"] for look in looks]
+    assert not any(check["alarm"] for look in looks for check in look["checks"])
+
+    drift = BASE + CALM
+    within = DELAY // 24 + 3 + 1  # windows: until labels are known, then three bad ones, and the one that is not over
+    live.send(drift, drift + within)
+    alarmed = live.look(heal=True)
+    assert alarmed["verdict"] == "retrain" and next(c for c in alarmed["checks"] if c["check"] == "recall")["alarm"], alarmed["reasons"]
+    assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in servers.fetch(f"{live.gateway}/metrics")
+    tried = [json.loads(line) for line in (live.project.root / "reports/watch/history.jsonl").read_text().splitlines() if '"retraining"' in line]
+    assert len(tried) == 1 and not tried[0]["error"], tried
+
+    day = drift + within
+    while not tried[-1]["promoted"] and day < drift + DRIFTED - 3:
+        live.send(day, day + 2)
+        day += 2
+        live.look(heal=True)
+        tried = [json.loads(line) for line in (live.project.root / "reports/watch/history.jsonl").read_text().splitlines() if '"retraining"' in line]
+    assert tried[-1]["promoted"], [t["gate"]["reasons"] for t in tried]
+    second = tried[-1]["after"]
+    live._wait(lambda: live.champion_at(live.url) == second, seconds=10)
+
+    live.send(day, day + 3)
+    live.project.fraud("stream", "sink", "--until-end")
+    lake = live.project.root / "data/decisions"
+    assert set(read_decisions(lake, ["model"], 24 * day + 24, 24 * day + 72)["model"].to_pylist()) == {second}
+    before, after = live.recall(NEW, drift, drift + within), live.recall(NEW, day, day + 3)
+    assert after > before + 0.2, (before, after)
+
+    live.project.fraud("models", "rollback")
+    live._wait(lambda: live.champion_at(live.url) == first, seconds=10)
+    assert re.search(r"retrain", (live.project.root / "reports/index.html").read_text())
+    with capsys.disabled():
+        gate = next(r["detail"] for r in tried[-1]["gate"]["reasons"] if r["check"] == "champion")
+        print(f"\n{NEW}: recall {before:.2f} before, {after:.2f} after; alarm after {within} days, champion after {day - drift} days and {len(tried)} tries; {gate}")
