@@ -92,14 +92,14 @@ def _mebibytes(quantity: str) -> int:
 def _seconds(job: Scheduled, jobs: Sequence[Scheduled]) -> int:
     return sum(one.deadline for one in with_needs(job, jobs))
 
-# %% ../nbs/16a_schedule.ipynb #91ccf73a
+# %% ../nbs/16a_schedule.ipynb #b006ab56
 HEADER = "# Generated from jobs/*.ipynb by `fraud jobs compile`; do not edit.\n"
 PROJECT = "/volume/project"  # below the volume's root, where a file system may keep a folder of its own
 
 def _container(job: Scheduled, jobs: Sequence[Scheduled]) -> dict:
     group = [one.resources for one in with_needs(job, jobs)]
     size = {"cpu": f"{max(one.cpu for one in group):g}", "memory": max((one.memory for one in group), key=_mebibytes)}
-    environ = {"FRAUD_ROOT": PROJECT, "FRAUD_PIPELINE_PUSH": "false", "FRAUD_STREAM_BOOTSTRAP_SERVERS": "fraud-kafka.fraud.svc:19092"}
+    environ = {"FRAUD_ROOT": PROJECT, "DVC_SITE_CACHE_DIR": "/volume/dvc", "FRAUD_PIPELINE_PUSH": "false", "FRAUD_STREAM_BOOTSTRAP_SERVERS": "fraud-kafka.fraud.svc:19092"}
     return {"name": "fraud", "image": f"fraud-jobs:{__version__}", "imagePullPolicy": "IfNotPresent",
             "command": ["python", "-m", "fraud_pkg.schedule", *command(job)],
             "env": [{"name": name, "value": value} for name, value in environ.items()],

@@ -349,3 +349,22 @@ def test_jobs_image(tmp_path):
         code, said = output(*podman_run("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", *volumes, *settings, image, "jobs", "run", job), timeout=600)
         assert code == 0 and f"job {job}: done" in said, said
     assert json.loads((tmp_path / "data/features/manifest.json").read_text(encoding="utf-8"))["rows"] == 20_000
+
+
+@pytest.mark.skipif(not os.environ.get("FRAUD_TEST_JOBS_IMAGE"), reason="it needs the jobs image; FRAUD_TEST_JOBS_IMAGE=1 builds it")
+def test_cron_job_in_the_image(tmp_path):
+    """A CronJob's own command and variables, with what the pod grants: a volume, /tmp, settings, and nothing else that can be written."""
+    image = build("localhost/fraud-test/jobs", "Dockerfile.jobs")
+    manifest = yaml.safe_load((PROJECT / "k8s/jobs/features.yaml").read_text(encoding="utf-8"))
+    [main] = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "volume").chmod(0o777)
+    (tmp_path / "settings.ini").write_text("[simulate]\nrows = 20000\ndays = 60\n[features]\nspark_master = local[2]\nspark_memory = 1g\n", encoding="utf-8")
+    [place] = [mount["mountPath"] for mount in main["volumeMounts"] if mount.get("subPath") == "settings.ini"]
+    volumes = [f"--volume={tmp_path / 'volume'}:/volume", f"--volume={tmp_path / 'settings.ini'}:{place}:ro"]
+    environ = [f"--env={variable['name']}={variable['value']}" for variable in main["env"]]
+    flags = ["--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp:mode=1777", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=10001:10001", "--entrypoint="]
+    code, said = output(*podman_run(*flags, *volumes, *environ, image, *main["command"]), timeout=600)
+    assert code == 0 and re.search(r"features +done", said), said
+    made = tmp_path / "volume/project"
+    assert json.loads((made / "data/features/manifest.json").read_text(encoding="utf-8"))["rows"] == 20_000 and (made / "dvc.lock").is_file()

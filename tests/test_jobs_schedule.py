@@ -53,6 +53,15 @@ def test_schemas(objects):
             validate(bad)
 
 
+def test_reader():
+    """The pod that docs/kubernetes.md makes to look at the volume reads the jobs' claim and may do nothing else."""
+    pod = yaml.safe_load((PROJECT / "k8s/components/jobs/reader.yaml").read_text())
+    validate(pod)
+    claim = yaml.safe_load((PROJECT / "k8s/components/jobs/volume-claim.yaml").read_text())["metadata"]["name"]
+    assert pod["spec"]["volumes"] == [{"name": "project", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}]
+    assert container(pod)["securityContext"]["readOnlyRootFilesystem"] and pod["spec"]["securityContext"]["runAsNonRoot"]
+
+
 @every_overlay
 def test_every_job_has_its_cron_job(objects):
     assert {item["metadata"]["name"] for item in of_kind(objects, "CronJob")} == {f"fraud-{job.name.replace('_', '-')}" for job in JOBS}
