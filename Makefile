@@ -50,12 +50,13 @@ $(READY): requirements.lock pyproject.toml
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $(READY)
 
-export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml, k8s/base/settings.ini; notebooks cleaned
+export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml, dashboards, k8s/base/settings.ini; notebooks cleaned
 	@nbdev-export
 	@nbdev-clean
 	@nbdev-clean --fname jobs
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
+	@python -m fraud_pkg.dashboards
 	@cp settings.ini k8s/base/settings.ini
 
 # What a function imports; what onnxruntime needs for other things than inference stays out.
