@@ -58,6 +58,7 @@ class Metrics:
         self.decisions = made(Counter, "fraud_decisions", "Decisions.", ("decision",))
         self.scores = made(Histogram, "fraud_score", "Calibrated probabilities of fraud.", buckets=SCORES)
         self.rules = made(Counter, "fraud_rule_decisions", "Decisions that a rule made stricter.", ("rule",))
+        self.shadow = made(Counter, "fraud_shadow_decisions", "What a model in the shadow would have decided, beside the champion's decision.", ("decision", "champion"))
         self.degraded = made(Counter, "fraud_degraded_decisions", "Decisions without history.")
         self.ledger_errors = made(Counter, "fraud_ledger_errors", "Requests during which the ledger did not answer.")
         self.model = made(Gauge, "fraud_model_info", "1 for the model that decides.", ("version", "name"))
@@ -86,6 +87,8 @@ class Metrics:
             self.scores.observe(decision["fraud_probability"])
             if decision["rule"]:
                 self.rules.labels(decision["rule"]).inc()
+        for beside, decision in zip(scored.shadow or (), scored.decisions):
+            self.shadow.labels(beside["decision"], decision["decision"]).inc()
         if scored.with_history:
             self.drift.add(scored.x)
         else:

@@ -8,7 +8,7 @@ __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'stream_app', 'Overrid
            'report', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run', 'View', 'run_all', 'serve', 'deploy_lambda',
            'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels', 'stream_produce', 'stream_redrive',
            'stream_sink', 'models_list', 'models_show', 'watch_live', 'models_promote', 'models_publish',
-           'models_rollback']
+           'models_shadow', 'models_rollback']
 
 # %% ../nbs/18_cli.ipynb #d5704334
 import json
@@ -447,6 +447,21 @@ def models_publish(url: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFI
     from fraud_pkg.bundle import publish_bundle
     manifest = publish_bundle(_settings(overrides).models_dir / "champion", url)
     print(f"{manifest.version} is at {url}")
+
+@models_app.command("shadow")
+def models_shadow(name: Annotated[str, typer.Argument(help="A version (or its start), a number, or an alias.")] = "challenger",
+                  off: Annotated[bool, typer.Option("--off", help="Nothing scores in the shadow any more.")] = False, overrides: Overrides = None) -> None:
+    "Let a model score live traffic beside the champion, without deciding ([serve] shadow = models/shadow)."
+    import shutil
+
+    from fraud_pkg.registry import put_in_shadow
+    found = _settings(overrides)
+    if off:
+        shutil.rmtree(found.models_dir / "shadow", ignore_errors=True)
+        print("nothing scores in the shadow")
+        return
+    version = put_in_shadow(found, name)
+    print(f"in the shadow: {version.bundle_version} ({version.contender})" + ("" if found.serve.shadow else "; services look there with [serve] shadow = models/shadow"))
 
 @models_app.command("rollback")
 def models_rollback(name: Annotated[str | None, typer.Argument(help="A former champion; the one before unless given.")] = None,

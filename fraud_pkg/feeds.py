@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'PAYMENT', 'RECALL', 'OWN', 'PAID', 'REASONS', 'LABEL', 'transaction_messages', 'label_message', 'Sender',
            'Produced', 'produce', 'Dead', 'redrive', 'count_reasons', 'Rows', 'label_table', 'lake_table',
-           'DiskTrouble', 'disk_comes_back', 'alone', 'whole', 'Lake', 'Sink', 'Source', 'Payment', 'ScoredRecord',
-           'open_sink']
+           'DiskTrouble', 'disk_comes_back', 'alone', 'whole', 'Lake', 'Sink', 'Source', 'Payment', 'Shadow',
+           'ScoredRecord', 'open_sink']
 
 # %% ../nbs/14a_feeds.ipynb #6e5570f3
 import contextlib
@@ -216,6 +216,8 @@ def lake_table(records: Sequence[Mapping[str, Any]], windows: Sequence[int]) -> 
     columns["reasons"] = pa.array([r["reasons"] for r in records], REASONS)
     columns |= {name: pa.array([r["transaction"][name] for r in records], kind) for name, kind in PAID.items()}
     columns |= {f"source_{name}": pa.array([r["source"][name] for r in records], pa.string() if name == "topic" else pa.int64()) for name in ("topic", "partition", "offset")}
+    shadows = [r.get("shadow") or {} for r in records]
+    columns |= {f"shadow_{name}": pa.array([s.get(name) for s in shadows], kind) for name, kind in (("model", pa.string()), ("fraud_probability", pa.float64()), ("decision", pa.string()))}
     features = np.array([r["features"] for r in records], np.float32)
     return pa.table(columns | {name: features[:, i] for i, name in enumerate(feature_names(windows))})
 
@@ -444,6 +446,12 @@ class Payment(BaseModel):
     nameDest: str
     oldbalanceDest: float | None
 
+class Shadow(BaseModel):
+    "What a model in the shadow would have decided."
+    model: str
+    fraud_probability: float | None
+    decision: str
+
 class ScoredRecord(Decided):
     "What the sink expects of a message."
     step: int = Field(ge=0, le=10**9)
@@ -451,6 +459,7 @@ class ScoredRecord(Decided):
     windows: tuple[int, ...]
     features: list[float | None]
     source: Source
+    shadow: Shadow | None = None
 
     @model_validator(mode="after")
     def _whole(self):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'KEYS', 'COLUMNS', 'RegistryError', 'tracking_uri', 'registry', 'Version', 'flat_metrics', 'log_contender',
            'find_version', 'registry_agrees', 'champion_bundle', 'Check', 'Verdict', 'gate', 'choose_challenger',
-           'promote', 'rollback', 'list_models', 'show_model', 'bake_off', 'interval', 'bake_off_table',
-           'bake_off_scores', 'thin_curve', 'write_bake_off']
+           'promote', 'put_in_shadow', 'rollback', 'list_models', 'show_model', 'bake_off', 'interval',
+           'bake_off_table', 'bake_off_scores', 'thin_curve', 'write_bake_off']
 
 # %% ../nbs/11_registry.ipynb #68fd20bb
 import contextlib
@@ -470,6 +470,18 @@ def promote(
         failed = "; ".join(f"{r.check}: {r.detail}" for r in verdict.reasons if not r.passed)
         raise RegistryError(f"no champion: challenger {verdict.challenger} ({challenger.manifest.name}) was refused ({failed})")
     return verdict
+
+# %% ../nbs/11_registry.ipynb #6e36c3d6
+def put_in_shadow(
+    settings: Settings,
+    name: str,  # a version, number or alias
+) -> Version:
+    "Brings a registered bundle into models/shadow, where it scores beside the champion and decides nothing."
+    with registry(settings) as client:
+        version = find_version(client, settings, name)
+        with staging_dir(settings.models_dir / "shadow") as new:
+            _fetch(client, version, new)
+        return version
 
 # %% ../nbs/11_registry.ipynb #9a58a1b2
 def rollback(

@@ -233,6 +233,7 @@ class Scored:
     decisions: list[dict[str, Any]]
     with_history: bool       # False: the ledger did not answer
     features: np.ndarray     # [n, F] float32, all features, whatever the bundle uses
+    shadow: list[dict[str, Any]] | None = None  # what a model in the shadow would have decided: model, fraud_probability, decision
 
 # %% ../nbs/12_scoring.ipynb #91ce892a
 class ModelFailed(FraudError):
@@ -244,6 +245,7 @@ class Scorer:
     def __init__(self, bundle: Bundle, serve: Serve, rules: Rules):
         manifest = bundle.manifest
         self.bundle, self.manifest, self.serve, self.rules = bundle, manifest, serve, rules
+        self.beside: Scorer | None = None  # scores too, and decides nothing
         self.retention = max(manifest.windows) + manifest.label_delay  # hours a ledger must remember
         self.epoch = parse_epoch(manifest.epoch or serve.epoch)
         names = feature_names(manifest.windows)
@@ -288,17 +290,26 @@ class Scorer:
         moved = occlusion(self.bundle, x[rows], p[rows], self._reference)
         return {i: strongest(self.manifest.features, x[i], m, self.serve.reasons) for i, m in zip(rows, moved, strict=True)}
 
+    def _own(self, features: np.ndarray) -> np.ndarray:
+        return features if self._columns is None else np.ascontiguousarray(features[:, self._columns])
+
+    def would_decide(self, features: np.ndarray) -> list[dict[str, Any]]:
+        "What this bundle makes of all features of some transactions: model, fraud_probability (None where it gives none), decision without rules."
+        p = self.bundle.probability(self._own(features))
+        decisions = decide(np.nan_to_num(p), self.manifest.thresholds)
+        return [{"model": self.manifest.version, "fraud_probability": round(value, 9) if math.isfinite(value) else None, "decision": DECISIONS[d]} for value, d in zip(p.tolist(), decisions, strict=True)]
+
     def decide(self, transactions: Sequence[Transaction], events: Sequence[Event], reading: Reading | None) -> Scored:
         "Decides the transactions in their order, as if each were recorded before the next; records nothing. A probability that is none is left as it is."
         features = self.features(transactions, events, reading)
-        x = features if self._columns is None else np.ascontiguousarray(features[:, self._columns])
+        x = self._own(features)
         p = self.bundle.probability(x)
         ruled = [apply_rules(self.rules, event, int(d)) for event, d in zip(events, decide(p, self.manifest.thresholds), strict=True)]
         reasons = self._reasons(x, p, [decision for decision, _ in ruled])
         probabilities = p.tolist()
         decisions = [{"transaction_id": e.transaction_id, "fraud_probability": round(probabilities[i], 9), "decision": DECISIONS[d], "thresholds": self._thresholds,
                       "rule": rule, "reasons": by_rule(rule, e) + reasons.get(i, []), "history": reading is not None, "model": self.manifest.version} for i, (e, (d, rule)) in enumerate(zip(events, ruled, strict=True))]
-        return Scored(list(events), x, p, decisions, reading is not None, features)
+        return Scored(list(events), x, p, decisions, reading is not None, features, self.beside and self.beside.would_decide(features))
 
     def score(self, transactions: Sequence[Transaction], ledger: Ledger) -> Scored:
         "Decides the transactions in their order and records them; raises `Refused`, and `LedgerError` unless the settings say to do without."
@@ -471,12 +482,16 @@ def _batch_model(name: str, item: type[BaseModel], title: str, most: int, **more
     return create_model(title, __config__=ConfigDict(strict=True, extra="forbid"), **{name: (Annotated[list[item], Field(min_length=1, max_length=most)], ...)}, **more)
 
 def with_features(scored: Scored) -> list[dict[str, Any]]:
-    "Decisions with the hour that was counted and all features in the order of `feature_names`, missing ones null."
-    return [decision | {"step": event.step, "features": row}
-            for decision, event, row in zip(scored.decisions, scored.events, scored.features.tolist(), strict=True)]
+    "Decisions with the hour that was counted, all features in the order of `feature_names` (missing ones null), and what a model in the shadow would have decided."
+    shadows = [{"shadow": shadow} for shadow in scored.shadow] if scored.shadow else [{}] * len(scored.decisions)
+    return [decision | {"step": event.step, "features": row} | shadow
+            for decision, event, row, shadow in zip(scored.decisions, scored.events, scored.features.tolist(), shadows, strict=True)]
 
 # %% ../nbs/12_scoring.ipynb #a75da6f9
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}  # without a key: probes have none
+
+def _looks_back(scorer: Scorer) -> tuple:
+    return scorer.manifest.windows, scorer.manifest.label_delay
 
 class Service:
     "Everything behind the doors: the current scorer, the ledger, the keys."
@@ -484,6 +499,7 @@ class Service:
     def __init__(self, serve: Serve, ledger: Ledger | None, keys: Mapping[str, bytes]):
         self.serve, self.ledger, self.keys = serve, ledger, dict(keys)
         self.scorer: Scorer | None = None  # replaced as a whole by `use`
+        self.shadow: Scorer | None = None  # by `use_shadow`
         self.batch = _batch_model("transactions", Transaction, "Batch", serve.max_batch, features=(Annotated[bool, Field(description="answer with step and features too")], False))
         self.feedback = _batch_model("labels", Label, "Feedback", serve.max_batch)
         self._routes = {("POST", "/predict"): self._predict, ("POST", "/predict/batch"): self._predict_batch, ("POST", "/feedback"): self._feedback,
@@ -496,6 +512,13 @@ class Service:
         if self.ledger is not None:
             self.ledger.retention = max(self.ledger.retention, scorer.retention)
         self.scorer = scorer
+        self.use_shadow(self.shadow)
+
+    def use_shadow(self, shadow: Scorer | None) -> None:
+        "Lets this scorer score beside the one that decides, when both look back equally far; None for none."
+        self.shadow = shadow
+        if self.scorer is not None:
+            self.scorer.beside = shadow if shadow and _looks_back(shadow) == _looks_back(self.scorer) else None
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
         "The answer to a request; header names are in lower case. Never raises for what a client or a server does wrong."
@@ -596,10 +619,34 @@ class Watcher:
         self.taken: Callable[[Bundle], None] = lambda bundle: None  # told of every bundle that decides from now on
         self.refused: Callable[[], None] = lambda: None             # and of every one that was refused
         self._seen: tuple | None = None
-        self._complaint, self._looked = "", -math.inf
+        self._complaint, self._looked, self._shadow_seen = "", -math.inf, None
 
     def look(self) -> bool:
-        "Takes the bundle that is there if it is a new and good one; says whether it did."
+        "Takes the bundle that is there if it is a new and good one; says whether it did. Looks into the shadow too."
+        taken = self._look()
+        if self.settings.serve.shadow:
+            self._look_into_shadow()
+        return taken
+
+    def _look_into_shadow(self) -> None:
+        "A model that scores beside the champion; whatever is wrong with it is said, and is no reason to stop deciding."
+        place = self.settings.shadow_place
+        try:
+            mark = bundle_mark(place)
+            if mark == self._shadow_seen:
+                return
+            self._shadow_seen = mark
+            shadow = None if mark is None else Scorer(fetch_bundle(place, deciding=True), self.settings.serve, self.settings.rules)
+        except FraudError as error:
+            log.error("nothing scores in the shadow: %s", error)
+            shadow = None
+        self.service.use_shadow(shadow)
+        if shadow and self.service.scorer and self.service.scorer.beside is None:
+            log.error("shadow %s does not score: windows or label delay are not the champion's", shadow.manifest.version)
+        else:
+            log.info("shadow %s", shadow.manifest.version if shadow else "none")
+
+    def _look(self) -> bool:
         self._looked, place, mark = time.monotonic(), self.settings.bundle_place, None
         try:
             mark = bundle_mark(place)

@@ -314,6 +314,8 @@ class Settings(Section):
     @property
     def reports_dir(self) -> Path: return self.root / self.paths.reports
     @property
+    def shadow_place(self) -> Path | str: return self.serve.shadow if "://" in self.serve.shadow else self.root / self.serve.shadow
+    @property
     def bundle_place(self) -> Path | str: return self.serve.bundle if "://" in self.serve.bundle else self.root / self.serve.bundle
 
     def section_dict(self, name: str) -> dict:

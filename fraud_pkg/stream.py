@@ -86,7 +86,8 @@ DECISION_AVRO = {"type": "record", "name": "Decision", "namespace": "fraud.v1", 
     {"name": "history", "type": "boolean"}, {"name": "model", "type": "string"}, {"name": "step", "type": "long"},
     {"name": "transaction", "type": {"type": "record", "name": "Payment", "fields": [{"name": "timestamp", **_optional("string")}, *OF_PAYMENT]}},
     {"name": "windows", "type": {"type": "array", "items": "int"}}, {"name": "features", "type": {"type": "array", "items": ["null", "float"]}},
-    {"name": "source", "type": {"type": "record", "name": "Source", "fields": [{"name": "topic", "type": "string"}, {"name": "partition", "type": "int"}, {"name": "offset", "type": "long"}]}}]}
+    {"name": "source", "type": {"type": "record", "name": "Source", "fields": [{"name": "topic", "type": "string"}, {"name": "partition", "type": "int"}, {"name": "offset", "type": "long"}]}},
+    {"name": "shadow", **_optional({"type": "record", "name": "Shadow", "fields": [{"name": "model", "type": "string"}, {"name": "fraud_probability", **_optional("double")}, {"name": "decision", "type": "string"}]})}]}
 
 # %% ../nbs/14_stream.ipynb #f5bef62f
 MAGIC = b"\xc3\x01"
@@ -147,9 +148,9 @@ def payment(transaction: Transaction) -> dict[str, Any]:
     t = transaction
     return {"timestamp": t.timestamp and t.timestamp.isoformat(), "type": t.type, "amount": t.amount, "nameOrig": t.nameOrig, "oldbalanceOrg": t.oldbalanceOrg, "nameDest": t.nameDest, "oldbalanceDest": t.oldbalanceDest}
 
-def scored_record(decision: Mapping[str, Any], step: int, transaction: Transaction, windows: Sequence[int], features: Sequence[float | None], source: Mapping[str, Any]) -> dict[str, Any]:
+def scored_record(decision: Mapping[str, Any], step: int, transaction: Transaction, windows: Sequence[int], features: Sequence[float | None], source: Mapping[str, Any], shadow: Mapping[str, Any] | None = None) -> dict[str, Any]:
     "A decision with all that led to it; NaN features count as missing."
-    return {"schema": VERSION, **decision, "step": step, "transaction": payment(transaction), "windows": windows, "features": features, "source": source}
+    return {"schema": VERSION, **decision, "step": step, "transaction": payment(transaction), "windows": windows, "features": features, "source": source, "shadow": shadow}
 
 def write_record(record: Mapping[str, Any], format: str) -> bytes:
     "The record's bytes, in `json` or `avro`."
@@ -332,12 +333,12 @@ def decide_batch(scorer: Scorer, ledger: SteppingLedger, records: Sequence[Any],
     if scored:
         step.events += scored.events
         step.scored.append(scored)
-        for c, decision, features in zip(found, scored.decisions, scored.features.tolist(), strict=True):
-            give_decision(step, c, decision, c.event.step, scorer.manifest.windows, features, topics, format)
+        for c, decision, features, shadow in zip(found, scored.decisions, scored.features.tolist(), scored.shadow or [None] * len(found), strict=True):
+            give_decision(step, c, decision, c.event.step, scorer.manifest.windows, features, topics, format, shadow)
 
-def give_decision(step: Step, c: Candidate, decision: Mapping[str, Any], hour: int, windows: Sequence[int], features: Sequence[float | None], topics: Topics, format: str) -> None:
+def give_decision(step: Step, c: Candidate, decision: Mapping[str, Any], hour: int, windows: Sequence[int], features: Sequence[float | None], topics: Topics, format: str, shadow: Mapping[str, Any] | None) -> None:
     "The decision as an output."
-    record = scored_record(decision, hour, c.transaction, windows, features, {"topic": c.record.topic, "partition": c.record.partition, "offset": c.record.offset})
+    record = scored_record(decision, hour, c.transaction, windows, features, {"topic": c.record.topic, "partition": c.record.partition, "offset": c.record.offset}, shadow)
     step.give(c.record, Output(topics.decisions, c.record.partition, c.record.key, write_record(record, format)), "decided")
 
 # %% ../nbs/14_stream.ipynb #6050001e
@@ -436,8 +437,8 @@ def decide_remotely(remote: Remote, records: Sequence[Any], topics: Topics, form
         if isinstance(answer, Poison):
             step.give(c.record, dead_letter(topics.dead_transactions, c.record, answer), answer.kind)
         else:
-            decision = {key: value for key, value in answer.items() if key not in ("step", "features")}
-            give_decision(step, c, decision, answer["step"], windows, answer["features"], topics, format)
+            decision = {key: value for key, value in answer.items() if key not in ("step", "features", "shadow")}
+            give_decision(step, c, decision, answer["step"], windows, answer["features"], topics, format, answer.get("shadow"))
 
 def label_remotely(remote: Remote, records: Sequence[Any], topics: Topics, step: Step) -> None:
     "Hands labels on to the service; raises `Unavailable`."

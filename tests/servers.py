@@ -148,7 +148,7 @@ def kafka(folder: Path, port: int | None = None) -> Iterator[str]:
     configuration = folder / "kafka.properties"
     configuration.write_text(KAFKA.format(host=HOST, port=port, controller=free_port(), data=data))
     if not data.exists():
-        cluster = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
+        cluster = base64.urlsafe_b64encode(b"f" + os.urandom(15)).decode().rstrip("=")  # never begins with a dash, which would be an option
         done = subprocess.run([*java, "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(configuration)], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     with running([*java, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
