@@ -261,13 +261,14 @@ def prometheus_rule(folder: Path) -> str:
         rule["labels"]["namespace"] = "fraud"
     return _object("PrometheusRule", "v1", "fraud", {"groups": groups}, "rules/*.yml")
 
-# %% ../nbs/15a_dashboards.ipynb #1317b8c9
+# %% ../nbs/15a_dashboards.ipynb #e998424a
 def _matcher(text: str) -> dict[str, str]:
     "A matcher such as job=~\"fraud-.*\", in the operator's words; raises `FraudError`."
     found = re.fullmatch(r'(\w+)(=~|!~|!=|=)"(.*)"', text)
     if not found:
         raise FraudError(f"alertmanager.yml: expected a matcher such as severity=\"page\", not {text}")
-    return dict(zip(("name", "matchType", "value"), found.groups()))
+    name, kind, value = found.groups()
+    return {"name": name, "value": value} | ({} if kind == "=" else {"matchType": kind})  # = is what the operator takes without one
 
 def _route(route: Mapping) -> dict:
     "A route in the operator's words."

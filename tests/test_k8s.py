@@ -38,7 +38,7 @@ every_overlay = pytest.mark.parametrize("overlay, components", RENDERED, ids=[" 
 MINIKUBE_SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-ledger": {"url", "password"}}
 SECRETS = MINIKUBE_SECRETS | {"fraud-kafka": {"user", "password"}}
 CONSUMERS = {"fraud-stream", "fraud-stream-labels"}
-SERVERS = {"fraud-redis", "fraud-kafka"}
+SERVERS = {"fraud-redis", "fraud-kafka", "fraud-pushgateway"}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,8 @@ def custom_resources() -> Iterator[tuple[str, dict]]:
     yield "PodMonitor", monitor | {"properties": monitor["properties"] | {"spec": pods}}
     keda = json.loads((folder / "keda.json").read_text())
     yield from ((kind, closed(keda[kind])) for kind in ("ScaledObject", "TriggerAuthentication"))
+    alerts = json.loads((folder / "alerts.json").read_text())
+    yield from ((kind, closed(alerts[kind])) for kind in ("PrometheusRule", "AlertmanagerConfig"))
 
 
 CUSTOM = dict(custom_resources())
@@ -199,7 +201,9 @@ def test_selectors_meet_their_pods(render, overlay, components):
     for monitor in of_kind(objects, "ServiceMonitor"):
         [service] = [s for s in of_kind(objects, "Service") if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}
-        assert "release" in monitor["metadata"]["labels"] and monitor["spec"]["podTargetLabels"] == ["track"]
+        pushed = monitor["metadata"]["name"] == "fraud-pushgateway"
+        assert all(endpoint.get("honorLabels", False) == pushed for endpoint in monitor["spec"]["endpoints"])  # there the job is the one that pushed
+        assert "release" in monitor["metadata"]["labels"] and monitor["spec"].get("podTargetLabels", []) == ([] if pushed else ["track"])
     for monitor in of_kind(objects, "PodMonitor"):
         pods = selected(monitor["spec"]["selector"], objects)
         asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
@@ -256,7 +260,7 @@ def test_network_is_closed_but_for_what_is_needed(render, overlay, components):
         assert between == {(pod, "fraud-redis", "redis") for pod in tracks | streaming} | {(pod, "fraud-kafka", "kafka") for pod in streaming}
         assert from_outside == decided | ({("keda", "fraud-kafka", "kafka")} if components else set()) and to_outside == outside
     elif overlay.endswith("production"):
-        assert not between and from_outside == decided | {("monitoring", pod, "http") for pod in tracks} | {("monitoring", pod, "metrics") for pod in streaming}
+        assert not between and from_outside == decided | {("monitoring", pod, "http") for pod in tracks} | {("monitoring", pod, "metrics") for pod in streaming} | {("monitoring", "fraud-pushgateway", "push")}
         aws, broker = {(pod, 443) for pod in tracks | {"fraud-stream"}}, {(pod, 9096) for pod in streaming}
         assert to_outside == outside | aws | broker | {(pod, 6379) for pod in tracks | streaming}
     else:
@@ -281,7 +285,7 @@ def test_references(render, overlay, components):
                 assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
             if "secret" in volume:
                 assert volume["secret"]["secretName"] in SECRETS
-        for variable in main["env"]:
+        for variable in main.get("env", []):
             if source := variable.get("valueFrom"):
                 assert source["secretKeyRef"]["key"] in SECRETS[source["secretKeyRef"]["name"]]
         if "serviceAccountName" in spec:
@@ -297,7 +301,7 @@ def test_references(render, overlay, components):
         assert volume["spec"]["claimRef"] == {"namespace": "fraud", "name": claim["metadata"]["name"]}
 
 
-WRITABLE = {"fraud-redis": {"/data"}, "fraud-kafka": {"/var/lib/kafka/data", "/opt/kafka/config", "/opt/kafka/logs", "/tmp"}}  # the last three as in docker-compose.yml
+WRITABLE = {"fraud-redis": {"/data"}, "fraud-pushgateway": {"/data"}, "fraud-kafka": {"/var/lib/kafka/data", "/opt/kafka/config", "/opt/kafka/logs", "/tmp"}}  # the last three as in docker-compose.yml
 
 
 @every_overlay
