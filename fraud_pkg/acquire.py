@@ -793,6 +793,8 @@ def _manifest(table: pa.Table, checked: Checked, source: str, digest: str) -> di
 # %% ../nbs/03_acquire.ipynb #dc2dafdc
 def _lake_part(path: Path, columns: list[str]) -> pa.Table:
     try:
+        if missing := [name for name in columns if name not in pq.read_schema(path).names]:
+            raise FraudError(f"{path}: no column {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; expected decisions with them: was another model's history in use?")
         return pq.read_table(path, columns=columns, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise FraudError(f"{path}: not a whole Parquet file of the sink ({_one_line(error)}); move it away, or let the sink write it again") from error
@@ -834,19 +836,19 @@ def read_labels(folder: Path) -> dict[str, bool]:
     return {number: fraud for table in tables for number, fraud in zip(table["transaction_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)}
 
 # %% ../nbs/03_acquire.ipynb #1a3c5b32
-PAID = ("type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
+PAID = ("type", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
 
 def go_on(table: pa.Table, settings: Settings) -> tuple[pa.Table, dict | None]:
     "The table and behind it the lake's transactions that are old enough to be labelled (from its first step on they replace the table's own); what was taken."
     if not settings.data.decisions:
         return table, None
     folder = settings.root / settings.data.decisions
-    live = read_decisions(folder, ["transaction_id", "step", *PAID], end_step=newest_step(folder) - settings.features.label_delay + 1)
+    live = read_decisions(folder, ["transaction_id", "step", "cents", *PAID], end_step=newest_step(folder) - settings.features.label_delay + 1)
     frauds = pa.array([number for number, fraud in read_labels(folder).items() if fraud], pa.string())
     kept = table.filter(pc.less(table["step"], live["step"][0]))
     first_id = 0 if not len(kept) else pc.max(kept["tx_id"]).as_py() + 1
     known = {"tx_id": np.arange(first_id, first_id + len(live)), "isFraud": pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())}
-    typed, broken = check_table(pa.table({**known, **{name: live[name] for name in ("step", *PAID)}}))
+    typed, broken = check_table(pa.table({**known, "amount": live["cents"].to_numpy() / 100, **{name: live[name] for name in ("step", *PAID)}}))
     if broken:
         raise FraudError(f"{settings.data.decisions}: decisions that break the contract ({next(iter(broken))}); was it written by this sink?")
     told = {"folder": settings.data.decisions, "first_step": live["step"][0].as_py(), "last_step": live["step"][-1].as_py(), "rows": len(live), "frauds": int(pc.sum(known["isFraud"]).as_py()),

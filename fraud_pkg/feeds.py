@@ -201,7 +201,7 @@ class Rows:
     since: float = field(default_factory=time.monotonic)
 
 OWN = {"transaction_id": pa.string(), "step": pa.int64(), "fraud_probability": pa.float64(), "decision": pa.string(), "rule": pa.string(), "history": pa.bool_(), "model": pa.string()}
-PAID = {"timestamp": pa.string(), "type": pa.string(), "amount": pa.float64(), "nameOrig": pa.string(), "oldbalanceOrg": pa.float64(), "nameDest": pa.string(), "oldbalanceDest": pa.float64()}
+PAID = {"timestamp": pa.string(), "type": pa.string(), "nameOrig": pa.string(), "oldbalanceOrg": pa.float64(), "nameDest": pa.string(), "oldbalanceDest": pa.float64()}
 REASONS = pa.list_(pa.struct({"feature": pa.string(), "value": pa.float64(), "contribution": pa.float64()}))
 
 LABEL = {"transaction_id": pa.string(), "is_fraud": pa.bool_(), "known_at": pa.timestamp("ms", "UTC")}
@@ -211,10 +211,11 @@ def label_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.table({name: pa.array([r[name] for r in records], kind) for name, kind in LABEL.items()})
 
 def lake_table(records: Sequence[Mapping[str, Any]], windows: Sequence[int]) -> pa.Table:
-    "Decisions as a table: the decision, the transaction, where it came from, and a column for each feature (float32, NaN where missing)."
+    "Decisions as a table: the decision, the transaction (its amount in cents), where it came from, and a column for each feature (float32, NaN where missing)."
     columns = {name: pa.array([r[name] for r in records], kind) for name, kind in OWN.items()}
     columns["reasons"] = pa.array([r["reasons"] for r in records], REASONS)
     columns |= {name: pa.array([r["transaction"][name] for r in records], kind) for name, kind in PAID.items()}
+    columns["cents"] = pa.array([round(r["transaction"]["amount"] * 100) for r in records], pa.int64())  # `amount` is the feature, in single precision
     columns |= {f"source_{name}": pa.array([r["source"][name] for r in records], pa.string() if name == "topic" else pa.int64()) for name in ("topic", "partition", "offset")}
     shadows = [r.get("shadow") or {} for r in records]
     columns |= {f"shadow_{name}": pa.array([s.get(name) for s in shadows], kind) for name, kind in (("model", pa.string()), ("fraud_probability", pa.float64()), ("decision", pa.string()))}

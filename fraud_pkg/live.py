@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CALENDAR', 'DECILES', 'TOP', 'BLOCKS', 'UNCHANGED', 'TITLES', 'VERDICTS', 'mean_index', 'Check', 'share_margin',
            'share_gap', 'Reference', 'Window', 'load_window', 'judge_window', 'chance', 'count_bad', 'decide_verdict',
-           'label_problems', 'look', 'plot_windows', 'write_look', 'push', 'watch']
+           'compare_shadow', 'label_problems', 'look', 'plot_windows', 'write_look', 'push', 'watch']
 
 # %% ../nbs/15b_live.ipynb #35bf37b6
 import functools
@@ -191,7 +191,7 @@ class Reference:
         return (self._check("recall", step, np.flatnonzero(fraud), one, _hit_counts(flagged, one), share_gap, False, least, hit=flagged),
                 self._check("precision", step, np.flatnonzero(flagged), one, _hit_counts(fraud, one), share_gap, False, least, hit=fraud))
 
-# %% ../nbs/15b_live.ipynb #00d749c4
+# %% ../nbs/15b_live.ipynb #ce636c59
 @dataclass(frozen=True)
 class Window:
     "Decisions of one champion in some hours."
@@ -206,10 +206,7 @@ def load_window(folder: Path, first_step: int, end_step: int, reference: Referen
     "The window's decisions that the champion made with history; raises `FraudError` for a lake without its features."
     manifest = reference.bundle.manifest
     columns = list(reference.names)
-    try:
-        table = read_decisions(folder, ["transaction_id", "fraud_probability", "model", "history", *columns], first_step, end_step)
-    except KeyError as error:
-        raise FraudError(f"{folder}: decisions of steps {first_step} to {end_step - 1} lack features of champion {manifest.version} ({error})") from error
+    table = read_decisions(folder, ["transaction_id", "fraud_probability", "model", "history", *columns], first_step, end_step)
     model, history = np.array(table["model"].to_pylist(), object), table["history"].to_numpy(zero_copy_only=False)
     own = np.flatnonzero((model == manifest.version) & history)
     x = np.stack([table[name].to_numpy()[own] for name in columns], axis=1).astype(np.float32)
@@ -271,6 +268,27 @@ def decide_verdict(checks: Sequence[Mapping[str, Any]], age_days: float, problem
     calm = [f"{c['check']}: {c['bad']} of {c['judged']} windows bad" if c["judged"] else f"{c['check']}: no window could be judged yet" for c in checks if not c["alarm"]]
     return ("retrain" if reasons else "healthy"), [*reasons, *problems, *calm]
 
+# %% ../nbs/15b_live.ipynb #0e95dd2e
+def _side(flagged: np.ndarray, p: np.ndarray, fraud: np.ndarray | None) -> dict[str, Any]:
+    "What one of the two did: flagged and, with outcomes, found and average precision."
+    alone = {"flagged": int(flagged.sum())}
+    if fraud is None or not 0 < fraud.sum() < len(fraud):
+        return {**alone, "found": None, "average_precision": None}
+    return {**alone, "found": int((flagged & fraud).sum()), "average_precision": round(average_precision(fraud.astype(np.int8), p), 5)}
+
+def compare_shadow(folder: Path, first_step: int, end_step: int, ripe_step: int, labels: Mapping[str, bool]) -> dict[str, Any] | None:
+    "Champion and shadow on the transactions that both scored: all of them, and those before `ripe_step` with their outcomes; None without a shadow."
+    columns = ["transaction_id", "step", "model", "fraud_probability", "decision", "shadow_model", "shadow_fraud_probability", "shadow_decision"]
+    rows = read_decisions(folder, columns, first_step, end_step).to_pandas().dropna(subset=["shadow_model", "shadow_fraud_probability"])
+    if rows.empty:
+        return None
+    rows = rows[rows.shadow_model == rows.shadow_model.iloc[-1]]
+    ripe = rows[rows.step < ripe_step]
+    fraud = np.array([labels.get(number, False) for number in ripe.transaction_id], bool)
+    both = {"champion": ("decision", "fraud_probability"), "shadow": ("shadow_decision", "shadow_fraud_probability")}
+    sides = {name: _side((ripe[d] != "allow").to_numpy(), ripe[p].to_numpy(), fraud) for name, (d, p) in both.items()}
+    return {"model": rows.shadow_model.iloc[-1], "rows": len(rows), "agree": round(float((rows.decision == rows.shadow_decision).mean()), 5), "labelled_rows": len(ripe), "frauds": int(fraud.sum()), **sides}
+
 # %% ../nbs/15b_live.ipynb #c76b41b1
 def label_problems(windows: Sequence[Mapping[str, Any]], labels: int, unknown: int, reference: Reference) -> list[str]:
     "Why labels cannot be trusted, as sentences."
@@ -284,7 +302,7 @@ def label_problems(windows: Sequence[Mapping[str, Any]], labels: int, unknown: i
         found.append(f"no fraud is known among {rows:,} transactions that are old enough to have labels; the reference lets us expect about {expected:.0f}: are labels arriving?")
     return found
 
-# %% ../nbs/15b_live.ipynb #078297c1
+# %% ../nbs/15b_live.ipynb #87ae7748
 def _windows(folder: Path, reference: Reference, label_delay: int, monitor: Monitor, labels: Mapping[str, bool]) -> list[dict[str, Any]]:
     "The judged windows, oldest first: those with outcomes, and the newest."
     hours, newest = monitor.window_hours, newest_step(folder)
@@ -326,10 +344,11 @@ def look(settings: Settings) -> dict[str, Any]:
         rows = sum(w["rows"] for w in windows)
         raise FraudError(f"{folder}: {rows:,} decisions of champion {bundle.manifest.version} in the last {len(windows)} windows of {monitor.window_hours} hours; expected at least {monitor.least_rows} in one")
     newest = newest_step(folder)
+    shadow = compare_shadow(folder, windows[0]["first_step"], windows[-1]["end_step"], newest - bundle.manifest.label_delay + 1, labels)
     age = (newest - _trained_until(bundle)) / 24
     verdict, reasons = decide_verdict(checks, age, problems, monitor)
     return {"verdict": verdict, "reasons": reasons, "champion": bundle.manifest.version, "name": bundle.manifest.name, "period": [windows[0]["first_step"], windows[-1]["end_step"] - 1], "newest_step": newest,
-            "age_days": round(age, 2), "checks": checks, "windows": windows, "labels": len(labels), "labels_unknown": unknown, "labels_used": sum(w["frauds"] for w in windows if w["labelled"])}
+            "age_days": round(age, 2), "checks": checks, "windows": windows, "shadow": shadow, "labels": len(labels), "labels_unknown": unknown, "labels_used": sum(w["frauds"] for w in windows if w["labelled"])}
 
 # %% ../nbs/15b_live.ipynb #50dc8142
 def plot_windows(windows: Sequence[Mapping[str, Any]], title: str = "") -> "Figure":
