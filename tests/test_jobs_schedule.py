@@ -130,6 +130,18 @@ def test_settings_load_as_declared(objects, overlay, tmp_path):
 
 
 @every_overlay
+def test_a_job_reaches_the_pushgateway(render, overlay):
+    objects = render(overlay, ("jobs", "pushgateway"))
+    [server] = [item["spec"]["template"] for item in of_kind(objects, "Deployment") if item["metadata"]["name"] == "fraud-pushgateway"]
+    [port] = container(server)["ports"]
+    policies = {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
+    ways = [(to.get("podSelector"), rule["ports"]) for rule in policies["fraud-jobs"]["egress"] for to in rule["to"]]
+    assert [ports for to, ports in ways if to and to["matchLabels"].items() <= server["metadata"]["labels"].items()] == [[{"port": port["containerPort"]}]]
+    taken = [peer["podSelector"] for rule in policies["fraud-pushgateway"]["ingress"] for peer in rule["from"]]
+    assert policies["fraud-jobs"]["podSelector"] in taken and {"port": port["name"]} in policies["fraud-pushgateway"]["ingress"][0]["ports"]
+
+
+@every_overlay
 def test_network(objects, overlay):
     """Nobody reaches a job; it reaches DNS, HTTPS and named servers, and where there are brokers beside it they take it in."""
     policies = {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
