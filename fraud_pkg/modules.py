@@ -22,7 +22,7 @@ def imports_of(source: str, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
             if module == package:
-                found |= {a.name for a in node.names}
+                found |= {a.name for a in node.names if not a.name.startswith("__")}  # __version__ is the package's own
             elif module.startswith(f"{package}."):
                 found.add(module.split(".")[1])
     return found
