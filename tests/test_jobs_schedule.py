@@ -131,7 +131,8 @@ def test_settings_load_as_declared(objects, overlay, tmp_path):
 
 @every_overlay
 def test_a_job_reaches_the_pushgateway(render, overlay):
-    objects = render(overlay, ("jobs", "pushgateway"))
+    there = "fraud-pushgateway" in test_k8s.workloads(render(overlay))  # in production it is
+    objects = render(overlay, ("jobs",) if there else ("jobs", "pushgateway"))
     [server] = [item["spec"]["template"] for item in of_kind(objects, "Deployment") if item["metadata"]["name"] == "fraud-pushgateway"]
     [port] = container(server)["ports"]
     policies = {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
