@@ -48,22 +48,20 @@ class Live:
             return subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.project.root, env=environ, stdout=output, stderr=subprocess.STDOUT)
 
     def send(self, first_day: int, end_day: int) -> None:
-        """The transactions of these days, and the labels of frauds that become known in them, in the log's order."""
-        step = self.table["step"].to_numpy()
-        fraud = self.table["isFraud"].to_numpy() == 1
-        own = self.table.filter(pa.array((step >= 24 * first_day) & (step < 24 * end_day)))
-        known = [(s + DELAY, str(number)) for s, number in zip(step[fraud].tolist(), self.table["tx_id"].to_numpy()[fraud].tolist(), strict=True) if 24 * first_day <= s + DELAY < 24 * end_day]
+        """The transactions of these days, a day after the other; what became known by then of older ones comes before, as in life, where a day is long."""
+        step, number, fraud = (self.table[name].to_numpy() for name in ("step", "tx_id", "isFraud"))
         with contextlib.closing(KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)) as producer:
-            for moment, number, key, value, _ in transaction_messages(own, "json"):
-                while known and known[0][0] <= moment:
-                    _, told = known.pop(0)
-                    producer.send("labels", label_message(told, True, "json"), key=told.encode())
-                producer.send("transactions", value, key=key)
-            for _, told in known:
-                producer.send("labels", label_message(told, True, "json"), key=told.encode())
-            producer.flush()
-        self.decided += len(own)
-        self._wait(lambda: self._end("decisions") >= self.decided)
+            for day in range(first_day, end_day):
+                for told in number[(fraud == 1) & ((step + DELAY) // 24 == day)].tolist():
+                    producer.send("labels", label_message(str(told), True, "json"), key=str(told).encode())
+                producer.flush()
+                time.sleep(0.15)
+                own = self.table.filter(pa.array(step // 24 == day))
+                for _, _, key, value, _ in transaction_messages(own, "json"):
+                    producer.send("transactions", value, key=key)
+                producer.flush()
+                self.decided += len(own)
+                self._wait(lambda: self._end("decisions") >= self.decided)
 
     def _end(self, topic: str) -> int:
         with contextlib.closing(KafkaConsumer(bootstrap_servers=self.address)) as consumer:
