@@ -153,3 +153,25 @@ def kafka(folder: Path, port: int | None = None) -> Iterator[str]:
         assert done.returncode == 0, f"kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     with running([*java, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
         yield f"{HOST}:{port}"
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, configuration: str) -> Iterator[str]:
+    """A Prometheus with this configuration; yields its URL."""
+    port, file = free_port(), folder / "prometheus.yml"
+    file.write_text(configuration)
+    options = [f"--config.file={file}", f"--storage.tsdb.path={folder / 'prometheus'}", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
+    url = f"http://{HOST}:{port}"
+    with running([program("prometheus", "prometheus"), *options], lambda: status(f"{url}/-/ready") == 200, folder / "prometheus.log"):
+        yield url
+
+
+@contextlib.contextmanager
+def alertmanager(folder: Path, configuration: str) -> Iterator[str]:
+    """An Alertmanager with this configuration; yields its URL."""
+    port, file = free_port(), folder / "alertmanager.yml"
+    file.write_text(configuration)
+    options = [f"--config.file={file}", f"--storage.path={folder / 'alertmanager'}", f"--web.listen-address={HOST}:{port}", "--cluster.listen-address="]
+    url = f"http://{HOST}:{port}"
+    with running([program("prometheus-alertmanager", "prometheus-alertmanager"), *options], lambda: status(f"{url}/-/ready") == 200, folder / "alertmanager.log"):
+        yield url

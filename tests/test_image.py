@@ -324,7 +324,7 @@ def test_compose_prometheus_asks_everybody():
         looked_up = [f"{name}:{item['port']}" for item in job.get("dns_sd_configs", ()) for name in item["names"]]
         found[job["job_name"]] = [target for item in job.get("static_configs", ()) for target in item["targets"]] + looked_up
     consumers = {f"fraud-{name}": [f"{name}:{services[name]['environment']['FRAUD_STREAM_PORT']}"] for name in CONSUMERS}
-    assert found == {"fraud-api": ["api:8000"], "prometheus": ["localhost:9090"]} | consumers
+    assert found == {"fraud-api": ["api:8000"], "pushgateway": ["pushgateway:9091"], "prometheus": ["localhost:9090"]} | consumers
 
 
 def test_compose_prometheus_takes_its_configuration():

@@ -1,0 +1,315 @@
+"""Alerts and dashboards: each alert fires when it should and not otherwise, and everything they ask for exists on a Prometheus that watches a real service and a real stream."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import servers
+import typer
+import yaml
+from kafka import KafkaProducer
+
+from fraud_pkg.cli import app
+from fraud_pkg.live import push
+from fraud_pkg.scoring import EXAMPLE, example_bundle
+from fraud_pkg.settings import load_settings
+
+PROJECT = Path(__file__).resolve().parents[1]
+MONITORING = PROJECT / "k8s/monitoring"
+RULE_FILES = sorted((MONITORING / "rules").glob("*.yml"))
+RULES = [rule for file in RULE_FILES for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+RUNBOOKS = (PROJECT / "docs/runbooks.md").read_text(encoding="utf-8")
+DOCS = RUNBOOKS + (PROJECT / "docs/monitoring.md").read_text(encoding="utf-8")
+
+
+def check(program: str, package: str, *arguments: object) -> str:
+    """Runs a checking program, which has to be content."""
+    done = subprocess.run([servers.program(program, package), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def resolved(receivers: str = f"http://{servers.HOST}:9") -> str:
+    """alertmanager.yml with the receivers' addresses in place of the files that hold them, which Debian's Alertmanager does not read yet."""
+    text, found = re.subn(r"url_file: /etc/alertmanager/receivers/(\w+)", rf"url: {receivers}/\1", (MONITORING / "alertmanager.yml").read_text())
+    assert found == 2
+    return text
+
+
+# Files
+
+
+def test_rules_and_configurations_are_valid(tmp_path):
+    check("promtool", "prometheus", "check", "rules", *RULE_FILES)
+    (tmp_path / "prometheus.yml").write_text((PROJECT / "compose/prometheus.yml").read_text())
+    (tmp_path / "rules").symlink_to(MONITORING / "rules")
+    assert f"{len(RULE_FILES)} rule files found" in check("promtool", "prometheus", "check", "config", tmp_path / "prometheus.yml")
+    (tmp_path / "alertmanager.yml").write_text(resolved())
+    check("amtool", "prometheus-alertmanager", "check-config", tmp_path / "alertmanager.yml")
+
+
+@pytest.mark.parametrize("severity", ["page", "ticket"])
+def test_who_is_told(tmp_path, severity):
+    (tmp_path / "alertmanager.yml").write_text(resolved())
+    assert check("amtool", "prometheus-alertmanager", "config", "routes", "test", f"--config.file={tmp_path / 'alertmanager.yml'}", f"severity={severity}").strip() == severity
+
+
+@pytest.mark.parametrize("file", sorted((MONITORING / "tests").glob("*.yml")), ids=lambda file: file.stem)
+def test_alerts_fire_when_they_should(file):
+    check("promtool", "prometheus", "test", "rules", file)
+
+
+def test_every_alert_is_tested_and_explained():
+    tests = [test for file in (MONITORING / "tests").glob("*.yml") for test in yaml.safe_load(file.read_text())["tests"]]
+    assert {(unit["alertname"], bool(unit["exp_alerts"])) for test in tests for unit in test["alert_rule_test"]} == {(alert, fires) for alert in ALERTS for fires in (True, False)}
+    headings = re.findall(r"^### (\w+)$", RUNBOOKS, re.MULTILINE)
+    assert sorted(headings) == sorted(ALERTS)
+    for name, rule in ALERTS.items():
+        assert rule["labels"].keys() == {"severity"} and rule["labels"]["severity"] in ("page", "ticket"), name
+        assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}, name
+        assert rule["annotations"]["runbook_url"].endswith(f"docs/runbooks.md#{name.lower()}"), name
+        section = RUNBOOKS.split(f"### {name}\n")[1].split("\n### ")[0]
+        assert all(f"**{part}**" in section for part in ("What", "Hurts", "Look", "Do")), name
+        assert f"({rule['labels']['severity']})" in section, name
+
+
+def test_inhibitions_name_alerts():
+    for rule in yaml.safe_load((MONITORING / "alertmanager.yml").read_text())["inhibit_rules"]:
+        for text in rule["source_matchers"] + rule["target_matchers"]:
+            assert set(re.fullmatch(r'alertname=~?"(.*)"', text)[1].split("|")) <= ALERTS.keys()
+
+
+def test_commands_in_the_docs_exist():
+    command, code = typer.main.get_command(app), "\n".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", DOCS, re.DOTALL))
+    named = set(re.findall(r"(?:^|[` ])(?<!-n )fraud ([a-z]+)(?: ([a-z]+))?", code, re.MULTILINE))  # not `kubectl -n fraud ...`
+    assert ("models", "rollback") in named
+    for first, second in named:
+        assert first in command.commands, first
+        assert not second or second in getattr(command.commands[first], "commands", (second,)), (first, second)
+
+
+# A system that runs
+
+
+@dataclass
+class System:
+    """Where everything is, and what receivers were told."""
+    prometheus: str
+    alertmanager: str
+    told: list[tuple[str, dict]]
+
+    def query(self, expr: str) -> list[float]:
+        """The values that an expression has now, those that are none left out."""
+        answer = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": expr}, timeout=10).json()
+        assert answer["status"] == "success", (expr, answer)
+        data = answer["data"]
+        samples = [data["result"]] if data["resultType"] == "scalar" else [item["value"] for item in data["result"]]
+        return [float(value) for _, value in samples if value != "NaN"]
+
+
+@contextlib.contextmanager
+def receivers(told: list) -> Iterator[str]:
+    """Webhooks that keep what they are told, by their path."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            told.extend((self.path.strip("/"), alert) for alert in body["alerts"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_) -> None: ...
+
+    server = ThreadingHTTPServer((servers.HOST, 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://{servers.HOST}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def fraud(folder: Path, *arguments: str, **overrides) -> Iterator[int]:
+    """A command that answers probes and /metrics; yields its port."""
+    port = servers.free_port()
+    given = {"serve.port": port, "stream.port": port, "serve.bundle": folder / "champion", "serve.shadow": folder / "shadow", "serve.reload_seconds": 0.2}
+    given |= {"rules.review_above": 1} | {key.replace("__", "."): value for key, value in overrides.items()}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+    environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(folder), "PYTHONPATH": str(PROJECT)}
+    log = folder / f"{'-'.join(arguments)}-{port}.log"
+    alive = f"http://{servers.HOST}:{port}/healthz"
+    with servers.running([sys.executable, "-m", "fraud_pkg.cli", *arguments], lambda: servers.status(alive) == 200, log, env=environ, cwd=folder):
+        yield port
+
+
+def bad_monitor(folder: Path, pushgateway: str) -> None:
+    """A look of the monitor that asks for a new model, pushed as `fraud watch` pushes it."""
+    checks = [{"check": name, "value": 0.3, "threshold": 0.2, "bad": 3, "judged": 5} for name in ("features", "score", "recall", "precision")]
+    found = {"verdict": "retrain", "checks": checks, "age_days": 3000, "labels_used": 7, "windows": [{"labelled": True, "average_precision": 0.4}]}
+    push(found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={}))
+
+
+@contextlib.contextmanager
+def traffic(ports: list[int], broker: str) -> Iterator[None]:
+    """Transactions, good and bad ones, to the API and into the topic, until the end of the block."""
+    stop = threading.Event()
+
+    def send() -> None:
+        number = 0
+        with contextlib.closing(KafkaProducer(bootstrap_servers=broker, linger_ms=0)) as producer, httpx.Client(timeout=10) as client:
+            while not stop.wait(0.05):
+                number += 1
+                good = {**EXAMPLE, "transaction_id": f"t{number}", "amount": 1 + 400.0 * (number % 5)}
+                for port in ports:
+                    client.post(f"http://{servers.HOST}:{port}/predict", json=good)
+                    client.post(f"http://{servers.HOST}:{port}/predict", json={"amount": -1})
+                producer.send("transactions", json.dumps(good).encode(), key=b"C1")
+                if number % 5 == 0:
+                    producer.send("transactions", b"no transaction", key=b"C1")
+                    producer.send("decisions", b"no decision", key=b"C1")
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str) -> str:
+    """compose/prometheus.yml, every second and with where things are here."""
+    content = yaml.safe_load((PROJECT / "compose/prometheus.yml").read_text())
+    places = {job: [f"{servers.HOST}:{port}" for port in ports] for job, ports in targets.items()} | {"pushgateway": [pushgateway.removeprefix("http://")]}
+    jobs = {job["job_name"]: job for job in content["scrape_configs"]}
+    assert places.keys() - jobs.keys() == {"fraud-sink"}
+    content["scrape_configs"] = [{"job_name": name, "honor_labels": jobs.get(name, {}).get("honor_labels", False), "static_configs": [{"targets": there}]}
+                                 for name, there in places.items()]
+    content["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    content["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager.removeprefix("http://")]}]}]}
+    return yaml.safe_dump(content)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory) -> Iterator[System]:
+    """Two services (one without its ledger), a consumer and a sink on a broker, the monitor's figures, and who watches them; alerts wait for nothing."""
+    folder, told = tmp_path_factory.mktemp("system"), []
+    (folder / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
+    (folder / "rules").mkdir()
+    for file in RULE_FILES:
+        (folder / "rules" / file.name).write_text(re.sub(r"for: \w+", "for: 0s", file.read_text()))
+    with contextlib.ExitStack() as running:
+        enter = running.enter_context
+        for name in ("prometheus", "prometheus-alertmanager", "prometheus-pushgateway"):
+            servers.program(name, name)
+        broker, pushed, hooks = enter(servers.kafka(folder)), enter(servers.pushgateway(folder)), enter(receivers(told))
+        manager = enter(servers.alertmanager(folder, re.sub(r"group_wait: \w+", "group_wait: 1s", resolved(hooks))))
+        stream = {"stream__bootstrap_servers": broker, "stream__partitions": 1}
+        away = {"ledger__url": f"redis://{servers.HOST}:{servers.free_port()}/0", "ledger__timeout": 0.2, "serve__on_ledger_error": "degrade"}
+        ports = {"fraud-api": [enter(fraud(folder, "serve")), enter(fraud(folder, "serve", **away))],
+                 "fraud-stream": [enter(fraud(folder, "stream", "score", **stream))], "fraud-sink": [enter(fraud(folder, "stream", "sink", **stream))]}
+        bad_monitor(folder, pushed)
+        enter(traffic(ports["fraud-api"], broker))
+        watching = enter(servers.prometheus(folder, scraping(ports, pushed, manager)))
+        found = System(watching, manager, told)
+        until(lambda: found.query("sum by (reason) (fraud_stream_waits_total)") and found.query('fraud_requests_total{status="503"}'), "503s and waits without a model")
+        example_bundle(folder / "shadow", bias=-6.0)
+        example_bundle(folder / "champion")
+        yield found
+
+
+def until(holds, what: object, seconds: float = 40) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not in {seconds:g} s: {what}"
+        time.sleep(0.3)
+
+
+WORDS = {"by", "without", "on", "ignoring", "group_left", "group_right", "and", "or", "unless", "bool", "offset", "inf", "nan"}
+
+
+def selectors(expr: str) -> set[str]:
+    """The series that an expression asks for."""
+    grouping = r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)"
+    bare = re.sub(rf"#.*|\[[^\]]*\]|{grouping}|\boffset\s+\w+", " ", expr)
+    found = re.finditer(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\})?\s*(\()?", bare)
+    return {name + (where or "") for name, where, call in (match.groups() for match in found) if not call and name.lower() not in WORDS}
+
+
+def without_comparing(expr: str) -> str:
+    """The expression with its comparisons answered by 0 or 1, instead of leaving out what does not hold."""
+    parts = re.split(r"(\{[^}]*\})", expr)
+    return "".join(part if part.startswith("{") else re.sub(r"(==|!=|>=|<=|>|<)", r"\1 bool", part) for part in parts)
+
+
+def panel_queries() -> dict[str, str]:
+    """{dashboard, panel and legend: PromQL} of every dashboard."""
+    found = {}
+    for file in sorted((MONITORING / "dashboards").glob("*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                found[f"{file.stem}: {panel['title']}: {target['legendFormat']}"] = target["expr"].replace("$__rate_interval", "1m")
+    return found
+
+
+def test_taking_expressions_apart():
+    assert selectors('sum by (job) (rate(a_total{x=~"b"}[5m])) > 0.5 and on (job) up == 1 unless max(c offset 1h)') == {'a_total{x=~"b"}', "up", "c"}
+    assert without_comparing('a{x!="y"} >= 2 and b == 1') == 'a{x!="y"} >= bool 2 and b == bool 1'
+
+
+def test_every_expression_gives_data(system):
+    """Panels, recorded series, runbooks; of alerts every series that they ask for, and both sides of what they compare."""
+    asked = panel_queries() | {f"record {rule['record']}": rule["record"] for rule in RULES if "record" in rule}
+    for number, block in enumerate(re.findall(r"```promql\n(.*?)```", DOCS, re.DOTALL)):
+        asked |= {f"docs, block {number}: {line}": line for line in block.splitlines() if line.strip()}
+    for rule in RULES:
+        name = rule.get("alert") or rule["record"]
+        asked |= {f"{name} asks for {selector}": selector for selector in selectors(rule["expr"])}
+        if "alert" in rule and "unless" not in rule["expr"]:
+            asked[f"{name} compared"] = without_comparing(rule["expr"])
+    assert len(asked) > 150
+    missing = dict(asked)
+
+    def all_there() -> bool:
+        for key, expr in list(missing.items()):
+            if system.query(expr):
+                del missing[key]
+        return not missing
+
+    until(all_there, missing)
+
+
+def test_series_that_do_not_exist_are_noticed(system):
+    assert not system.query("fraud_no_such_total") and selectors("rate(fraud_no_such_total[5m]) > 0") == {"fraud_no_such_total"}
+
+
+def test_rules_are_healthy(system):
+    groups = httpx.get(f"{system.prometheus}/api/v1/rules").json()["data"]["groups"]
+    found = {rule["name"]: (rule["health"], rule.get("lastError", "")) for group in groups for rule in group["rules"]}
+    assert found.keys() == {rule.get("alert") or rule["record"] for rule in RULES} and set(found.values()) == {("ok", "")}
+
+
+def test_people_are_told(system):
+    """What fires reaches the webhook of its severity, and what follows from it is muted."""
+    tickets = {"FraudDeadLetters", "FraudVerdictRetrain", "FraudDrift", "FraudModelStale", "FraudSinkUnreadable"}
+    expected = {("page", "FraudDegraded")} | {("ticket", name) for name in tickets}
+    until(lambda: expected <= {(place, alert["labels"]["alertname"]) for place, alert in system.told}, "webhooks")
+    assert all(alert["labels"]["severity"] == place and alert["annotations"].keys() == {"summary", "description", "runbook_url"} for place, alert in system.told)
+
+    def muted() -> bool:
+        alerts = httpx.get(f"{system.alertmanager}/api/v2/alerts").json()
+        return any(alert["labels"]["alertname"] == "FraudLedgerErrors" and alert["status"]["inhibitedBy"] for alert in alerts)
+
+    until(muted, "FraudLedgerErrors is not muted")
