@@ -250,7 +250,18 @@ def write_targets(
 HASH_BELOW = 2**30  # bytes; hashing takes about a second per GiB
 
 def source_fingerprint(settings: Settings) -> dict:
-    "Tells whether a local source has changed: `{}` for a URL, or for a file that does not exist."
+    "Tells whether a local source, or the lake behind it, has changed: `{}` for a URL, or for a file that does not exist."
+    return _file_fingerprint(settings) | _lake_fingerprint(settings)
+
+def _lake_fingerprint(settings: Settings) -> dict:
+    "A file of the sink never changes, and its name says what is in it."
+    if not settings.data.decisions:
+        return {}
+    folder = settings.root / settings.data.decisions
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/part-*.parquet"))
+    return {"decisions": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+def _file_fingerprint(settings: Settings) -> dict:
     path = settings.root / settings.data.source
     if "://" in settings.data.source or not path.is_file():
         return {}

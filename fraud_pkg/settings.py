@@ -211,6 +211,7 @@ class Monitor(Section):
     resamples: int = Field(1000, ge=100)
     max_age_days: NotNegative = 120
     pushgateway: str = ""
+    sink_first: bool = True
 
 class Retrain(Section):
     "The periods of a champion that is trained on what the stream brought."
