@@ -100,6 +100,42 @@ def test_commands_in_the_docs_exist():
         assert not second or second in getattr(command.commands[first], "commands", (second,)), (first, second)
 
 
+def test_the_operators_rules_are_the_same(tmp_path):
+    rule = yaml.safe_load((MONITORING / "prometheus-rule.yaml").read_text())["spec"]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule))
+    assert f"{len(RULES)} rules found" in check("promtool", "prometheus", "check", "rules", tmp_path / "rules.yml")
+    found = [item for group in rule["groups"] for item in group["rules"]]
+    assert all(item["labels"].pop("namespace") == "fraud" for item in found if "alert" in item) and found == RULES
+
+
+def test_every_panel_explains_itself():
+    boards = [json.loads(file.read_text()) for file in sorted((MONITORING / "dashboards").glob("*.json"))]
+    assert len({board["uid"] for board in boards}) == len({board["title"] for board in boards}) == 3
+    for board in boards:
+        [variable] = board["templating"]["list"]
+        assert (variable["type"], variable["name"], variable["query"]) == ("datasource", "datasource", "prometheus") and board["description"]
+        panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+        assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"]) and len({panel["title"] for panel in panels}) >= len(panels) - 1
+        for panel in panels:
+            assert panel["description"] and panel["targets"] and panel["datasource"]["uid"] == "${datasource}" and panel["fieldConfig"]["defaults"]["unit"]
+
+
+def test_pushgateway_as_declared(tmp_path):
+    """Its own arguments on a real one: it answers its probes, and what was pushed outlives a restart of the container."""
+    [template] = [yaml.safe_load((PROJECT / "k8s/components/pushgateway/deployment.yaml").read_text())["spec"]["template"]["spec"]]
+    [main], port = template["containers"], servers.free_port()
+    declared = {"--web.listen-address=:9091": f"--web.listen-address={servers.HOST}:{port}", "--persistence.file=/data/figures": f"--persistence.file={tmp_path}/figures"}
+    command = [servers.program("prometheus-pushgateway", "prometheus-pushgateway"), *(declared.get(word, word) for word in main["args"])]
+    assert declared.keys() < set(main["args"]) and [mount["mountPath"] for mount in main["volumeMounts"]] == ["/data"]
+    probes, url = {main[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness")}, f"http://{servers.HOST}:{port}"
+    (tmp_path / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
+    for again in (False, True):
+        with servers.running(command, lambda: all(servers.status(url + path) == 200 for path in probes), tmp_path / "pushgateway.log"):
+            if not again:
+                bad_monitor(tmp_path, url)
+            assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in httpx.get(f"{url}/metrics").text
+
+
 # A system that runs
 
 
