@@ -50,7 +50,7 @@ $(READY): requirements.lock pyproject.toml
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $(READY)
 
-export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml, dashboards, k8s/base/settings.ini; notebooks cleaned
+export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml, k8s/jobs/, jobs.yml, dashboards, k8s/base/settings.ini; notebooks cleaned
 	@nbdev-export
 	@nbdev-clean
 	@nbdev-clean --fname jobs

@@ -181,7 +181,7 @@ def jobs_graph() -> None:
 # %% ../nbs/18_cli.ipynb #d8c618ee
 @jobs_app.command("compile")
 def jobs_compile(check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if something would change.")] = False) -> None:
-    "Write what the notebooks' front matter says: dvc.yaml."
+    "Write what the notebooks' front matter says: dvc.yaml, k8s/jobs/, .github/workflows/jobs.yml."
     from fraud_pkg.jobs import write_targets
     from fraud_pkg.settings import project_root
     changed = write_targets(project_root(), check=check)
