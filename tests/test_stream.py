@@ -532,15 +532,15 @@ def test_the_sink_writes_each_decision_once(case, world, uninterrupted):
         process.wait()
     made.send("decisions", [*values[-400:], (b"x", b"no decision"), (b"x", b'{"schema":1,"transaction_id":"half"}')])
     said = made.fraud("sink", "--until-end").stdout
-    assert re.match(r"[\d,]+ decisions written to", said)
+    assert re.match(r"[\d,]+ decisions and 0 labels written to", said)
     lake = made.folder / "data/decisions"
-    table = pq.read_table(lake, filters=None, ignore_prefixes=["unreadable", "."])
+    table = pq.read_table(lake, filters=None, ignore_prefixes=["unreadable", "labels", "."])
     assert sorted(map(int, table["transaction_id"].to_pylist())) == world.table["tx_id"].to_pylist()
     assert sorted(path.read_bytes() for path in (lake / "unreadable").iterdir()) == [b"no decision", b'{"schema":1,"transaction_id":"half"}']
     ordered = table.sort_by("source_offset")
     assert ordered["decision"].to_pylist() == world.decision
     assert all(day == step // 24 for day, step in zip(ordered["day"].to_pylist(), ordered["step"].to_pylist(), strict=True))
-    assert "0 decisions written" in made.fraud("sink", "--until-end").stdout
+    assert "0 decisions and 0 labels written" in made.fraud("sink", "--until-end").stdout
 
 
 def test_stops_when_asked_and_repeats_nothing(case, world):
