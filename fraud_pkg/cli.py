@@ -418,14 +418,9 @@ def _show_checks(found: dict) -> None:
 @app.command("watch")
 def watch_live(heal: Annotated[bool, typer.Option("--heal", help="Retrain when the verdict asks for it.")] = False, overrides: Overrides = None) -> None:
     "Judge the champion on live traffic: the decisions that `fraud stream sink` wrote."
+    from fraud_pkg.heal import heal as look_and_heal
     from fraud_pkg.settings import FraudError
-    found = _settings(overrides)
-    if heal:
-        from fraud_pkg.heal import heal as look_and_heal
-        verdict, outcome = look_and_heal(found, View())
-    else:
-        from fraud_pkg.live import watch
-        verdict, outcome = watch(found), None
+    verdict, outcome = look_and_heal(_settings(overrides), View(), learn=heal)
     _show_checks(verdict)
     print(f"{verdict['verdict']}: {verdict['reasons'][0]}", *verdict["reasons"][1:], sep="\n  ")
     if verdict["verdict"] == "unknown":

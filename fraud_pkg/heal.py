@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['retraining', 'learned_until', 'last_try', 'retrain', 'heal']
 
-# %% ../nbs/17a_heal.ipynb #676639d9
+# %% ../nbs/17a_heal.ipynb #223a03c5
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from typing import Any
 
 from .acquire import newest_step
 from .bundle import is_remote, load_bundle, publish_bundle
-from .jobs import Event, Run, run_pipeline
+from .jobs import Event, Run, refresh_page, run_pipeline
 from .live import watch
 from .settings import Settings
 
@@ -28,7 +28,7 @@ def learned_until(settings: Settings) -> int:
     "The last step of the lake that can be labelled."
     return newest_step(settings.root / settings.stream.sink) - settings.features.label_delay
 
-# %% ../nbs/17a_heal.ipynb #d6cac1ee
+# %% ../nbs/17a_heal.ipynb #bae38186
 def last_try(settings: Settings) -> dict[str, Any] | None:
     "The newest retraining in reports/watch/history.jsonl."
     path = settings.reports_dir / "watch/history.jsonl"
@@ -54,13 +54,23 @@ def retrain(settings: Settings, tell: Callable[[Event], None] = lambda event: No
         file.write(json.dumps(outcome) + "\n")
     return outcome
 
-def heal(settings: Settings, tell: Callable[[Event], None] = lambda event: None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    "A look, and a retraining when it asks for one; the latter is None without."
-    found = watch(settings)
+def _needed(found: dict[str, Any], settings: Settings) -> bool:
+    "Whether to retrain; adds a reason where it would learn nothing new."
     if found["verdict"] != "retrain":
-        return found, None
+        return False
     before = last_try(settings)
     if before and before["learned_until"] == learned_until(settings) and not before["error"]:
         found["reasons"].append(f"nothing new is labelled since the last retraining, which learned until step {before['learned_until']}")
-        return found, None
-    return found, retrain(settings, tell)
+        return False
+    return True
+
+def heal(
+    settings: Settings,
+    tell: Callable[[Event], None] = lambda event: None,
+    learn: bool = True,  # False: only look
+) -> tuple[dict[str, Any], dict[str, Any] | None]:  # verdict as of `watch`; what came of a retraining, None without one
+    "A look, a retraining when the verdict asks for one, and both on reports/index.html."
+    found = watch(settings)
+    outcome = retrain(settings, tell) if learn and _needed(found, settings) else None
+    refresh_page(settings)
+    return found, outcome

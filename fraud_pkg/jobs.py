@@ -6,7 +6,8 @@
 __all__ = ['Target', 'TARGETS', 'HASH_BELOW', 'STYLE', 'DVC_NOISE', 'DVC_CONFIG', 'FrontMatter', 'Job', 'read_job',
            'compile_jobs', 'dvc_files', 'write_targets', 'source_fingerprint', 'params_document', 'write_params',
            'parse_parameters', 'ProcessTree', 'render_html', 'disk_full', 'JobError', 'exclusive', 'Record', 'find_job',
-           'run_job', 'preflight', 'Event', 'Repro', 'initialise_dvc', 'JobResult', 'Run', 'run_pipeline']
+           'run_job', 'preflight', 'Event', 'Repro', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page',
+           'run_pipeline']
 
 # %% ../nbs/17_jobs.ipynb #555d8d5a
 import ast
@@ -807,7 +808,7 @@ def _remember_agreement(settings: Settings) -> None:
     if state := _seen_state(settings):
         (settings.root / ".dvc/tmp/fraud-agreed").write_text(state, encoding="utf-8")
 
-def _refresh_page(settings: Settings) -> None:
+def refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
     from fraud_pkg.report import build_report
     build_report(settings)
@@ -819,7 +820,7 @@ def _conclude(run: Run, settings: Settings) -> None:
     statuses = {result.job: result.status for result in run.jobs}
     try:
         if "done" in statuses.values() and statuses.get("report") in ("done", "cached"):
-            _refresh_page(settings)
+            refresh_page(settings)
         _push(settings)
     except FraudError as failure:
         run.error = str(failure)
