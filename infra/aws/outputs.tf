@@ -1,0 +1,35 @@
+# What the workflows have to be told, by the name of the repository variable.
+
+output "AWS_REGION" {
+  value = var.region
+}
+
+output "AWS_IMAGES_ROLE_ARN" {
+  value = aws_iam_role.images.arn
+}
+
+output "AWS_DEPLOY_ROLE_ARN" {
+  value = aws_iam_role.deploy.arn
+}
+
+output "ECR_REGISTRY" {
+  value = "${local.account}.dkr.ecr.${var.region}.amazonaws.com"
+}
+
+output "FRAUD_MODELS_BUCKET" {
+  value = module.bucket["models"].name
+}
+
+output "FRAUD_CHAMPION_URL" {
+  value = "s3://${module.bucket["models"].name}/champion"
+}
+
+output "dvc_remote" {
+  description = "For: dvc remote modify store url ..."
+  value       = "s3://${module.bucket["dvc"].name}"
+}
+
+output "environments" {
+  description = "GitHub environments to make."
+  value       = var.stages
+}

@@ -1,0 +1,35 @@
+# What has to outlive every deployment: models, the data of DVC, the ledgers.
+
+module "bucket" {
+  for_each = toset(["models", "dvc"])
+  source   = "./bucket"
+  name     = "fraud-${each.value}-${var.name}"
+}
+
+# As fraud_pkg.ledger.create_table makes it.
+resource "aws_dynamodb_table" "ledger" {
+  for_each                    = var.stages
+  name                        = "fraud-ledger-${each.value}"
+  billing_mode                = "PAY_PER_REQUEST"
+  hash_key                    = "key"
+  range_key                   = "day"
+  deletion_protection_enabled = true
+
+  attribute {
+    name = "key"
+    type = "S"
+  }
+  attribute {
+    name = "day"
+    type = "N"
+  }
+  ttl {
+    attribute_name = "expires"
+    enabled        = true
+  }
+  point_in_time_recovery {
+    enabled = true
+  }
+
+  # checkov:skip=CKV_AWS_119:encrypted with DynamoDB's own key; a key of one's own adds a call to every decision
+}
