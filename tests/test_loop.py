@@ -27,7 +27,7 @@ from fraud_pkg.simulate import simulate
 
 BASE, CALM, DRIFTED, DELAY = 44, 14, 20, 48  # days of the champion's log, without drift, with drift; hours until labels are known
 NEW = "structuring"
-LEARNED = 13  # days after which a challenger may have learned it
+LEARNED = 15  # days after which a challenger may have learned it
 SEEDS = [int(seed) for seed in os.environ.get("FRAUD_LOOP_SEEDS", "7").split(",")]
 SETTINGS = {"features.engine": "local", "features.windows": "1, 24, 168", "features.label_delay": DELAY, "split.test_hours": 336, "split.validation_hours": 96, "monitor.reference_hours": 336, "retrain.test_hours": 72, "retrain.validation_hours": 48,
             "xgboost.rounds": 80, "tensorflow.epochs": 2, "train.ablation": False, "evaluate.resamples": 100, "pipeline.push": False, "stream.partitions": 1, "stream.port": 0, "serve.reload_seconds": 0.5}
