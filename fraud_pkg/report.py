@@ -124,7 +124,7 @@ def live_windows(looks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 # %% ../nbs/16_report.ipynb #a9fdea59
-STORY = {"left": 44, "top": 10, "width": 660, "height": 120}
+STORY = {"left": 44, "top": 10, "width": 648, "height": 120}
 
 def _marks(values: Sequence[tuple[dict, float, bool]], first: float, last: float, most: float, champions: Sequence[str]) -> list[dict[str, Any]]:
     "A dot per window."
@@ -531,7 +531,7 @@ circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle.c2 { fill: 
 .legend { list-style: none; margin: 0; padding: 0; display: grid; gap: .45rem; color: var(--ink); font-size: .9rem; }
 .legend svg { width: 28px; height: 10px; margin-right: .5rem; overflow: visible; }
 .paper { background: #fff; color: #333; overflow-x: auto; } .paper img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .paper figcaption { color: #56626e; padding-top: .5rem; }
-.story { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; } .story svg { width: 100%; height: auto; display: block; margin-top: .4rem; } .legend.row { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; }
+.story { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; } .story svg { width: 100%; height: auto; display: block; margin-top: .4rem; } @media (min-width: 50rem) { .story text { font-size: 8.5px; } } .legend.row { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; }
 circle.bad { fill: var(--bad); } line.limit { stroke: var(--bad); stroke-dasharray: 4 3; } line.promoted { stroke: var(--accent); stroke-width: 2; } line.refused { stroke: var(--soft); stroke-dasharray: 3 3; } td.wrap { white-space: normal; min-width: 16rem; }
 .checks, .steps { list-style: none; margin: 0; padding: 0; max-width: 52rem; } .checks li, .steps li { padding: .5rem 0; border-bottom: 1px solid var(--line); }
 .checks li { padding-left: 1.9rem; position: relative; } .checks b { display: block; font-weight: 600; } .checks li::before { position: absolute; left: .2rem; font-weight: 700; }
