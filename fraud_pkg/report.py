@@ -376,7 +376,7 @@ LIVE = """\
 <p>{{ ui.badge(live.latest.verdict == "healthy", live.latest.verdict) }} at the last look, <time datetime="{{ live.latest.at }}">{{ live.latest.at | moment }} UTC</time>:
 {{ live.latest.reasons[0] }}.{% if live.latest.get("page") %} <a href="{{ live.latest.page }}/verdict.json">Numbers</a>, <a href="{{ live.latest.page }}/drift.html">drift in full</a>.{% endif %}</p>
 {% for chart in live.charts %}
-<figure class="story"><figcaption><b>{{ chart.title }}</b> <span class="soft">{{ chart.unit }}, a dot for each window; red ones are worse than chance explains</span></figcaption>
+<figure class="story" role="group" tabindex="0" aria-label="{{ chart.title }}"><figcaption><b>{{ chart.title }}</b> <span class="soft">{{ chart.unit }}, a dot for each window; red ones are worse than chance explains</span></figcaption>
 <svg viewBox="0 0 720 160" role="img" aria-labelledby="story-{{ chart.id }}"><title id="story-{{ chart.id }}">{{ chart.title }} over {{ chart.marks | length }} windows, {{ chart.marks | selectattr("bad") | list | length }} of them bad</title>
 {% for tick, text in chart.ticks %}{% set y = story.top + story.height * (1 - tick / chart.most) %}
 <line class="{{ 'limit' if tick == chart.limit else 'grid' }}" x1="{{ story.left }}" x2="{{ story.left + story.width }}" y1="{{ y }}" y2="{{ y }}"/><text x="{{ story.left - 6 }}" y="{{ y + 4 }}" text-anchor="end">{{ text }}</text>{% endfor %}
@@ -531,7 +531,7 @@ circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle.c2 { fill: 
 .legend { list-style: none; margin: 0; padding: 0; display: grid; gap: .45rem; color: var(--ink); font-size: .9rem; }
 .legend svg { width: 28px; height: 10px; margin-right: .5rem; overflow: visible; }
 .paper { background: #fff; color: #333; overflow-x: auto; } .paper img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .paper figcaption { color: #56626e; padding-top: .5rem; }
-.story { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; } .story svg { width: 100%; height: auto; display: block; margin-top: .4rem; } @media (min-width: 50rem) { .story text { font-size: 8.5px; } } .legend.row { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; }
+.story { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow-x: auto; } .story svg { width: 100%; height: auto; display: block; margin-top: .4rem; } @media (min-width: 50rem) { .story text { font-size: 8.5px; } } @media (max-width: 40rem) { .story svg { min-width: 34rem; } } .legend.row { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; }
 circle.bad { fill: var(--bad); } line.limit { stroke: var(--bad); stroke-dasharray: 4 3; } line.promoted { stroke: var(--accent); stroke-width: 2; } line.refused { stroke: var(--soft); stroke-dasharray: 3 3; } td.wrap { white-space: normal; min-width: 16rem; }
 .checks, .steps { list-style: none; margin: 0; padding: 0; max-width: 52rem; } .checks li, .steps li { padding: .5rem 0; border-bottom: 1px solid var(--line); }
 .checks li { padding-left: 1.9rem; position: relative; } .checks b { display: block; font-weight: 600; } .checks li::before { position: absolute; left: .2rem; font-weight: 700; }
