@@ -25,11 +25,12 @@ from fraud_pkg.feeds import label_message, transaction_messages
 from fraud_pkg.settings import Simulate
 from fraud_pkg.simulate import simulate
 
-BASE, CALM, DRIFTED, DELAY = 44, 14, 20, 48  # days of the champion's log, without drift, with drift; hours until labels are known
+BASE, CALM, DRIFTED, DELAY = 44, 14, 24, 48  # days of the champion's log, without drift, with drift; hours until labels are known
 NEW = "structuring"
-LEARNED = 15  # days after which a challenger may have learned it
+AFTER = 6  # days that are watched then
+LEARNED = 16  # days after which a challenger may have learned it
 SEEDS = [int(seed) for seed in os.environ.get("FRAUD_LOOP_SEEDS", "7").split(",")]
-SETTINGS = {"features.engine": "local", "features.windows": "1, 24, 168", "features.label_delay": DELAY, "split.test_hours": 336, "split.validation_hours": 96, "monitor.reference_hours": 336, "retrain.test_hours": 72, "retrain.validation_hours": 48,
+SETTINGS = {"features.engine": "local", "features.windows": "1, 24, 168", "features.label_delay": DELAY, "split.test_hours": 336, "split.validation_hours": 96, "monitor.reference_hours": 336, "retrain.test_hours": 120, "retrain.validation_hours": 48,
             "xgboost.rounds": 80, "tensorflow.epochs": 2, "train.ablation": False, "evaluate.resamples": 100, "pipeline.push": False, "stream.partitions": 1, "stream.port": 0, "serve.reload_seconds": 0.5}
 
 
@@ -140,8 +141,8 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
     assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in servers.fetch(f"{live.gateway}/metrics")
 
     day, tried = drift + within, []
-    while not (tried and tried[-1]["promoted"]) and day < drift + DRIFTED - 3:  # a challenger needs days of the new fraud to learn from, and later ones to be judged on
-        later = min(day + (LEARNED - within if not tried else 2), drift + DRIFTED - 3)
+    while not (tried and tried[-1]["promoted"]) and day < drift + DRIFTED - AFTER:  # a challenger needs days of the new fraud to learn from, and later ones to be judged on
+        later = min(day + (LEARNED - within if not tried else 2), drift + DRIFTED - AFTER)
         live.send(day, later)
         day = later
         live.look(heal=True)
@@ -150,11 +151,14 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
     second = tried[-1]["after"]
     live._wait(lambda: live.champion_at(live.url) == second, seconds=10)
 
-    live.send(day, day + 3)
-    live.project.fraud("stream", "sink", "--until-end")
+    live.send(day, day + AFTER)
+    recovered = live.look()
+    assert recovered["champion"] == second and recovered["verdict"] != "unknown", recovered["reasons"]
+    checks = {check["check"]: check for check in recovered["checks"]}
+    assert checks["recall"]["judged"] >= 2 and not checks["recall"]["alarm"], checks
     lake = live.project.root / "data/decisions"
-    assert set(read_decisions(lake, ["model"], 24 * day + 24, 24 * day + 72)["model"].to_pylist()) == {second}
-    before, after = live.recall(NEW, drift, drift + within), live.recall(NEW, day, day + 3)
+    assert set(read_decisions(lake, ["model"], 24 * day + 24, 24 * (day + AFTER))["model"].to_pylist()) == {second}
+    before, after = live.recall(NEW, drift, drift + within), live.recall(NEW, day, day + AFTER)
     assert after > before + 0.2, (before, after)
 
     live.project.fraud("models", "rollback")
