@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['retraining', 'learned_until', 'last_try', 'retrain', 'heal']
 
-# %% ../nbs/17a_heal.ipynb #223a03c5
+# %% ../nbs/17a_heal.ipynb #9cef26c1
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,12 +14,15 @@ from typing import Any
 from .acquire import newest_step
 from .bundle import is_remote, load_bundle, publish_bundle
 from .jobs import Event, Run, refresh_page, run_pipeline
-from .live import watch
-from .settings import Settings
+from .live import BLOCKS, watch
+from .settings import FraudError, Settings
 
-# %% ../nbs/17a_heal.ipynb #fd38b7c5
+# %% ../nbs/17a_heal.ipynb #897e5536
 def retraining(settings: Settings) -> Settings:
-    "The settings of a run on what the stream brought."
+    "The settings of a run on what the stream brought; raises `FraudError` for a test period that the new champion could not be watched by."
+    least = BLOCKS * settings.monitor.window_hours
+    if settings.retrain.test_hours < least:
+        raise FraudError(f"[retrain] test_hours = {settings.retrain.test_hours}: expected at least {least}, {BLOCKS} windows of [monitor] window_hours = {settings.monitor.window_hours}, to watch the new champion by")
     epoch = load_bundle(settings.models_dir / "champion").manifest.epoch
     data = settings.data.model_copy(update={"decisions": settings.stream.sink, "epoch": epoch or settings.data.epoch})
     return settings.model_copy(update={"data": data, "split": settings.split.model_copy(update=settings.section_dict("retrain"))})
