@@ -47,7 +47,8 @@ def fetch(stage: str, bucket: str, champion_url: str) -> None:
         for name in ("manifest.json", "model.onnx", "reference.parquet"):  # verified by their hashes when they are packed
             (champion / name).write_bytes(s3.get_object(Bucket=place, Key=f"{prefix}/{name}")["Body"].read())
     except ClientError as error:
-        sys.exit(f"error: {champion_url}/{name}: {error.response['Error']['Code']}; a champion is expected there: run the workflow `jobs` with `acquire`, or `fraud models publish {champion_url}`")
+        reason = error.response["Error"]["Code"]
+        sys.exit(f"error: {champion_url}/{name}: {reason}; a champion is expected there: run the workflow jobs with promote, or fraud models publish {champion_url}")
 
 
 def store(stage: str, bucket: str) -> None:
@@ -68,8 +69,10 @@ def keep(stage: str) -> None:
         return
     with urllib.request.urlopen(found["Code"]["Location"], timeout=120) as response:
         (KEPT / f"{stage}.zip").write_bytes(response.read())
-    configuration = {key: found["Configuration"][key] for key in ("MemorySize", "Timeout", "Runtime")} | {"Environment": {"Variables": found["Configuration"].get("Environment", {}).get("Variables", {})}}
-    (KEPT / f"{stage}.json").write_text(json.dumps(configuration))
+    configuration = found["Configuration"]
+    variables = configuration.get("Environment", {}).get("Variables", {})
+    kept = {"Environment": {"Variables": variables}} | {key: configuration[key] for key in ("MemorySize", "Timeout", "Runtime")}
+    (KEPT / f"{stage}.json").write_text(json.dumps(kept))
 
 
 def restore(stage: str) -> None:
@@ -89,12 +92,13 @@ def ask(url: str, key: str = "", body: dict | None = None, tries: int = 10) -> d
     """The answer of a stage, which may need a moment for its first one."""
     headers = {"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {})
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
-    for left in reversed(range(tries)):
+    while True:
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 return json.load(response)
         except (urllib.error.URLError, ValueError) as error:
-            if not left:
+            tries -= 1
+            if not tries:
                 sys.exit(f"error: {url}: {error}")
             time.sleep(float(os.environ.get("SMOKE_WAIT", "3")))
 

@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
-<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }} pre {{ overflow-x: auto }} table {{ border-collapse: collapse }} td, th {{ padding: .2rem .6rem; border: 1px solid #ccc }}</style>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+pre {{ overflow-x: auto }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .2rem .6rem; border: 1px solid #ccc }}
+</style>
 <body>
 {body}
 </body>
@@ -37,7 +42,7 @@ def main(site: Path) -> None:
         text = source.read_text(encoding="utf-8")
         target.write_text(PAGE.format(title=text.splitlines()[0].lstrip("# "), body=linked(markdown.render(text))), encoding="utf-8")
     notebooks = sorted(path for path in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "html", "--output-dir", str(site / "nbs"), *map(str, notebooks)], check=True)
+    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "ERROR", "--to", "html", "--output-dir", str(site / "nbs"), *map(str, notebooks)], check=True)
     for page in (site / "nbs").glob("*.html"):
         page.write_text(linked(page.read_text(encoding="utf-8")), encoding="utf-8")
     if (ROOT / "reports/index.html").exists():

@@ -97,7 +97,7 @@ data "aws_iam_policy_document" "lambda" {
 
 resource "aws_iam_role" "function" {
   for_each             = var.stages
-  name                 = "fraud-${each.value}" # as chalice looks for it: APP-STAGE
+  name                 = "fraud-${each.value}-api_handler" # as chalice looks for it
   assume_role_policy   = data.aws_iam_policy_document.lambda.json
   permissions_boundary = aws_iam_policy.function_boundary.arn
 }
