@@ -199,7 +199,7 @@ def online_history(
     label_delay: int,
 ) -> list[float]:
     "History features of one event: [9 W + 1], in float32 equal to those of `history_features`."
-    hours, (out_count, out_cents, in_count, in_cents, frauds) = history.hours, history.counters
+    hours, (out_count, _, in_count, _, frauds) = history.hours, history.counters
     columns, begin, sums = [], bisect_right(hours, step), [0, 0, 0, 0]
     last = begin
     for window in windows:

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -513,7 +513,7 @@ class Record(BaseModel):
     error: str | None = None
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 # %% ../nbs/17_jobs.ipynb #2c16a051
 def _settings_of_run(job: Job, parameters: Mapping, root: Path) -> Settings:

@@ -11,7 +11,6 @@ __all__ = ['CALENDAR', 'DECILES', 'TOP', 'BLOCKS', 'UNCHANGED', 'TITLES', 'VERDI
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime

@@ -31,7 +31,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .bundle import Bundle, Manifest, Unreachable, bundle_mark, fetch_bundle, load_bundle, write_bundle
 from .evaluate import DECISIONS, Calibration, Sample, Thresholds, Trained, decide
 from .features import feature_names, matrix, online_history, online_transaction
-from .ledger import Event, History, Ledger, LedgerError, Reading, open_ledger, sides
+from .ledger import Event, Ledger, LedgerError, Reading, open_ledger, sides
 from .schema import CONTRACT, TYPES
 from .settings import FraudError, Rules, Serve, Settings
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import servers
-from conftest import PROJECT, Workspace
+from conftest import Workspace
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from fraud_pkg.acquire import read_decisions
