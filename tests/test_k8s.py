@@ -21,6 +21,7 @@ import pytest
 import servers
 import yaml
 from kafka import KafkaProducer
+from tools import environment
 
 from fraud_pkg.ledger import Event, LedgerError, open_ledger
 from fraud_pkg.scoring import EXAMPLE, OPEN, example_bundle, load_keys
@@ -561,13 +562,7 @@ def test_stream_as_declared(render, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkov() -> Path:
-    """checkov pins what others pin differently, so it has an environment of its own, from its own lock."""
-    folder = PROJECT / ".venv/checkov"
-    for command in (["venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder)],
-                    ["pip", "sync", "--quiet", "--require-hashes", "--python", str(folder), str(Path(__file__).with_name("checkov.lock"))]):
-        done = subprocess.run([sys.executable, "-m", "uv", *command], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-    return folder / "bin/checkov"
+    return environment("checkov", "checkov.lock") / "checkov"
 
 
 def test_checkov(render, checkov, tmp_path):
