@@ -73,7 +73,7 @@ lock: $(READY)  ## the lock files anew from pyproject.toml
 	@$(LAMBDA_LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_28 -o chalice_app/python3.12.lock
 	@rm .lambda.txt
 	@echo "checkov>=3.3" | uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header - -o tests/checkov.lock
-	@printf 'zizmor\npre-commit\ndetect-secrets\n' | uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header - -o tests/workflows.lock
+	@printf 'zizmor\npre-commit\ndetect-secrets\npip-audit\n' | uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header - -o tests/workflows.lock
 	@printf 'build\nsetuptools>=80\n' | uv pip compile --quiet --upgrade --universal --python-version 3.12 --generate-hashes --no-emit-index-url --no-header - -o .github/build.lock
 
 minikube:  ## the service in Minikube, with the champion of the last run (docs/kubernetes.md)
