@@ -1,4 +1,4 @@
-"""The pages of the project: reports of the last run, the notebooks, docs/ and the README, in one folder."""
+"""The pages of the project: the README and other texts, the notebooks, reports of the last run, in one folder."""
 
 import re
 import shutil
@@ -31,25 +31,33 @@ def linked(html: str) -> str:
     return re.sub(r'href="((?!https?:)[^"#]*)\.(?:ipynb|md)', r'href="\1.html', html)
 
 
-def main(site: Path) -> None:
-    shutil.rmtree(site, ignore_errors=True)
-    site.mkdir(parents=True)
+def texts(site: Path) -> None:
+    """Every Markdown file as a page; a README is its folder's index."""
     markdown = MarkdownIt("commonmark").enable("table")
-    for source in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for source in sorted([*ROOT.glob("*.md"), *(path for folder in ("docs", "benchmarks", "infra") for path in (ROOT / folder).rglob("*.md"))]):
         name = source.relative_to(ROOT)
         target = site / (name.parent / "index.html" if source.name == "README.md" else name.with_suffix(".html"))
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text(encoding="utf-8")
         target.write_text(PAGE.format(title=text.splitlines()[0].lstrip("# "), body=linked(markdown.render(text))), encoding="utf-8")
-    notebooks = sorted(path for path in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "ERROR", "--to", "html", "--output-dir", str(site / "nbs"), *map(str, notebooks)], check=True)
+    shutil.copy(ROOT / "LICENSE", site)
+
+
+def notebooks(site: Path) -> None:
+    """Every notebook of the package as a page."""
+    sources = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "ERROR", "--to", "html", "--output-dir", str(site / "nbs"), *map(str, sources)], check=True)
     for page in (site / "nbs").glob("*.html"):
         page.write_text(linked(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main(site: Path) -> None:
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    texts(site)
+    notebooks(site)
     if (ROOT / "reports/index.html").exists():
         shutil.copytree(ROOT / "reports", site / "reports", ignore=shutil.ignore_patterns("README.md", "*.jsonl"))
-    if not (site / "docs/index.html").exists():
-        links = "".join(f'<li><a href="{p.relative_to(site / "docs")}">{p.stem}</a></li>' for p in sorted((site / "docs").rglob("*.html")))
-        (site / "docs/index.html").write_text(PAGE.format(title="docs", body=f"<ul>{links}</ul>"), encoding="utf-8")
 
 
 if __name__ == "__main__":
