@@ -697,6 +697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fraud_pkg.schedule._line': ('schedule.html#_line', 'fraud_pkg/schedule.py'),
                                     'fraud_pkg.schedule._mebibytes': ('schedule.html#_mebibytes', 'fraud_pkg/schedule.py'),
                                     'fraud_pkg.schedule._minutes': ('schedule.html#_minutes', 'fraud_pkg/schedule.py'),
+                                    'fraud_pkg.schedule._needs_stream': ('schedule.html#_needs_stream', 'fraud_pkg/schedule.py'),
                                     'fraud_pkg.schedule._numbers': ('schedule.html#_numbers', 'fraud_pkg/schedule.py'),
                                     'fraud_pkg.schedule._pod': ('schedule.html#_pod', 'fraud_pkg/schedule.py'),
                                     'fraud_pkg.schedule._run': ('schedule.html#_run', 'fraud_pkg/schedule.py'),

@@ -174,7 +174,7 @@ concurrency:
   cancel-in-progress: false
 jobs:
   run:
-    runs-on: ubuntu-24.04  # with Python 3.12 and Java 17
+<live>    runs-on: ubuntu-24.04  # with Python 3.12 and Java 17
     timeout-minutes: ${{ fromJSON('<minutes>')[github.event.schedule || inputs.job] }}
     steps:
       - uses: <checkout>
@@ -245,6 +245,11 @@ def _minutes(group: Sequence[Scheduled], jobs: Sequence[Scheduled]) -> int:
     return min(LONGEST, 10 + -(-sum(needed.values()) // 60))
 
 # %% ../nbs/16a_schedule.ipynb #4a7c0bd6
+def _needs_stream(asked: Mapping[str, Sequence[Scheduled]]) -> str:
+    "The condition under which the clock's call is followed: what reads live traffic has nothing to read without a stream."
+    live = [what for what, group in asked.items() if " " in what and not any(job.stage for job in group)]
+    return f"    if: vars.FRAUD_STREAM_BOOTSTRAP_SERVERS != '' || !contains(fromJSON('{json.dumps(live)}'), github.event.schedule)  # live traffic, where a stream is named\n" if live else ""
+
 def github_files(jobs: Sequence[Scheduled]) -> dict[str, str]:
     "`.github/workflows/jobs.yml`: every job by hand, the scheduled ones by GitHub's clock."
     asked = _asked(jobs)
@@ -255,7 +260,7 @@ def github_files(jobs: Sequence[Scheduled]) -> dict[str, str]:
     choice = "".join(f"          - {job.name}\n" for job in jobs)
     by_hand = f"  workflow_dispatch:\n    inputs:\n      job:\n        description: The job; a stage runs with what it needs\n        type: choice\n        required: true\n        options:\n{choice}"
     text = WORKFLOW_JOB + WORKFLOW_STEPS
-    for word, value in {"minutes": minutes, "cases": cases, **ACTIONS}.items():
+    for word, value in {"minutes": minutes, "cases": cases, "live": _needs_stream(asked), **ACTIONS}.items():
         text = text.replace(f"<{word}>", value)
     return {".github/workflows/jobs.yml": HEADER + WORKFLOW_START + clock + by_hand + text}
 
