@@ -67,7 +67,7 @@ class Check:
     blocks: list[np.ndarray]   # positions in the reference, by window
     most: int                  # rows of a window that are looked at
     weight: np.ndarray         # [n] how many rows each stands for
-    counts: Callable[[np.ndarray], np.ndarray]  # positions -> what `compare` needs
+    counts: Callable[[np.ndarray, bool], np.ndarray]  # positions, whether by weight -> what `compare` needs
     compare: Callable[[np.ndarray, np.ndarray], float]  # of the window's counts and the others'
     resamples: int
     rate: float
@@ -119,8 +119,8 @@ def _bin_counts(codes: np.ndarray, bins: int, weight: np.ndarray) -> Callable:
         return np.bincount(shifted[rows].ravel(), w, bins * codes.shape[1]).reshape(-1, bins).astype(np.float64)
     return counts
 
-def _hit_counts(hit: np.ndarray, weight: np.ndarray) -> Callable:
-    "[hits, rows]."
+def _hit_counts(hit: np.ndarray) -> Callable:
+    "[hits, rows]; every hit, and what could have been one, is in the reference itself, so weights do not matter."
     return lambda rows, weighted: np.array([hit[rows].sum(), len(rows)], np.float64)
 
 def share_margin(hit: np.ndarray, blocks: Sequence[np.ndarray], resamples: int, rate: float) -> float:
@@ -187,8 +187,8 @@ class Reference:
     def _outcomes(self) -> tuple[Check, Check]:
         fraud, flagged, step = self.unseen.isFraud.to_numpy() == 1, self.unseen.score.to_numpy() >= self.review, self.unseen.step.to_numpy()
         one, least = np.ones(len(step)), self.monitor.least_frauds
-        return (self._check("recall", step, np.flatnonzero(fraud), one, _hit_counts(flagged, one), share_gap, False, least, hit=flagged),
-                self._check("precision", step, np.flatnonzero(flagged), one, _hit_counts(fraud, one), share_gap, False, least, hit=fraud))
+        return (self._check("recall", step, np.flatnonzero(fraud), one, _hit_counts(flagged), share_gap, False, least, hit=flagged),
+                self._check("precision", step, np.flatnonzero(flagged), one, _hit_counts(fraud), share_gap, False, least, hit=fraud))
 
 # %% ../nbs/15b_live.ipynb #ce636c59
 @dataclass(frozen=True)
