@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'fraud_pkg.acquire': { 'fraud_pkg.acquire.Broken': ('acquire.html#broken', 'fraud_pkg/acquire.py'),
                                    'fraud_pkg.acquire.Checked': ('acquire.html#checked', 'fraud_pkg/acquire.py'),
                                    'fraud_pkg.acquire.Checked.reasons': ('acquire.html#checked.reasons', 'fraud_pkg/acquire.py'),
+                                   'fraud_pkg.acquire.NoDecisions': ('acquire.html#nodecisions', 'fraud_pkg/acquire.py'),
                                    'fraud_pkg.acquire.Source': ('acquire.html#source', 'fraud_pkg/acquire.py'),
                                    'fraud_pkg.acquire.Source.rows': ('acquire.html#source.rows', 'fraud_pkg/acquire.py'),
                                    'fraud_pkg.acquire._as_text': ('acquire.html#_as_text', 'fraud_pkg/acquire.py'),

@@ -8,7 +8,8 @@ __all__ = ['NOT_UTF8', 'HUB', 'ALIASES', 'KNOWN_NAMES', 'KNOWN_EXTRAS', 'REQUIRE
            'read_header', 'read_csv', 'read_parquet', 'read_file', 'download_hub', 'download_s3', 'read_source',
            'map_columns', 'to_seconds', 'monday_before', 'steps_since', 'contract_columns', 'name_accounts',
            'quarantine_table', 'Checked', 'check_source', 'account_hash', 'sample_accounts', 'fingerprint',
-           'profile_table', 'profile_figure', 'read_decisions', 'newest_step', 'read_labels', 'go_on', 'acquire']
+           'profile_table', 'profile_figure', 'NoDecisions', 'read_decisions', 'newest_step', 'read_labels', 'go_on',
+           'acquire']
 
 # %% ../nbs/03_acquire.ipynb #575c1f60
 import codecs
@@ -791,6 +792,9 @@ def _manifest(table: pa.Table, checked: Checked, source: str, digest: str) -> di
             "first_step": table["step"][0].as_py(), "last_step": table["step"][-1].as_py(), "epoch": checked.epoch}
 
 # %% ../nbs/03_acquire.ipynb #dc2dafdc
+class NoDecisions(FraudError):
+    "A lake, or a time of it, in which nothing was decided."
+
 def _lake_part(path: Path, columns: list[str]) -> pa.Table:
     try:
         if missing := [name for name in columns if name not in pq.read_schema(path).names]:
@@ -805,14 +809,14 @@ def read_decisions(
     first_step: int = 0,
     end_step: int = 2**31, # exclusive
 ) -> pa.Table:             # by (step, partition, offset), each transaction once
-    "Decisions of these steps; raises `FraudError` without any, and for a file that is not whole."
+    "Decisions of these steps; raises `NoDecisions` without any, `FraudError` for a file that is not whole."
     days = {path: int(path.name.removeprefix("day=")) for path in folder.glob("day=*")}
     files = [file for path, day in days.items() if first_step // 24 <= day <= (end_step - 1) // 24 for file in sorted(path.glob("part-*.parquet"))]
     order = ["step", "source_partition", "source_offset"]
     wanted = list(dict.fromkeys([*columns, "transaction_id", *order]))
     parts = [part for file in files if len(part := _lake_part(file, wanted))]
     if not parts:
-        raise FraudError(f"{folder}: no decisions of steps {first_step} to {end_step - 1}; `fraud stream sink` writes them")
+        raise NoDecisions(f"{folder}: no decisions of steps {first_step} to {end_step - 1}; `fraud stream sink` writes them")
     table = pa.concat_tables(parts, promote_options="default").sort_by([(name, "ascending") for name in order])
     step, numbers = table["step"].to_numpy(), table["transaction_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     first = np.zeros(len(table), bool)
@@ -821,10 +825,10 @@ def read_decisions(
 
 # %% ../nbs/03_acquire.ipynb #3ee84ee7
 def newest_step(folder: Path) -> int:
-    "The last hour in the lake; raises `FraudError` when it is empty."
+    "The last hour in the lake; raises `NoDecisions` when it is empty."
     days = sorted((int(path.name.removeprefix("day=")) for path in folder.glob("day=*") if any(path.glob("part-*.parquet"))), reverse=True)
     if not days:
-        raise FraudError(f"{folder}: no decisions here; `fraud stream sink` writes them")
+        raise NoDecisions(f"{folder}: no decisions here; `fraud stream sink` writes them")
     return int(pc.max(read_decisions(folder, ["step"], days[0] * 24, days[0] * 24 + 24)["step"]).as_py())
 
 def read_labels(folder: Path) -> dict[str, bool]:

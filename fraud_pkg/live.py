@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .acquire import newest_step, read_decisions, read_labels
+from .acquire import NoDecisions, newest_step, read_decisions, read_labels
 from .bundle import REFERENCE, Bundle, load_bundle
 from .evaluate import average_precision
 from .monitor import drift_report, drift_table, performance_report, plot_drift
@@ -312,9 +312,7 @@ def _windows(folder: Path, reference: Reference, label_delay: int, monitor: Moni
     for number in (n for n in numbers if n >= 0):
         try:
             window = load_window(folder, number * hours, (number + 1) * hours, reference, labels if number < ripe else None)
-        except FraudError as error:
-            if "no decisions of steps" not in str(error):
-                raise
+        except NoDecisions:
             continue  # a day on which nobody paid, or before the stream began
         found.append(judge_window(window, reference))
     return found
