@@ -21,8 +21,8 @@ SMALL = {"simulate.rows": 60_000, "simulate.days": 60, "simulate.fraud_rate": 0.
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Two workers share the files between them; those that need the finished workspace stay together, so that it is made once. The longest file begins, so that none waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_stream.py")
+    """Two workers share the files between them; those that need the finished workspace stay together, so that it is made once. The longest files begin, so that none waits for them at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_stream.py", "test_loop.py"))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("finished" if "finished" in item.fixturenames else item.path.name))
 
