@@ -582,6 +582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fraud_pkg.live._side': ('live.html#_side', 'fraud_pkg/live.py'),
                                 'fraud_pkg.live._trained_until': ('live.html#_trained_until', 'fraud_pkg/live.py'),
                                 'fraud_pkg.live._windows': ('live.html#_windows', 'fraud_pkg/live.py'),
+                                'fraud_pkg.live.add_event': ('live.html#add_event', 'fraud_pkg/live.py'),
                                 'fraud_pkg.live.chance': ('live.html#chance', 'fraud_pkg/live.py'),
                                 'fraud_pkg.live.compare_shadow': ('live.html#compare_shadow', 'fraud_pkg/live.py'),
                                 'fraud_pkg.live.count_bad': ('live.html#count_bad', 'fraud_pkg/live.py'),

@@ -14,7 +14,7 @@ from typing import Any
 from .acquire import newest_step
 from .bundle import is_remote, load_bundle, publish_bundle
 from .jobs import Event, Run, refresh_page, run_pipeline
-from .live import BLOCKS, watch
+from .live import BLOCKS, add_event, watch
 from .settings import FraudError, Settings
 
 # %% ../nbs/17a_heal.ipynb #897e5536
@@ -53,8 +53,7 @@ def retrain(settings: Settings, tell: Callable[[Event], None] = lambda event: No
     outcome = _outcome(run, before, until, settings)
     if outcome["promoted"] and is_remote(settings.serve.bundle):
         publish_bundle(settings.models_dir / "champion", settings.serve.bundle)
-    with (settings.reports_dir / "watch/history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(outcome) + "\n")
+    add_event(outcome, settings)
     return outcome
 
 def _needed(found: dict[str, Any], settings: Settings) -> bool:

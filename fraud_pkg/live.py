@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CALENDAR', 'DECILES', 'TOP', 'BLOCKS', 'UNCHANGED', 'TITLES', 'VERDICTS', 'mean_index', 'Check', 'share_margin',
            'share_gap', 'Reference', 'Window', 'load_window', 'judge_window', 'chance', 'count_bad', 'decide_verdict',
-           'compare_shadow', 'label_problems', 'look', 'plot_windows', 'write_look', 'push', 'watch']
+           'compare_shadow', 'label_problems', 'look', 'plot_windows', 'write_look', 'push', 'add_event', 'watch']
 
 # %% ../nbs/15b_live.ipynb #35bf37b6
 import functools
@@ -228,7 +228,8 @@ def judge_window(window: Window, reference: Reference) -> dict[str, Any]:
     def binned(codes, bins): return _bin_counts(codes, bins, np.ones(len(codes)))(np.arange(len(codes)), False)
     found = {"features": _judged(checks["features"], binned(feature_codes, reference.feature_bins) if n else None, len(few["features"])),
              "score": _judged(checks["score"], binned(score_codes, 2 + len(reference.score_edges[0])) if n else None, len(few["score"]))}
-    flagged, about = p >= reference.review, {"first_step": window.first_step, "end_step": window.end_step, "rows": n, "others": window.others, "flagged": int((p >= reference.review).sum())}
+    flagged = p >= reference.review
+    about = {"flagged": int(flagged.sum()), "first_step": window.first_step, "end_step": window.end_step, "rows": n, "others": window.others}
     if window.fraud is None:
         return {**about, "labelled": False, **found, "recall": None, "precision": None}
     hits, frauds = int((window.fraud & flagged).sum()), int(window.fraud.sum())
@@ -302,9 +303,9 @@ def label_problems(windows: Sequence[Mapping[str, Any]], labels: int, unknown: i
     return found
 
 # %% ../nbs/15b_live.ipynb #87ae7748
-def _windows(folder: Path, reference: Reference, label_delay: int, monitor: Monitor, labels: Mapping[str, bool]) -> list[dict[str, Any]]:
+def _windows(folder: Path, newest: int, reference: Reference, label_delay: int, monitor: Monitor, labels: Mapping[str, bool]) -> list[dict[str, Any]]:
     "The judged windows, oldest first: those with outcomes, and the newest."
-    hours, newest = monitor.window_hours, newest_step(folder)
+    hours = monitor.window_hours
     end = newest // hours  # the newest step's own hour is not over
     ripe = (newest - label_delay + 1) // hours
     numbers = sorted({*range(end - monitor.of_windows, end), *range(ripe - monitor.of_windows, ripe)})
@@ -330,8 +331,8 @@ def look(settings: Settings) -> dict[str, Any]:
     if not place.exists():
         raise FraudError(f"{place}: no champion to watch; `fraud run` makes one")
     bundle, labels = load_bundle(place, settings.train.threads), read_labels(folder)
-    reference = Reference(bundle, monitor)
-    windows = _windows(folder, reference, bundle.manifest.label_delay, monitor, labels)
+    reference, newest = Reference(bundle, monitor), newest_step(folder)
+    windows = _windows(folder, newest, reference, bundle.manifest.label_delay, monitor, labels)
     known = set(read_decisions(folder, ["transaction_id"])["transaction_id"].to_pylist()) if labels else set()
     unknown = sum(number not in known for number in labels)
     if problems := label_problems(windows, len(labels), unknown, reference):
@@ -340,7 +341,6 @@ def look(settings: Settings) -> dict[str, Any]:
     if not any(c["judged"] for c in checks):
         rows = sum(w["rows"] for w in windows)
         raise FraudError(f"{folder}: {rows:,} decisions of champion {bundle.manifest.version} in the last {len(windows)} windows of {monitor.window_hours} hours; expected at least {monitor.least_rows} in one")
-    newest = newest_step(folder)
     shadow = compare_shadow(folder, windows[0]["first_step"], windows[-1]["end_step"], newest - bundle.manifest.label_delay + 1, labels)
     age = (newest - _trained_until(bundle)) / 24
     verdict, reasons = decide_verdict(checks, age, problems, monitor)
@@ -439,6 +439,11 @@ def push(found: Mapping[str, Any], settings: Settings) -> None:
         raise FraudError(f"[monitor] pushgateway = {settings.monitor.pushgateway}: does not take figures ({getattr(error, 'reason', error)}); expected a Prometheus Pushgateway") from error
 
 # %% ../nbs/15b_live.ipynb #60a8f899
+def add_event(event: Mapping[str, Any], settings: Settings) -> None:
+    "Adds a line to reports/watch/history.jsonl."
+    with (settings.reports_dir / "watch/history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
 def _remember(found: Mapping[str, Any], settings: Settings) -> None:
     "A line of history.jsonl, and the latest verdict."
     folder = settings.reports_dir / "watch"
@@ -446,8 +451,7 @@ def _remember(found: Mapping[str, Any], settings: Settings) -> None:
     part = folder / ".verdict.json.part"
     part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     part.replace(folder / "verdict.json")
-    with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"kind": "look", **{key: value for key, value in found.items() if key != "windows"}}) + "\n")
+    add_event({"kind": "look", **{key: value for key, value in found.items() if key != "windows"}}, settings)
 
 def watch(settings: Settings) -> dict[str, Any]:  # verdict, reasons, at; and what `look` found
     "Looks, writes, tells Prometheus; what keeps it from judging makes the verdict unknown."

@@ -156,22 +156,20 @@ def kafka(folder: Path, port: int | None = None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def prometheus(folder: Path, configuration: str) -> Iterator[str]:
+def configured(folder: Path, command: str, name: str, configuration: str, *options: str) -> Iterator[str]:
+    """A server of the Prometheus family, from the Debian package `command`, with its configuration in `folder`; yields its URL."""
+    port, file = free_port(), folder / f"{name}.yml"
+    file.write_text(configuration)
+    url = f"http://{HOST}:{port}"
+    with running([program(command, command), f"--config.file={file}", f"--web.listen-address={HOST}:{port}", *options], lambda: status(f"{url}/-/ready") == 200, folder / f"{name}.log"):
+        yield url
+
+
+def prometheus(folder: Path, configuration: str) -> contextlib.AbstractContextManager[str]:
     """A Prometheus with this configuration; yields its URL."""
-    port, file = free_port(), folder / "prometheus.yml"
-    file.write_text(configuration)
-    options = [f"--config.file={file}", f"--storage.tsdb.path={folder / 'prometheus'}", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
-    url = f"http://{HOST}:{port}"
-    with running([program("prometheus", "prometheus"), *options], lambda: status(f"{url}/-/ready") == 200, folder / "prometheus.log"):
-        yield url
+    return configured(folder, "prometheus", "prometheus", configuration, f"--storage.tsdb.path={folder / 'prometheus'}", "--log.level=warn")
 
 
-@contextlib.contextmanager
-def alertmanager(folder: Path, configuration: str) -> Iterator[str]:
+def alertmanager(folder: Path, configuration: str) -> contextlib.AbstractContextManager[str]:
     """An Alertmanager with this configuration; yields its URL."""
-    port, file = free_port(), folder / "alertmanager.yml"
-    file.write_text(configuration)
-    options = [f"--config.file={file}", f"--storage.path={folder / 'alertmanager'}", f"--web.listen-address={HOST}:{port}", "--cluster.listen-address="]
-    url = f"http://{HOST}:{port}"
-    with running([program("prometheus-alertmanager", "prometheus-alertmanager"), *options], lambda: status(f"{url}/-/ready") == 200, folder / "alertmanager.log"):
-        yield url
+    return configured(folder, "prometheus-alertmanager", "alertmanager", configuration, f"--storage.path={folder / 'alertmanager'}", "--cluster.listen-address=")
