@@ -124,7 +124,11 @@ function heard(block) {
     const colon = line.indexOf(": ");
     if (colon > 0) fields[line.slice(0, colon)] = line.slice(colon + 2);
   }
-  if (fields.event) handlers[fields.event]?.(JSON.parse(fields.data));
+  try {
+    if (fields.event) handlers[fields.event]?.(JSON.parse(fields.data));
+  } catch (error) {
+    reportError(error);  // a defect of this page, and no reason to connect again
+  }
   if (fields.id) lastId = fields.id;
 }
 
@@ -173,7 +177,7 @@ function introduce() {
   const { model, host, may_write: mayWrite } = hello;
   state(paused ? "Paused" : model ? "Live" : "Live; no model yet", "live");
   $("model").textContent = model ? `${model.name} ${model.version}` : "none yet";
-  $("model").title = model ? `average precision on its test period: ${known(model.average_precision, (v) => v.toFixed(3))}` : "";
+  $("model").title = model ? `average precision on its test period: ${known(model.average_precision, (v) => (v.value ?? v).toFixed(3))}` : "";
   $("review-from").textContent = model ? percent(model.thresholds.review) : "–";
   $("block-from").textContent = model ? percent(model.thresholds.block) : "–";
   $("host").textContent = host;
