@@ -210,6 +210,7 @@ function locked(status, why) {
 
 function askForKey(why) {
   $("key-why").textContent = why;
+  $("key-forget").hidden = !key;
   if (!$("key-dialog").open) $("key-dialog").showModal();
   $("key").focus();
 }
@@ -307,8 +308,9 @@ function drawCounts() {
   const short = (n) => (n < 100_000 ? whole.format(n) : brief.format(n));
   const now = Date.now();
   arrivals = arrivals.filter(([when]) => now - when < 10_000);
+  const rate = arrivals.reduce((sum, [, n]) => sum + n, 0) / 10;
   $("n-all").textContent = short(counts.all);
-  $("n-rate").textContent = `${(arrivals.reduce((sum, [, n]) => sum + n, 0) / 10).toFixed(1)} a second`;
+  $("n-rate").textContent = `${rate < 100 ? rate.toFixed(1) : whole.format(rate)} a second`;
   for (const kind of KINDS) {
     $(`n-${kind}`).textContent = short(counts[kind]);
     $(`s-${kind}`).textContent = share(counts[kind]);
@@ -318,8 +320,7 @@ function drawCounts() {
   const held = waiting.length ? ` · ${whole.format(waiting.length)} more since the pause` : "";
   $("shown").textContent = all.length || held ? `${whole.format(shown.length)} of the newest ${whole.format(all.length)}${held}` : "No decisions yet";
   $("empty").hidden = shown.length > 0;
-  $("empty").firstChild.textContent = all.length ? "Nothing passes the filter." : "Waiting for the first decision. Whatever is sent to ";
-  for (const part of [...$("empty").childNodes].slice(1)) part.textContent = all.length ? "" : part.nodeName === "CODE" ? "/predict" : " appears here.";
+  $("empty").textContent = all.length ? "Nothing passes the filter." : "Waiting for the first decision: whatever is sent to /predict appears here.";
   $("newest").hidden = grid.scrollTop <= rowHeight();
 }
 
