@@ -37,13 +37,11 @@ from .scoring import Answer, Name, Refused, Scored, Scorer, Service, parse_probl
 # %% ../nbs/12b_console.ipynb #5d1aa806
 class Kept:
     "What one request brought: decisions, or labels."
-    __slots__ = ("moment", "scored", "labels", "_text")
+    __slots__ = ("moment", "scored", "labels", "size", "_text")
 
     def __init__(self, moment: float, scored: Scored | None, labels: Mapping[str, bool] | None = None):
         self.moment, self.scored, self.labels, self._text = moment, scored, labels, None
-
-    @property
-    def size(self) -> int: return len(self.scored.decisions) if self.scored else 1
+        self.size = len(scored.decisions) if scored else 1
 
     @property
     def kind(self) -> str: return "decisions" if self.scored else "labels"
