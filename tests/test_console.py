@@ -211,6 +211,7 @@ def test_stream_goes_on_and_ends(tmp_path):
             assert heard(others, "decisions")[1][0]["transaction_id"] == "t0"  # an id of another process: from the beginning
             crowded = httpx.get(f"{url}/events")
             assert (crowded.status_code, crowded.json()["problems"][0]["field"]) == (503, "console")
+            assert httpx.head(f"{url}/").status_code == 200
             assert "fraud_console_clients 2.0" in httpx.get(f"{url}/metrics").text
         while "fraud_console_clients 0.0" not in httpx.get(f"{url}/metrics").text:
             time.sleep(0.05)
