@@ -308,7 +308,7 @@ function drawCounts() {
   const short = (n) => (n < 100_000 ? whole.format(n) : brief.format(n));
   const now = Date.now();
   arrivals = arrivals.filter(([when]) => now - when < 10_000);
-  const rate = arrivals.reduce((sum, [, n]) => sum + n, 0) / 10;
+  const rate = sum(arrivals.map(([, n]) => n)) / 10;
   $("n-all").textContent = short(counts.all);
   $("n-rate").textContent = `${rate < 100 ? rate.toFixed(1) : whole.format(rate)} a second`;
   for (const kind of KINDS) {
@@ -379,22 +379,23 @@ function pressed(event, keys) {
 
 const SCALE_MARKS = [[0.00001, "0.001 %"], [0.0001, "0.01 %"], [0.001, "0.1 %"], [0.01, "1 %"], [0.1, "10 %"], [0.5, "50 %"], [0.9, "90 %"], [0.99, "99 %"], [0.999, "99.9 %"], [0.9999, "99.99 %"]];
 
-function zone(odds) {
-  const limits = hello?.model?.thresholds;
-  if (!limits) return "allow";
-  return odds >= logOdds(limits.block) ? "block" : odds >= logOdds(limits.review) ? "review" : "allow";
+const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+
+function binned(rows, bins) {  // how many of each kind in each bin
+  const made = Array.from({ length: bins }, () => [0, 0, 0]);
+  for (const row of rows) made[Math.min(bins - 1, Math.floor(((row.odds + RANGE) / (2 * RANGE)) * bins))][KINDS.indexOf(row.decision)]++;
+  return made;
 }
 
 function drawHistogram() {
   const svg = $("histogram"), width = svg.clientWidth || 600, tall = svg.clientHeight || 104;
-  const left = 30, right = 8, top = 16, bottom = 18, bins = width > 500 ? 96 : 48, binned = new Array(bins).fill(0);
-  for (const row of shown) binned[Math.min(bins - 1, Math.floor(((row.odds + RANGE) / (2 * RANGE)) * bins))]++;
-  const most = Math.max(10, ...binned), x = (odds) => left + ((odds + RANGE) / (2 * RANGE)) * (width - left - right), y = (n) => tall - bottom - (Math.log1p(n) / Math.log1p(most)) * (tall - top - bottom);
+  const left = 30, right = 8, top = 16, bottom = 18, bins = width > 500 ? 96 : 48, counted = binned(shown, bins);
+  const most = Math.max(10, ...counted.map(sum)), x = (odds) => left + ((odds + RANGE) / (2 * RANGE)) * (width - left - right), y = (n) => tall - bottom - (Math.log1p(n) / Math.log1p(most)) * (tall - top - bottom);
   const parts = [];
   for (let n = 1; n <= most; n *= 10) parts.push(shape("line", { class: "grid", x1: left, x2: width - right, y1: y(n), y2: y(n) }), shape("text", { x: left - 5, y: y(n) + 4, "text-anchor": "end" }, n < 1000 ? String(n) : `${n / 1000}k`));
-  binned.forEach((n, i) => {
-    const from = -RANGE + (i / bins) * 2 * RANGE, to = from + (2 * RANGE) / bins;
-    if (n) parts.push(shape("rect", { class: zone((from + to) / 2), x: x(from) + 0.5, width: Math.max(1, x(to) - x(from) - 1), y: y(n), height: tall - bottom - y(n), rx: 1 }));
+  counted.forEach((each, i) => {
+    const from = -RANGE + (i / bins) * 2 * RANGE, to = from + (2 * RANGE) / bins, n = sum(each);
+    if (n) parts.push(shape("rect", { class: KINDS[each.indexOf(Math.max(...each))], x: x(from) + 0.5, width: Math.max(1, x(to) - x(from) - 1), y: y(n), height: tall - bottom - y(n), rx: 1 }));
   });
   parts.push(shape("line", { class: "grid", x1: left, x2: width - right, y1: tall - bottom, y2: tall - bottom }));
   const every = width > 620 ? 1 : width > 380 ? 2 : 3;

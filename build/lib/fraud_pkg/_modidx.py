@@ -232,7 +232,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fraud_pkg.console.Kept': ('console.html#kept', 'fraud_pkg/console.py'),
                                    'fraud_pkg.console.Kept.__init__': ('console.html#kept.__init__', 'fraud_pkg/console.py'),
                                    'fraud_pkg.console.Kept.kind': ('console.html#kept.kind', 'fraud_pkg/console.py'),
-                                   'fraud_pkg.console.Kept.size': ('console.html#kept.size', 'fraud_pkg/console.py'),
                                    'fraud_pkg.console.Kept.text': ('console.html#kept.text', 'fraud_pkg/console.py'),
                                    'fraud_pkg.console.Sums': ('console.html#sums', 'fraud_pkg/console.py'),
                                    'fraud_pkg.console.Window': ('console.html#window', 'fraud_pkg/console.py'),

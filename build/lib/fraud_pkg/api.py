@@ -251,8 +251,11 @@ async def events(request: Request) -> Response:
             raise Refused(503, [{"field": "console", "reason": f"{console.clients} pages are open already, or the service ends"}])
     except Refused as refused:
         return refused_response(request, refused)
+    if request.method == "HEAD":
+        return Response(media_type=Feed.media_type)
     may_write = bool(service.keys) and service.may("decide", request.headers)
-    return Feed(console, position_after(request.headers.get("last-event-id", ""), console), lambda: greeting(service, may_write, console.boot), service.serve.timeout)
+    position = position_after(request.headers.get("last-event-id", ""), console)
+    return Feed(console, position, lambda: service.scorer, lambda: greeting(service, may_write, console.boot), service.serve.timeout)
 
 def add_console(app: FastAPI, console: Console) -> None:
     "The page, its files, and what is decided."

@@ -17,6 +17,7 @@ import re
 import secrets
 import socket
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -37,13 +38,11 @@ from .scoring import Answer, Name, Refused, Scored, Scorer, Service, parse_probl
 # %% ../nbs/12b_console.ipynb #5d1aa806
 class Kept:
     "What one request brought: decisions, or labels."
-    __slots__ = ("moment", "scored", "labels", "_text")
+    __slots__ = ("moment", "scored", "labels", "size", "_text")
 
     def __init__(self, moment: float, scored: Scored | None, labels: Mapping[str, bool] | None = None):
         self.moment, self.scored, self.labels, self._text = moment, scored, labels, None
-
-    @property
-    def size(self) -> int: return len(self.scored.decisions) if self.scored else 1
+        self.size = len(scored.decisions) if scored else 1
 
     @property
     def kind(self) -> str: return "decisions" if self.scored else "labels"
@@ -184,13 +183,14 @@ class Feed(Response):
     def __init__(
         self,
         console: Console,
-        position: int,                        # of the first that was not seen
-        greeting: Callable[[], tuple[str, bytes]],  # a mark that changes with what it says, and the data of `hello`
-        patience: float,                      # seconds that a client may take for a message
+        position: int,                   # of the first that was not seen
+        greets_for: Callable[[], Any],   # when this gives something else, `hello` is said again
+        greeting: Callable[[], bytes],   # its data
+        patience: float,                 # seconds that a client may take for a message
     ):
         super().__init__(headers=HELD_BACK)
         del self.headers["content-length"]
-        self.console, self.position, self.greeting, self.patience = console, position, greeting, patience
+        self.console, self.position, self.greets_for, self.greeting, self.patience = console, position, greets_for, greeting, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.console.looking() as wake:
@@ -211,15 +211,16 @@ class Feed(Response):
         wake.set()
 
     async def _feed(self, gone: asyncio.Task, wake: asyncio.Event, send: Send) -> None:
-        greeted = None
+        greeted, body = object(), b""
         while not (gone.done() or self.console.closed):
             wake.clear()
-            mark, data = self.greeting()
+            if (now := self.greets_for()) is not greeted:
+                greeted, body = now, message("hello", self.greeting())
             self.position, news = messages(self.console, self.position)
-            body = (message("hello", data) if mark != greeted else b"") + news or b": still here\n\n"
-            greeted = mark
+            body = body + news or b": still here\n\n"
             async with asyncio.timeout(self.patience):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+            body = b""
             await asyncio.sleep(PACE)
             if self.position == self.console.end:
                 with contextlib.suppress(TimeoutError):
@@ -268,17 +269,17 @@ def words(feature: str) -> tuple[str, str]:
         return f"{WHO[feature.split('_')[0]]}: hours since last seen", "hours"
     return feature.replace("_", " "), "number"
 
-# %% ../nbs/12b_console.ipynb #1e131139
-def greeting(service: Service, may_write: bool, boot: str) -> tuple[str, bytes]:
-    "What a page is told first, and again when another model decides: the mark is the model's version."
+# %% ../nbs/12b_console.ipynb #b3acf309
+def greeting(service: Service, may_write: bool, boot: str) -> bytes:
+    "What a page is told first, and again when another model decides."
     scorer, told = service.scorer, {"boot": boot, "host": socket.gethostname(), "keys": bool(service.keys), "may_write": may_write, "explain": service.serve.explain, "model": None}
     if scorer is None:
-        return "", to_json(told)
+        return to_json(told)
     manifest = scorer.manifest
     names = [*manifest.features, *(name for name in PLAIN if name.startswith("rule:"))]
     told |= {"model": {"version": manifest.version, "name": manifest.name, "average_precision": manifest.metrics.get("average_precision"), "windows": list(manifest.windows), "step": step_now(scorer),
                        "thresholds": {"review": manifest.thresholds.review, "block": manifest.thresholds.block}}, "words": {name: words(name) for name in names}}
-    return manifest.version, to_json(told)
+    return to_json(told)
 
 def step_now(scorer: Scorer) -> int | None:
     "The hour that it is for the model; None when its hours have no date."
@@ -322,8 +323,8 @@ class Accounts(BaseModel):
 # %% ../nbs/12b_console.ipynb #1aa42092
 def sums(history: History, after: int, until: int | None = None) -> dict[str, float]:
     "Counters of the hours later than `after`, and no later than `until`."
-    chosen = [place for place, hour in enumerate(history.hours) if hour > after and (until is None or hour <= until)]
-    values = dict(zip(COUNTERS, (sum(counter[place] for place in chosen) for counter in history.counters), strict=True))
+    begin, end = bisect_right(history.hours, after), len(history.hours) if until is None else bisect_right(history.hours, until)
+    values = dict(zip(COUNTERS, (sum(counter[begin:end]) for counter in history.counters), strict=True))
     return {name.replace("_cents", "_sum"): value / 100 if name.endswith("_cents") else value for name, value in values.items()}
 
 def account(name: str, history: History, step: int, windows: Sequence[int]) -> dict[str, Any]:
