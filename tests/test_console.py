@@ -31,7 +31,7 @@ def service(tmp_path_factory) -> Iterator[str]:
     """A service with keys and its ledger in Redis, for all that may share one."""
     folder = tmp_path_factory.mktemp("console")
     example_bundle(folder / "champion", weight=0.002, bias=-7.0)
-    with servers.redis(folder) as redis, api(folder, variables=KEYS, ledger__url=redis, serve__explain="all", console__keep=20_000) as (url, _):
+    with servers.redis(folder) as redis, api(folder, variables=KEYS, ledger__url=redis, console__keep=20_000) as (url, _):
         yield url
 
 
@@ -228,13 +228,13 @@ def test_stream_goes_on_and_ends(tmp_path):
 
 def test_a_client_that_takes_nothing_is_dropped(tmp_path):
     """It keeps nobody's decision waiting, and its place becomes free."""
-    example_bundle(tmp_path / "champion")
+    example_bundle(tmp_path / "champion", bias=-30)
     with api(tmp_path, serve__timeout=1, console__clients=1, console__keep=50_000) as (url, _), socket.socket() as stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck.connect((servers.HOST, int(url.rsplit(":", 1)[1])))
         stuck.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with httpx.Client(base_url=url, timeout=10) as client:
-            for start in range(0, 20_000, 1000):
+            for start in range(0, 12_000, 1000):
                 assert client.post("/predict/batch", json={"transactions": [transaction(start + i) for i in range(1000)]}).status_code == 200
             while "fraud_console_clients 0.0" not in client.get("/metrics").text:
                 time.sleep(0.1)
