@@ -285,7 +285,7 @@ def serve(overrides: Overrides = None) -> None:
     found = _settings(overrides)
     if bundle_mark(found.bundle_place) is None:
         print(f"no champion in {found.bundle_place} yet: not ready until there is one (fraud run makes it)", file=sys.stderr)
-    print(f"listening on http://{found.serve.host}:{found.serve.port}, described at /docs; metrics at /metrics", file=sys.stderr)
+    print(f"listening on http://{found.serve.host}:{found.serve.port}: the console at /, described at /docs, measured at /metrics", file=sys.stderr)
     run_server(found)
 
 # %% ../nbs/18_cli.ipynb #dd2a3c8f

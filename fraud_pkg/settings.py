@@ -6,8 +6,8 @@
 __all__ = ['NO_TELEMETRY', 'Share', 'Count', 'Positive', 'Rate', 'NotNegative', 'Names', 'Sizes', 'Hours', 'Moment', 'Topic',
            'Brokers', 'Key', 'FraudError', 'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate',
            'Features', 'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor',
-           'Retrain', 'Pipeline', 'Ledger', 'Serve', 'Stream', 'Rules', 'Settings', 'known_keys', 'project_root',
-           'load_settings', 'replace_dir', 'staging_dir']
+           'Retrain', 'Pipeline', 'Ledger', 'Serve', 'Console', 'Stream', 'Rules', 'Settings', 'known_keys',
+           'project_root', 'load_settings', 'replace_dir', 'staging_dir']
 
 # %% ../nbs/00_settings.ipynb #4b80efb4
 import configparser
@@ -246,6 +246,12 @@ class Serve(Section):
     timeout: float = Field(10, gt=0, le=600)
     drain: float = Field(20, ge=0, le=600)
 
+class Console(Section):
+    "The page at / of the service."
+    enabled: bool = True
+    keep: int = Field(2000, ge=1, le=100_000)
+    clients: int = Field(20, ge=1, le=1000)
+
 class Stream(Section):
     "Kafka. Names of topics are Kafka's: letters, digits, dots, dashes and underscores."
     bootstrap_servers: Brokers = ("localhost:9092",)
@@ -303,6 +309,7 @@ class Settings(Section):
     pipeline: Pipeline = Pipeline()
     ledger: Ledger = Ledger()
     serve: Serve = Serve()
+    console: Console = Console()
     stream: Stream = Stream()
     rules: Rules = Rules()
     root: Path = Field(default_factory=Path.cwd, exclude=True)
