@@ -35,6 +35,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from .modules import imports_of, module_closure
+from .remote import RemoteError, check_remote, dvc, push, recall, use_remote
 from .schedule import HEADER, Scheduled, github_files, kubernetes_files
 from .settings import FraudError, Settings, SettingsError, known_keys, load_settings, project_root
 
@@ -594,6 +595,8 @@ def preflight(settings: Settings) -> None:
             require_java()
         except FraudError as error:
             raise SettingsError(str(error)) from error
+    if settings.pipeline.push or settings.pipeline.pull:
+        check_remote(settings)
 
 # %% ../nbs/17_jobs.ipynb #af260871
 class Event(BaseModel):
@@ -714,15 +717,49 @@ def _repro(arguments: Sequence[str], settings: Settings, tell: Callable[[Event],
 
 # %% ../nbs/17_jobs.ipynb #968d468e
 def _push(settings: Settings) -> None:
-    lock, pushed = settings.root / "dvc.lock", settings.root / ".dvc/tmp/fraud-pushed"
-    if not settings.pipeline.push or not lock.is_file() or (pushed.is_file() and pushed.stat().st_mtime_ns >= lock.stat().st_mtime_ns):
+    lock, pushed, remote = settings.root / "dvc.lock", settings.root / ".dvc/tmp/fraud-pushed", settings.pipeline.remote
+    done = pushed.is_file() and pushed.read_text(encoding="utf-8") == remote and lock.is_file() and pushed.stat().st_mtime_ns >= lock.stat().st_mtime_ns
+    if not settings.pipeline.push or not lock.is_file() or done:
         return
-    with _start_dvc(["push"], settings) as process:
-        text = process.stdout.read()
-    if process.returncode != 0:
-        line = next((line for line in text.splitlines() if line.startswith("ERROR: ")), "ended without saying why").removeprefix("ERROR: ")
-        raise FraudError(f"dvc push: {disk_full(text, [settings.root]) or line} (the results are complete, only their copy is not)")
-    pushed.touch()
+    try:
+        push(settings)
+    except RemoteError as error:
+        raise FraudError(f"{disk_full(str(error), [settings.root]) or error} (the results are complete, only their copy is not)") from error
+    pushed.write_text(remote, encoding="utf-8")
+
+# %% ../nbs/17_jobs.ipynb #706e861c
+def _plan(jobs: Sequence[Job], settings: Settings) -> list[dict]:
+    "The stages as `recall` takes them: paths as in `dvc.lock`."
+    def located(path: str) -> str: return re.sub(r"\$\{paths\.(\w+)\}", lambda match: getattr(settings.paths, match[1]), _located(path))
+    return [{"name": job.name, "cmd": _dvc_stage(job)["cmd"], "deps": [job.notebook, *job.modules, *map(located, job.inputs)], "params": job.settings, "outs": [*map(located, job.outputs)]} for job in jobs]
+
+def _downstream(name: str, jobs: Sequence[Job]) -> set[str]:
+    "A job, and all that needs it."
+    found = {name}
+    for job in jobs:  # in order
+        if found & set(job.needs):
+            found.add(job.name)
+    return found
+
+def _upstream(name: str, jobs: Sequence[Job]) -> set[str]:
+    "A job, and all that it needs."
+    found = {name}
+    for job in reversed(jobs):
+        if job.name in found:
+            found |= set(job.needs)
+    return found
+
+def _take_over(jobs: Sequence[Job], settings: Settings, tell: Callable[[Event], None]) -> None:
+    "Brings what others have computed of these jobs."
+    known = recall(_plan(jobs, settings), settings)
+    if "promote" in known:
+        from fraud_pkg.registry import champion_bundle
+        if champion_bundle(settings) is None:
+            known = [name for name in known if name not in _downstream("promote", jobs)]
+    if known:
+        dvc(["fetch", *known], settings)
+        dvc(["checkout", "--force", *known], settings)
+    tell(Event(kind="line", text=f"taken over from {settings.pipeline.remote}: {', '.join(known) or 'nothing, this is new'}"))
 
 # %% ../nbs/17_jobs.ipynb #7199d5a2
 class JobResult(BaseModel):
@@ -803,6 +840,12 @@ def _agreement(settings: Settings) -> Callable[[], bool]:
     pool.shutdown(wait=False)
     return answer.result
 
+def _check_registry(order: Sequence[Job], settings: Settings) -> None:
+    "A server that is away is said before two hours of training, not after; a SQLite file is made when it is needed."
+    if any(job.name == "promote" for job in order) and not settings.registry.tracking_uri.startswith("sqlite:"):
+        from fraud_pkg.registry import require_registry
+        require_registry(settings)
+
 def _remember_agreement(settings: Settings) -> None:
     "The next run need not ask while neither the registry's file nor the champion has changed."
     if state := _seen_state(settings):
@@ -828,6 +871,9 @@ def _conclude(run: Run, settings: Settings) -> None:
 # %% ../nbs/17_jobs.ipynb #fe9008f9
 def _run_stages(settings: Settings, order: Sequence[Job], only: str | None, force: bool, tell: Callable[[Event], None], repro: Repro) -> None:
     "What a run does between its start and its record."
+    if settings.pipeline.pull and not (force and only is None):
+        wanted = {job.name for job in order} if only is None else _upstream(only, order) - ({only} if force else set())
+        _take_over([job for job in order if job.name in wanted], settings, tell)
     agrees = _agreement(settings) if any(job.name == "promote" for job in order) else lambda: True
     for arguments in _targets(order, only, force):
         _repro(arguments, settings, tell, repro)
@@ -851,11 +897,14 @@ def run_pipeline(
     if only is not None and not find_job(only, settings.root).stage:
         raise SettingsError(f"{only} is no stage of the pipeline; run it with: fraud jobs run {only}")
     initialise_dvc(settings.root)
+    use_remote(settings)
     with exclusive(settings.root / ".dvc/tmp/fraud-run.lock", "fraud run"):
         began, started, repro = time.perf_counter(), _now(), Repro()
         write_targets(settings.root, ["dvc"])
         write_params(settings)
         order, error = [job for job in compile_jobs(settings.root / "jobs") if job.stage], None
+        if only is None or "promote" in _upstream(only, order):
+            _check_registry(order, settings)
         try:
             _run_stages(settings, order, only, force, tell, repro)
         except KeyboardInterrupt:
