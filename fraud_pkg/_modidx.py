@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fraud_pkg.jobs.run_job': ('jobs.html#run_job', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs.run_pipeline': ('jobs.html#run_pipeline', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs.source_fingerprint': ('jobs.html#source_fingerprint', 'fraud_pkg/jobs.py'),
+                                'fraud_pkg.jobs.too_little_memory': ('jobs.html#too_little_memory', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs.write_params': ('jobs.html#write_params', 'fraud_pkg/jobs.py'),
                                 'fraud_pkg.jobs.write_targets': ('jobs.html#write_targets', 'fraud_pkg/jobs.py')},
             'fraud_pkg.journal': { 'fraud_pkg.journal.JournaledLedger': ('journal.html#journaledledger', 'fraud_pkg/journal.py'),
