@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import storage
 
 PROJECT = Path(__file__).resolve().parents[1]
 COPIED = ("settings.ini", "dvc.yaml", ".dvc/config", ".dvcignore", "jobs", "fraud_pkg", "chalice_app")
@@ -89,6 +88,8 @@ def finished(workspace) -> Workspace:
 @pytest.fixture(scope="session")
 def team(workspace, tmp_path_factory):
     """Two machines' common places, and a first machine that has run once; the registry was away in the middle of it."""
+    import storage
+
     with storage.opened(tmp_path_factory.mktemp("team"), workspace) as team:
         yield team
 

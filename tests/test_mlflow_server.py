@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import urllib.request
 
 import pytest
@@ -99,8 +100,6 @@ def test_services_follow_the_registry(team, apart, tmp_path):
 
 def wait_for(url: str, version: str) -> None:
     """Waits until this version decides."""
-    import time
-
     end = time.monotonic() + 30
     while served(url) != version:
         assert time.monotonic() < end, f"{version} never came"
