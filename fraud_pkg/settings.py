@@ -221,7 +221,9 @@ class Retrain(Section):
 
 class Pipeline(Section):
     "Runs of all jobs."
+    remote: str = Field("store", min_length=1)
     push: bool = True
+    pull: bool = False
 
 # %% ../nbs/00_settings.ipynb #4f7f83c9
 class Ledger(Section):
@@ -322,9 +324,18 @@ class Settings(Section):
     @property
     def reports_dir(self) -> Path: return self.root / self.paths.reports
     @property
-    def shadow_place(self) -> Path | str: return self.serve.shadow if "://" in self.serve.shadow else self.root / self.serve.shadow
+    def shadow_place(self) -> Path | str: return self._place("shadow")
     @property
-    def bundle_place(self) -> Path | str: return self.serve.bundle if "://" in self.serve.bundle else self.root / self.serve.bundle
+    def bundle_place(self) -> Path | str: return self._place("bundle")
+
+    def _place(self, key: str) -> Path | str:
+        "A folder or URL of `[serve]`; `registry://ALIAS` with server and model filled in from `[registry]`."
+        place, server = getattr(self.serve, key), self.registry.tracking_uri
+        if not place.startswith("registry://"):
+            return place if "://" in place else self.root / place
+        if not server.startswith(("http://", "https://")):
+            raise SettingsError(f"[serve] {key} = {place}: expected [registry] tracking_uri to be an MLflow server such as http://localhost:5000, and it is {server}")
+        return f"{server.rstrip('/')}#{self.registry.model}@{place.removeprefix('registry://')}"
 
     def section_dict(self, name: str) -> dict:
         "The values of section `name` as JSON has them."
