@@ -161,7 +161,7 @@ def score_rows(bundle: Bundle, x: np.ndarray, raw: pa.Table, rules: Rules) -> di
     return {"fraud_probability": pa.array([round(value, 9) for value in p.tolist()]), "decision": words.cast(pa.string()), "rule": pa.array(ruled, pa.string())}
 
 def score_part(raw: pa.Table, sides: np.ndarray, model: str, sha256: str, rules: Rules, lineage: Lineage, files: Sequence[str]) -> pa.Table:
-    "Scores of raw rows [n] with histories [2 n, 9 W + 1]: what a task of the engine writes."
+    "Scores of raw rows [n] with histories [2 n, H]: what a task of the engine writes."
     scores = score_rows(_bundle(model, sha256), matrix(own_features(raw), sides), raw, rules)
     keys = {name: raw[name] for name in ("tx_id", "step", "nameOrig", "nameDest", "amount")}
     made = {name: pa.repeat(value, len(raw)) for name, value in vars(lineage).items()}

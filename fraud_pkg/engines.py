@@ -77,7 +77,7 @@ def plan_parts(step: np.ndarray, part_rows: int) -> list[Part]:
     return parts
 
 # %% ../nbs/06_engines.ipynb #d8ec73d6
-Finish = Callable[[pa.Table, np.ndarray], pa.Table]  # raw rows [n] and their histories [2 n, 9 W + 1] -> the rows of a part
+Finish = Callable[[pa.Table, np.ndarray], pa.Table]  # raw rows [n] and their histories [2 n, H] -> the rows of a part
 
 def part_table(raw: pa.Table, sides: np.ndarray, windows: Sequence[int]) -> pa.Table:
     "Keys and features of raw rows [n] and their histories [2 n, 10 W + 3]."
