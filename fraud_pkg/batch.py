@@ -258,6 +258,7 @@ def score_lake(source: Path, output: Path, settings: Settings) -> dict[str, Any]
     "Scores the Parquet files of `source` with `[serve] bundle` into the folder `output`, whole or not at all; returns the manifest that it writes."
     import shutil
 
+    output = output.resolve()  # workers have folders of their own
     check_places(source, output)
     files = list_lake(source)
     with staging_dir(output) as folder:

@@ -286,6 +286,9 @@ def spark_problem(text: str, settings: Settings) -> str | None:
         return own[1]
     if any(sign in text for sign in OUT_OF_MEMORY):
         return f"Spark ran out of memory with [features] spark_memory = {features.spark_memory}: raise it, or set more [features] partitions"
+    if not features.spark_master.startswith("local") and ("FileNotFoundError" in text or "PATH_NOT_FOUND" in text):
+        missing = re.search(r"FileNotFoundError: (.+)", text)
+        return f"[features] spark_master = {features.spark_master}: a worker does not see a file that the driver sees ({missing[1] if missing else 'raw data'}); expected the same folders under the same path on all machines"
     if "SPARK-24819" in text or "requires more slots" in text:
         return f"[cluster] workers = {cluster.workers}: the cluster has not so many free at once; lower it, or start more workers"
     if "ExecutorLostFailure" in text or "removed our application" in text or "Executor exited" in text:
