@@ -147,7 +147,7 @@ def _growing(events: Sequence[Event], reading: Reading) -> set[str]:
     return again
 
 def look_back(events: Sequence[Event], reading: Reading, windows: Sequence[int], label_delay: int) -> np.ndarray:
-    "History features of both accounts of each transaction: [2 n, 9 W + 1] float32, alternating."
+    "History features of both accounts of each transaction: [2 n, 10 W + 3] float32, alternating."
     growing = {account: reading.histories[account].copy() for account in _growing(events, reading)}
     histories, rows = {**reading.histories, **growing}, []
 
@@ -159,7 +159,7 @@ def look_back(events: Sequence[Event], reading: Reading, windows: Sequence[int],
     for event in reading.recorded.values():
         enter(event, -1)
     for event in events:
-        rows += [online_history(histories[account], event.step, event.cents, windows, label_delay) for account in (event.orig, event.dest)]
+        rows += [online_history(histories[account], event.step, event.cents, out, windows, label_delay) for account, out in ((event.orig, True), (event.dest, False))]
         enter(event, 1)
     return np.array(rows, np.float32)
 
