@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -258,6 +259,10 @@ def test_the_page_and_its_policy(service):
 
 def test_the_wheel_has_the_page(tmp_path):
     """Whoever installs the package has its files too."""
-    subprocess.run([sys.executable, "-c", f"import os; os.chdir({str(PROJECT)!r}); from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"], check=True, capture_output=True, timeout=120)
+    source = tmp_path / "source"  # a build leaves things behind
+    shutil.copytree(PROJECT / "fraud_pkg", source / "fraud_pkg", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(PROJECT / name, source)
+    subprocess.run([sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"], cwd=source, check=True, capture_output=True, timeout=120)
     [wheel] = tmp_path.glob("*.whl")
     assert {f"fraud_pkg/console/{name}" for name, _ in ASSETS.values()} <= set(zipfile.ZipFile(wheel).namelist())
