@@ -68,6 +68,7 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
         page = made.page
         unlock(made, WRITE)
         page.locator("#rows .row").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing to scroll sideways
         made.screenshot(f"console-{look}")
         assert made.violations() == []
         sent = transaction(f"{look}{HOSTILE}", amount=5000.0, nameOrig=f"C{look}{HOSTILE}", nameDest=f"C{look}-dest")
