@@ -184,7 +184,8 @@ def recall(
     settings: Settings,
 ) -> list[str]:
     "Enters into `dvc.lock` what others have computed of `plan`; returns the stages that it answers now. Their outputs are not here yet."
-    params, lock, known = json.loads((settings.root / "params.json").read_text(encoding="utf-8")), read_lock(settings), []
+    params, before, known = json.loads((settings.root / "params.json").read_text(encoding="utf-8")), read_lock(settings), []
+    lock = dict(before)
     made: dict[str, str | None] = {path: None for stage in plan for path in stage["outs"]}
     with _remote(settings) as remote:
         for stage in plan:
@@ -196,7 +197,8 @@ def recall(
                 lock[stage["name"]] = entry
                 made |= {out["path"]: out["md5"] for out in entry["outs"]}
                 known.append(stage["name"])
-    write_lock(lock, settings)
+    if lock != before:  # a lock that is written anew is copied anew
+        write_lock(lock, settings)
     return known
 
 # %% ../nbs/10b_remote.ipynb #4b422acf
