@@ -234,6 +234,8 @@ def bring_back(
     "Writes the data of a version into `folder`, byte for byte, from this machine's cache or from the remote."
     if folder.exists():
         raise RemoteError(f"{folder}: is there already; name a folder that is not")
+    check_remote(settings)
+    use_remote(settings)
     with tempfile.TemporaryDirectory(dir=settings.root, prefix=".recall-") as scratch:
         for name, out in outputs.items():
             (Path(scratch) / f"{name}.dvc").write_text(json.dumps({"outs": [{**out, "path": name}]}), encoding="utf-8")
