@@ -184,7 +184,8 @@ def recall(
     settings: Settings,
 ) -> list[str]:
     "Enters into `dvc.lock` what others have computed of `plan`; returns the stages that it answers now. Their outputs are not here yet."
-    params, lock, known = json.loads((settings.root / "params.json").read_text(encoding="utf-8")), read_lock(settings), []
+    params, before, known = json.loads((settings.root / "params.json").read_text(encoding="utf-8")), read_lock(settings), []
+    lock = dict(before)
     made: dict[str, str | None] = {path: None for stage in plan for path in stage["outs"]}
     with _remote(settings) as remote:
         for stage in plan:
@@ -196,7 +197,8 @@ def recall(
                 lock[stage["name"]] = entry
                 made |= {out["path"]: out["md5"] for out in entry["outs"]}
                 known.append(stage["name"])
-    write_lock(lock, settings)
+    if lock != before:  # a lock that is written anew is copied anew
+        write_lock(lock, settings)
     return known
 
 # %% ../nbs/10b_remote.ipynb #4b422acf
@@ -232,6 +234,8 @@ def bring_back(
     "Writes the data of a version into `folder`, byte for byte, from this machine's cache or from the remote."
     if folder.exists():
         raise RemoteError(f"{folder}: is there already; name a folder that is not")
+    check_remote(settings)
+    use_remote(settings)
     with tempfile.TemporaryDirectory(dir=settings.root, prefix=".recall-") as scratch:
         for name, out in outputs.items():
             (Path(scratch) / f"{name}.dvc").write_text(json.dumps({"outs": [{**out, "path": name}]}), encoding="utf-8")
