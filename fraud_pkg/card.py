@@ -115,7 +115,7 @@ def groups(s: Sample) -> dict[str, dict[str, np.ndarray]]:
     "{what they are grouped by: {group: [n] bool}}, from what this data knows."
     column, fraud = {name: s.x[:, i] for i, name in enumerate(s.names)}, s.y == 1
     kinds = sorted({str(name) for name in s.scenario[fraud] if name is not None})
-    found = {"kind of fraud": {kind: s.scenario == kind for kind in kinds}, "amount": _by_amount(s.amount, fraud),
+    found = {"all": {"all frauds": fraud}, "kind of fraud": {kind: s.scenario == kind for kind in kinds}, "amount": _by_amount(s.amount, fraud),
              "type of payment": {name.removeprefix("type_"): values == 1 for name, values in column.items() if name.startswith("type_")}}
     if (seen := column.get("orig_hours_since_seen")) is not None:
         found["payer"] = {"seen before": ~np.isnan(seen), "never seen before": np.isnan(seen)}
