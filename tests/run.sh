@@ -45,6 +45,7 @@ need jq jq "the check of the scheduled workflow"
 need promtool prometheus "the test of the alerts"
 need amtool prometheus-alertmanager "the test of who is told"
 need prometheus-pushgateway prometheus-pushgateway "the figures of jobs"
+need chromium chromium "the tests in a browser"
 [ "${CI:-}" != true ] || need go golang-go "the check of workflows"
 for name in buildah podman crun debootstrap; do need "$name" "$name" "the test of the image"; done
 part "tests in the notebooks" nbdev-test nbs --n-workers 2 --pause 0

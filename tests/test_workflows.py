@@ -504,6 +504,7 @@ def test_pages_lead_somewhere(tmp_path):
 FREE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|CC0|Unlicense|MPL|Mozilla|Zope|CNRI-Python|TCL|AFL", re.IGNORECASE)
 COPYLEFT = re.compile(r"GPL|General Public|EPL|SSPL|BUSL|Commons Clause|Proprietary", re.IGNORECASE)
 EXPLAINED = {
+    "axe-playwright-python": "MIT, says its LICENSE file (and MPL-2.0 for the axe-core in it); finds faults of accessibility in tests, not served",
     "asyncssh": "EPL-2.0 or GPL-2.0, as it came; DVC's way to SSH remotes, not served",
     "crc32c": "LGPL-2.1; a library of its own, loaded as it came; the checksums of Kafka",
     "dulwich": "Apache-2.0 or GPL-2.0: the first is taken",
