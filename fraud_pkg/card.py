@@ -64,23 +64,25 @@ def money_curve(
     judged: Judged,
     decision: Decision,
     points: int = 60,
-    most: float = 0.05,  # the share of transactions at which the curve ends
+    most: float = 0.05,  # the share of transactions at which the curve ends, or a little beyond the thresholds
 ) -> dict[str, list[float]]:  # flagged transactions a day; the threshold; the share of the fraud at risk saved by review and by block
     "What is saved when everything from a threshold on is reviewed, or blocked."
     s, order = judged.sample, np.argsort(-judged.probability, kind="stable")
     ranked, costs = judged.probability[order], decision_costs(s.y, s.amount, decision)[:, order]
-    wanted = np.unique(np.geomspace(1, max(2, most * len(s)), points).round().astype(int))
+    end = min(len(s), max(2, most * len(s), 1.3 * judged.stopped.sum()))
+    wanted = np.unique(np.geomspace(min(judged.days, end), end, points).round().astype(int))
     flagged = np.unique(np.searchsorted(-ranked, -ranked[wanted - 1], side="right"))
     saved = np.cumsum(costs[0] - costs[1:], axis=1)[:, flagged - 1] / s.amount[s.y == 1].sum()
     return {"per_day": (flagged / judged.days).tolist(), "threshold": ranked[flagged - 1].tolist(), "review": saved[0].tolist(), "block": saved[1].tolist()}
 
-# %% ../nbs/12a_card.ipynb #f41b869e
-def operating_points(judged: Judged) -> list[dict[str, Any]]:
-    "Recall, precision and alerts a day of the daily budget and of both thresholds; precision None without alerts."
-    fraud, found = judged.sample.y == 1, []
-    for name, flagged in (("budget", judged.alerts), ("review", judged.stopped), ("block", judged.decisions == 2)):
-        hits, alerts = int((flagged & fraud).sum()), int(flagged.sum())
-        found.append({"name": name, "recall": hits / int(fraud.sum()), "precision": hits / alerts if alerts else None, "per_day": alerts / judged.days})
+# %% ../nbs/12a_card.ipynb #f9774905
+def operating_points(judged: Judged, decision: Decision) -> list[dict[str, Any]]:
+    "Recall, precision (None without alerts), alerts a day and share of the fraud at risk saved: of the reviewed budget, of both thresholds, of blocking alone."
+    s, fraud, found = judged.sample, judged.sample.y == 1, []
+    costs, at_risk = decision_costs(s.y, s.amount, decision), s.amount[s.y == 1].sum()
+    for name, taken in (("budget", judged.alerts.astype(np.int8)), ("thresholds", judged.decisions), ("block", 2 * (judged.decisions == 2))):
+        hits, alerts = int(((taken > 0) & fraud).sum()), int((taken > 0).sum())
+        found.append({"name": name, "recall": hits / int(fraud.sum()), "precision": hits / alerts if alerts else None, "per_day": alerts / judged.days, "saved": float(1 - np.choose(taken, costs).sum() / at_risk)})
     return found
 
 # %% ../nbs/12a_card.ipynb #7374ceaf
@@ -123,19 +125,20 @@ def groups(s: Sample) -> dict[str, dict[str, np.ndarray]]:
 
 # %% ../nbs/12a_card.ipynb #f979956b
 def segments(judged: Judged, decision: Decision, settings: Settings) -> list[dict[str, Any]]:
-    "For each group with frauds: how many and how much, the share stopped with its 95 % interval, the share within the budget, and what was lost."
+    "For each group with frauds: how many and how much, the shares stopped and found within the budget, with their 95 % intervals, and what was lost."
     s, at = judged.sample, np.flatnonzero(judged.sample.y == 1)
     named = [(by, name, rows[at]) for by, parts in groups(s).items() for name, rows in parts.items() if rows[at].any()]
     member, stopped = np.stack([rows for *_, rows in named]).astype(float), judged.stopped[at]
+    flags = {"stopped": stopped, "within_budget": judged.alerts[at]}
 
     def share(weight: np.ndarray) -> dict[str, float]:
-        all_of, stopped_of = member @ weight[at], member @ (weight[at] * stopped)
-        return {str(i): float(part / whole) if whole else math.nan for i, (part, whole) in enumerate(zip(stopped_of, all_of, strict=True))}
+        whole = member @ weight[at]
+        return {f"{name} {i}": float(part / whole[i]) if whole[i] else math.nan for name, flag in flags.items() for i, part in enumerate(member @ (weight[at] * flag))}
 
     limits, values = bootstrap_intervals(share, s.account, settings.evaluate.resamples, settings.evaluate.seed), share(np.ones(len(s)))
     lost = np.choose(judged.decisions, decision_costs(s.y, s.amount, decision))[at]
     return [{"by": by, "name": name, "frauds": int(rows.sum()), "amount": float(s.amount[at][rows].sum()), "lost": float(lost[rows].sum()), "missed": int((rows & ~stopped).sum()),
-             "stopped": {"value": values[str(i)], **_limits(limits[str(i)])}, "within_budget": float(judged.alerts[at][rows].mean())} for i, (by, name, rows) in enumerate(named)]
+             **{flag: {"value": values[f"{flag} {i}"], **_limits(limits[f"{flag} {i}"])} for flag in flags}} for i, (by, name, rows) in enumerate(named)]
 
 # %% ../nbs/12a_card.ipynb #6e51abef
 def explained_rows(judged: Judged, most: int = 400) -> np.ndarray:
@@ -182,7 +185,7 @@ def champion_card(bundle: Bundle, test: Sample, features: Mapping[str, Any], set
     first, last = int(test.step.min()), int(test.step.max())
     return {"version": m.version, "name": m.name, "first_step": first, "last_step": last, "days": judged.days, "rows": len(test), "frauds": int(test.y.sum()),
             "learned_from_it": has_learned(m.data, features, first, last), "worth": worth(judged, settings.decision), "curve": thin_curve(test.y, judged.probability, 120),
-            "points": operating_points(judged), "money": money_curve(judged, settings.decision), "reliability": reliability(judged, settings),
+            "points": operating_points(judged, settings.decision), "money": money_curve(judged, settings.decision), "reliability": reliability(judged, settings),
             "segments": segments(judged, settings.decision, settings), "influences": influences(bundle, judged), **mistakes(bundle, judged)}
 
 # %% ../nbs/12a_card.ipynb #195e1262

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURE_WORDS', 'WHO', 'FLOW', 'WHAT', 'WIDTH', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'ANSWERS', 'CHARTS', 'COLOURS',
-           'STYLE', 'PARTS', 'FIGURES', 'SCRIPT', 'number', 'between', 'duration', 'moment', 'feature_words', 'Axis',
-           'linear', 'logarithmic', 'Point', 'Series', 'Rule', 'plot', 'bars', 'environment', 'write_assets']
+           'STYLE', 'PARTS', 'FIGURES', 'SCRIPT', 'number', 'between', 'duration', 'plain', 'moment', 'feature_words',
+           'Axis', 'linear', 'logarithmic', 'Point', 'Series', 'Rule', 'plot', 'bars', 'environment', 'write_assets']
 
 # %% ../nbs/15c_charts.ipynb #1ab82abc
 import functools
@@ -48,6 +48,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 # %% ../nbs/15c_charts.ipynb #bc310cd4
+def plain(value: float | None) -> str:
+    "A value of any size in a sentence: `12,346`, `51.2`, `0.0512`; an en dash for none."
+    return number(value, ",.0f" if value is not None and abs(value) >= 1000 else ".3g")
+
+# %% ../nbs/15c_charts.ipynb #2937ce3a
 def moment(iso: str | None) -> str:
     "`2026-01-05 08:30`, as the ISO time has it."
     return iso[:16].replace("T", " ") if iso else "–"
@@ -97,11 +102,12 @@ def linear(label: str, low: float, high: float, form: str = "g", steps: int = 5)
     ticks = [round(i * step, 12) for i in range(first, last + 1)]
     return Axis(label, ticks[0], ticks[-1], tuple((tick, format(tick, form)) for tick in ticks))
 
-def logarithmic(label: str, low: float, high: float, form: str = "g") -> Axis:
-    "An axis whose ticks are powers of ten."
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    ticks = [10.0**i for i in range(first, max(last, first + 1) + 1)]
-    return Axis(label, ticks[0], ticks[-1], tuple((tick, format(tick, form)) for tick in ticks), log=True)
+def logarithmic(label: str, low: float, high: float, percent: bool = False) -> Axis:
+    "An axis that ends where the values end, with the powers of ten between; on a short one twos and fives too."
+    low, high = min(low, high / 2), high
+    steps = (1,) if high / low > 50 else (1, 2, 5)
+    ticks = [m * 10.0**i for i in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps]
+    return Axis(label, low, high, tuple((t, f"{100 * t:.10g}%" if percent else f"{t:,.10g}") for t in ticks if low * 0.999 <= t <= high * 1.001), log=True)
 
 # %% ../nbs/15c_charts.ipynb #2de74b2f
 @dataclass(frozen=True)
@@ -132,8 +138,8 @@ class Rule:
     y: float | None = None
     style: str = ""            # "limit", "good"
 
-# %% ../nbs/15c_charts.ipynb #f8ee03b3
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 12, 12, 44  # of the SVG and its margins, in its own units
+# %% ../nbs/15c_charts.ipynb #f6a16c44
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 58, 20, 12, 44  # of the SVG and its margins, in its own units
 ANSWERS = 40  # points of a line that answer
 
 def plot(
@@ -246,7 +252,7 @@ main, .top > div, footer { max-width: 76rem; margin: 0 auto; padding: 0 1.25rem;
 .top nav a[aria-current] { background: var(--rail); color: var(--ink); font-weight: 600; }
 .theme { font: inherit; font-size: .85rem; color: var(--soft); background: none; border: 1px solid var(--line); border-radius: 2rem; padding: .25rem .7rem; cursor: pointer; white-space: nowrap; } .theme:hover { color: var(--accent); }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; top: .6rem; z-index: 9; background: var(--card); padding: .4rem .8rem; }
-footer { color: var(--soft); font-size: .85rem; padding-block: 1.25rem 2rem; border-top: 1px solid var(--line); }
+footer { margin: 0 auto; color: var(--soft); font-size: .85rem; padding-block: 1.25rem 2rem; border-top: 1px solid var(--line); }
 a { color: var(--accent); text-underline-offset: .15em; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
 header { padding: 2.5rem 0 .25rem; } section { padding-top: 2.5rem; }
 h1 { font-size: clamp(1.7rem, 1.2rem + 2.2vw, 2.5rem); line-height: 1.15; letter-spacing: -.02em; font-weight: 650; margin: .2rem 0 .8rem; overflow-wrap: anywhere; max-width: 52rem; }
@@ -268,7 +274,7 @@ PARTS = """\
 .tiles > div { padding: .9rem 1.1rem; } .tiles dt { font-size: .85rem; color: var(--soft); } .tiles dd { margin: 0; font-variant-numeric: tabular-nums; } .tiles .soft { font-size: .85rem; }
 .big { display: block; font-size: 2rem; line-height: 1.25; font-weight: 650; letter-spacing: -.02em; }
 .cards > * { padding: .9rem 1.1rem; } .cards h3 { margin: 0 0 .3rem; } .cards p { margin: 0 0 .4rem; font-size: .925rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start; margin: 1rem 0; } .pair > * { margin: 0; min-width: 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start; margin: 1rem 0; } .pair > * { min-width: 0; } .pair > .scroll, .pair > figure { margin: 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; position: relative; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 caption { text-align: left; padding: .75rem 1rem; color: var(--soft); font-size: .85rem; border-bottom: 1px solid var(--line); }
@@ -280,7 +286,7 @@ tr > th:first-child { position: sticky; left: 0; background: var(--card); z-inde
 tr.champion, tr.champion > th:first-child { background: color-mix(in srgb, var(--accent) 8%, var(--card)); }
 .kind { display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; font-size: .8rem; font-weight: 600; } .badge.good { color: var(--good); background: var(--good-paper); } .badge.bad { color: var(--bad); background: var(--bad-paper); }
-.bars th, .bars td { padding-block: .4rem; } .bars tbody th { white-space: normal; min-width: 8rem; } .track { width: 55%; min-width: 7rem; }
+.bars th, .bars td { padding-block: .4rem; } .bars tbody th { white-space: normal; width: 38%; min-width: 9rem; } .track { width: 42%; min-width: 6rem; }
 .rail { display: block; position: relative; height: 1rem; background: linear-gradient(var(--rail), var(--rail)) center / 100% 2px no-repeat; } .rail i { position: absolute; display: block; }
 .rail .zero { width: 1px; height: 100%; background: var(--soft); opacity: .6; } .rail .bar { height: .6rem; top: .2rem; background: var(--accent); border-radius: 2px; opacity: .85; }
 .rail .range { height: 4px; top: calc(50% - 2px); background: var(--accent); opacity: .4; border-radius: 2px; } .rail .dot { width: .7rem; height: .7rem; margin: .15rem 0 0 -.35rem; border-radius: 50%; background: var(--accent); }
@@ -290,13 +296,14 @@ tr.champion, tr.champion > th:first-child { background: color-mix(in srgb, var(-
 .checks .yes::before { content: "✓"; color: var(--good); } .checks .no::before { content: "✕"; color: var(--bad); }
 .facts { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .5rem 1rem; margin: .8rem 0 1.2rem; } .facts dt { color: var(--soft); } .facts dd { margin: 0; }
 summary { cursor: pointer; color: var(--accent); padding: .4rem 0; width: fit-content; }
-.reasons { margin: 0; padding: 0; list-style: none; } .up::before, .down::before { display: inline-block; width: 1.1em; font-weight: 700; } .up::before { content: "↑"; color: var(--bad); } .down::before { content: "↓"; color: var(--good); }
+.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .75rem; list-style: none; margin: 1rem 0; padding: 0; } .cases > li { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1.1rem; }
+.cases h3 { margin: 0; font-variant-numeric: tabular-nums; } .cases p { margin: 0 0 .5rem; font-size: .85rem; } .reasons { font-size: .9rem; margin: 0; padding: 0; list-style: none; } .reasons li { padding-left: 1.2em; text-indent: -1.2em; } .up::before, .down::before { display: inline-block; width: 1.2em; text-indent: 0; font-weight: 700; } .up::before { content: "↑"; color: var(--bad); } .down::before { content: "↓"; color: var(--good); }
 """
 
 # %% ../nbs/15c_charts.ipynb #85ffe383
 FIGURES = """\
 figure { margin: 1rem 0; padding: 1rem; } figcaption { font-size: .9rem; } figcaption .soft { display: block; font-size: .85rem; }
-.plot > svg { width: 100%; height: auto; display: block; margin-top: .6rem; touch-action: pan-y; } svg text { font-size: 11.5px; fill: var(--soft); } svg .mark { font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 3px; } svg .axis { font-size: 12px; }
+.plot { max-width: 46rem; } .plot > svg { width: 100%; height: auto; display: block; margin-top: .6rem; touch-action: pan-y; } svg text { font-size: 11.5px; fill: var(--soft); } svg .mark { font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 3px; } svg .axis { font-size: 12px; }
 .grid { stroke: var(--line); } .rule { stroke: var(--soft); stroke-dasharray: 4 3; } .rule.limit { stroke: var(--bad); } .rule.good { stroke: var(--accent); stroke-dasharray: none; stroke-width: 2; }
 .series { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round; } .strong polyline { stroke-width: 3; } .baseline polyline { stroke-dasharray: 5 4; } .ablation polyline { stroke-dasharray: 1.5 3.5; stroke-linecap: round; }
@@ -307,8 +314,8 @@ polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin:
 .tip { position: fixed; z-index: 9; pointer-events: none; max-width: 18rem; background: var(--ink); color: var(--paper); font-size: .85rem; line-height: 1.4; padding: .4rem .65rem; border-radius: 6px; }
 .paper { background: #fff; color: #333; overflow-x: auto; } .paper img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .paper figcaption .soft { color: #55616d; }
 @media (max-width: 44rem) { .top > div { flex-wrap: wrap; gap: 0 1rem; padding-top: .5rem; } .top nav { order: 3; flex-basis: 100%; } .theme { margin-left: auto; } header { padding-top: 1.6rem; } section { padding-top: 2rem; }
-  html { scroll-padding-top: 6rem; } th, td { padding: .5rem .75rem; } tbody th { white-space: normal; min-width: 6.5rem; } .paper img { min-width: 34rem; } figure { padding: .75rem; } .bars td b + .soft { display: block; font-size: .8rem; } .track { width: 40%; min-width: 5.5rem; }
-  .tiles { grid-template-columns: 1fr 1fr; } .tiles > div { padding: .7rem .8rem; } .big { font-size: 1.6rem; } .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: .7rem; } svg text { font-size: 13px; } svg .axis, svg .mark { font-size: 13px; } }
+  html { scroll-padding-top: 6rem; } th, td { padding: .5rem .75rem; } tbody th { white-space: normal; min-width: 6.5rem; } .paper img { min-width: 34rem; } figure { padding: .75rem; } .bars td b + .soft { display: block; font-size: .8rem; } .track { width: 30%; min-width: 4.5rem; } .bars tbody th { width: 45%; }
+  .tiles { grid-template-columns: 1fr 1fr; } .tiles > div { padding: .7rem .8rem; } .big { font-size: 1.6rem; } .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: .7rem; } svg text, svg .axis, svg .mark { font-size: 14px; } }
 @media print { .top, .theme { display: none; } .scroll { overflow: visible; } section { break-inside: avoid; } }
 """
 
@@ -394,7 +401,7 @@ def environment(sources: Mapping[str, str]) -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     made = Environment(loader=DictLoader({"charts": CHARTS, **sources}), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    made.filters |= {"number": number, "between": between, "duration": duration, "moment": moment, "words": feature_words, "capitalise": lambda text: text[:1].upper() + text[1:]}
+    made.filters |= {"number": number, "between": between, "duration": duration, "moment": moment, "plain": plain, "words": feature_words, "capitalise": lambda text: text[:1].upper() + text[1:]}
     return made
 
 @functools.cache

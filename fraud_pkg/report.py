@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'SHARE', 'POINTS', 'MEASURES', 'PAGES', 'FRAME', 'MACROS', 'INDEX', 'CHAMPION_TOP', 'CHAMPION_CARD',
            'CHAMPION_END', 'BAKEOFF', 'DRIFT', 'JOBS', 'BENCHMARKS', 'GROUPS', 'read_json', 'picture', 'read_history',
            'read_jobs', 'read_benchmarks', 'weak_spots', 'limits', 'share_axis', 'curves_plot', 'card_curve',
-           'money_plot', 'reliability_plot', 'stopped_bars', 'money_bars', 'influence_bars', 'contender_bars',
+           'money_plot', 'reliability_plot', 'found_bars', 'money_bars', 'influence_bars', 'contender_bars',
            'live_windows', 'story_plot', 'live_story', 'runs_plot', 'job_bars', 'next_steps', 'when', 'read_card',
            'collect', 'drawn', 'build_report']
 
@@ -86,8 +86,8 @@ def _dearest(card: Mapping[str, Any], group: str) -> str | None:
     worst = max(parts, key=lambda part: part["lost"], default=None)
     if worst is None or len(parts) < 2 or worst["lost"] < lost / 3 or not worst["lost"]:
         return None
-    return (f"{worst['lost'] / lost:.0%} of what is still lost to frauds is lost to {_group(worst)}: {worst['missed']} of {worst['frauds']} pass, "
-            f"and {worst['lost']:,.0f} of {worst['amount']:,.0f} is gone.")
+    return (f"{worst['lost'] / lost:.0%} of what frauds still cost is the cost of {_group(worst)}: {worst['lost']:,.0f} of {worst['amount']:,.0f}. "
+            f"{worst['missed']} of these {worst['frauds']} frauds are allowed; the rest is what reviews cost and do not recover.")
 
 def _group(part: Mapping[str, Any]) -> str:
     "A group in a sentence."
@@ -95,11 +95,19 @@ def _group(part: Mapping[str, Any]) -> str:
     return {"kind of fraud": f"the kind “{name}”", "amount": f"amounts {name}", "type of payment": f"payments of type {part['name']}", "payer": f"payers {name}"}.get(part["by"], name)
 
 def _hardest(card: Mapping[str, Any]) -> list[str]:
-    "Groups of which clearly fewer frauds are stopped than of all: their interval ends below the share of all."
-    everything = next(part for part in card["segments"] if part["by"] == "all")["stopped"]["value"]
-    weak = [part for part in card["segments"] if part["by"] != "all" and part["frauds"] >= LEAST and part["stopped"]["high"] is not None and part["stopped"]["high"] < everything]
-    return [f"Of {_group(part)} it stops {part['stopped']['value']:.0%} ({part['stopped']['low']:.0%} to {part['stopped']['high']:.0%}); of all frauds, {everything:.0%}."
-            for part in sorted(weak, key=lambda part: part["stopped"]["value"])[:3]]
+    "Groups of which clearly fewer frauds are found within the budget than of all: their interval ends below the share of all."
+    everything = next(part for part in card["segments"] if part["by"] == "all")["within_budget"]["value"]
+    weak = [(part, part["within_budget"]) for part in card["segments"] if part["by"] != "all" and part["frauds"] >= LEAST and (part["within_budget"]["high"] or 1) < everything]
+    return [f"Within the budget it finds {share['value']:.0%} of {_group(part)} ({share['low']:.0%} to {share['high']:.0%}; {part['frauds']:,} frauds); of all frauds, {everything:.0%}."
+            for part, share in sorted(weak, key=lambda pair: pair[1]["value"])[:3]]
+
+def _beyond_budget(card: Mapping[str, Any]) -> list[str]:
+    "When the thresholds ask for clearly more than the team can look at."
+    budget, used = (next(point for point in card["points"] if point["name"] == name) for name in ("budget", "thresholds"))
+    if used["per_day"] < 1.5 * budget["per_day"]:
+        return []
+    return [f"Its thresholds stop {used['per_day']:,.0f} payments a day, {used['per_day'] / budget['per_day']:,.0f} times the alert budget of {budget['per_day']:,.0f}: they follow from costs alone. "
+            f"With the budget alone reviewed, {budget['recall']:.0%} of the frauds are found and {budget['saved']:.0%} of their cost is saved."]
 
 def _innocent(card: Mapping[str, Any]) -> list[str]:
     "What honest customers bear."
@@ -122,7 +130,7 @@ def _miscalibrated(card: Mapping[str, Any]) -> list[str]:
 def weak_spots(card: Mapping[str, Any]) -> list[str]:
     "Sentences about where the champion fails, what weighs most first."
     dear = [_dearest(card, group) for group in ("kind of fraud", "amount")]
-    return [sentence for sentence in dear if sentence] + _hardest(card) + _innocent(card) + _miscalibrated(card)
+    return _beyond_budget(card) + _hardest(card) + _innocent(card) + [sentence for sentence in dear if sentence] + _miscalibrated(card)
 
 # %% ../nbs/16_report.ipynb #f37d9b4c
 def limits(champion: Mapping[str, Any], card: Mapping[str, Any] | None) -> list[str]:
@@ -171,31 +179,30 @@ def curves_plot(curves: Mapping[str, Mapping[str, Sequence[float]]], rows: Seque
                 "To the right more frauds found, upwards fewer false alarms; in the legend the average precision.",
                 columns=("Precision at a recall of", "20%", "40%", "60%", "80%"), rows=rows_)
 
-# %% ../nbs/16_report.ipynb #b3812e33
-POINTS = {"budget": "the daily budget", "review": "review threshold", "block": "block threshold"}
+# %% ../nbs/16_report.ipynb #1bfbc55c
+POINTS = {"budget": "the daily budget, reviewed", "thresholds": "both thresholds, as decided", "block": "blocking alone"}
 
 def card_curve(card: Mapping[str, Any]) -> dict[str, Any]:
     "The champion's precision by recall, with the points at which it works."
     frauds, days = card["frauds"], card["days"]
     line = [Point(r, p, f"{frauds * r / p / days:,.1f} alerts a day find {r:.0%} of the frauds; {p:.0%} of the alerts are fraud") for r, p in zip(card["curve"]["recall"], card["curve"]["precision"], strict=True) if p]
-    marks = [Point(w["recall"], w["precision"], f"{POINTS[w['name']]}: {w['per_day']:,.1f} a day, {w['recall']:.0%} of the frauds, {w['precision']:.0%} of them fraud") for w in card["points"] if w["precision"] is not None]
+    marks = [Point(w["recall"], w["precision"], f"{POINTS[w['name']]}: {w['per_day']:,.1f} a day, {w['recall']:.0%} of the frauds found, {w['precision']:.0%} of the alerts are fraud, {w['saved']:.0%} of the cost saved") for w in card["points"] if w["precision"] is not None]
     names = [w["name"] for w in card["points"] if w["precision"] is not None]
-    series = [Series("by score", line, 3, "strong"), *(Series(POINTS[name], [mark], colour, joined=False) for name, mark, colour in zip(names, marks, (1, 4, 5), strict=False))]
+    series = [Series("by score", line, 3, "strong"), *(Series(POINTS[name], [mark], colour, joined=False) for name, mark, colour in zip(names, marks, (1, 4, 2), strict=False))]
     return plot("Frauds found against false alarms", share_axis("recall: share of the frauds found"), share_axis("precision: share of alerts that are fraud"), series, "Each point is a threshold; the dots are those in use.",
-                columns=("Point", "A day", "Frauds found", "Alerts that are fraud"), rows=[[POINTS[w["name"]], f"{w['per_day']:,.1f}", f"{w['recall']:.1%}", number(w["precision"], ".1%")] for w in card["points"]])
+                columns=("Point", "A day", "Frauds found", "Alerts that are fraud", "Cost saved"), rows=[[POINTS[w["name"]], f"{w['per_day']:,.1f}", f"{w['recall']:.1%}", number(w["precision"], ".1%"), f"{w['saved']:.1%}"] for w in card["points"]])
 
 # %% ../nbs/16_report.ipynb #e702c017
 def money_plot(card: Mapping[str, Any]) -> dict[str, Any]:
     "The share of the fraud at risk that is saved, by how many payments a day are reviewed, or blocked, and where the champion is."
-    money, chosen = card["money"], 1 - card["worth"]["cost"] / card["worth"]["at_risk"]
-    a_day = next(point["per_day"] for point in card["points"] if point["name"] == "review")
+    money, used = card["money"], [point for point in card["points"] if point["per_day"]]
     lines = [Series(name, [Point(x, y, f"{text} the {x:,.1f} most suspicious a day (from {t:.2%} on): {y:.0%} saved") for x, y, t in zip(money["per_day"], money[key], money["threshold"], strict=True)], colour)
-             for name, key, text, colour in (("all reviewed", "review", "review", 4), ("all blocked", "block", "block", 5))]
-    if a_day:
-        lines.append(Series("both thresholds, as chosen", [Point(a_day, chosen, f"both thresholds as chosen on validation: {a_day:,.1f} stopped a day, {chosen:.0%} saved")], 3, joined=False))
-    low = max(-0.5, min([0.0, *money["review"], *money["block"], chosen]))
+             for name, key, text, colour in (("all reviewed", "review", "review", 0), ("all blocked", "block", "block", 5))]
+    lines += [Series(POINTS[w["name"]], [Point(w["per_day"], w["saved"], f"{POINTS[w['name']]}: {w['per_day']:,.1f} a day, {w['saved']:.0%} saved")], {"budget": 1, "thresholds": 4, "block": 2}[w["name"]], joined=False) for w in used]
+    low = max(-0.5, min([0.0, *money["review"], *money["block"], *(w["saved"] for w in used)]))
+    days = [*money["per_day"], *(w["per_day"] for w in used)]
     picked = range(0, len(money["per_day"]), max(1, len(money["per_day"]) // 12))
-    return plot("Money saved, by threshold", logarithmic("payments stopped a day", min(money["per_day"]), max([*money["per_day"], a_day]), "g"), linear("fraud cost saved", low, 1, SHARE), lines, "After the costs of reviews and of wrong blocks.",
+    return plot("Money saved, by threshold", logarithmic("payments stopped a day", min(days), max(days)), linear("fraud cost saved", low, 1, SHARE), lines, "After the costs of reviews and of wrong blocks.",
                 [Rule("", y=0)], ("A day", "Threshold", "All reviewed", "All blocked"), [[f"{money['per_day'][i]:,.1f}", f"{money['threshold'][i]:.3%}", f"{money['review'][i]:.0%}", f"{money['block'][i]:.0%}"] for i in picked])
 
 # %% ../nbs/16_report.ipynb #c4173dbc
@@ -207,23 +214,23 @@ def reliability_plot(card: Mapping[str, Any]) -> dict[str, Any] | None:
     least = min(v for b in bins for v in (b["predicted"], b["observed"], b["low"]) if v)
     def off(b: Mapping[str, Any]) -> bool: return b["low"] is not None and not b["low"] <= b["predicted"] <= b["high"]
     points = [Point(b["predicted"], b["observed"], f"says {b['predicted']:.2%}, was {b['observed']:.2%} ({number(b['low'], '.2%')} to {number(b['high'], '.2%')}) in {b['rows']:,} payments", b["low"] or least / 2, b["high"], off(b)) for b in bins]
-    x, y = logarithmic("predicted fraud rate", least, 1, ".3g"), logarithmic("observed fraud rate", least, 1, ".3g")
+    x, y = logarithmic("predicted fraud rate", least / 2, 1, percent=True), logarithmic("observed fraud rate", least / 2, 1, percent=True)
     ideal = Series("as said", [Point(v, v, f"as said: {v:.2%}") for v in (x.low, 1.0)], 0, "baseline")
     return plot("Does a probability mean what it says", x, y, [ideal, Series("observed", points, 3, joined=False)], "Red: the 95 % interval misses what was said.",
                 columns=("Predicted", "Observed", "95 % interval", "Payments"), rows=[[f"{b['predicted']:.3%}", f"{b['observed']:.3%}", f"{number(b['low'], '.3%')} to {number(b['high'], '.3%')}", f"{b['rows']:,}"] for b in card["reliability"]])
 
-# %% ../nbs/16_report.ipynb #a18a6b64
-def stopped_bars(card: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
-    "The share of each group's frauds that is reviewed or blocked; red where its interval ends below that of all."
-    everything = next(part for part in card["segments"] if part["by"] == "all")["stopped"]["value"]
-    return bars([{"name": part["name"].replace("_", " ") if group != "type of payment" else part["name"], "note": f"{part['frauds']:,} frauds, {part['lost']:,.0f} lost", **part["stopped"], "bad": (part["stopped"]["high"] or 1) < everything}
+# %% ../nbs/16_report.ipynb #e2c3ff64
+def found_bars(card: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
+    "The share of each group's frauds that is found within the budget; red where its interval ends below that of all."
+    everything = next(part for part in card["segments"] if part["by"] == "all")["within_budget"]["value"]
+    return bars([{"name": part["name"] if group == "type of payment" else part["name"].replace("_", " "), "note": f"{part['frauds']:,} frauds; thresholds stop {part['stopped']['value']:.0%}", **part["within_budget"], "bad": (part["within_budget"]["high"] or 1) < everything}
                  for part in card["segments"] if part["by"] == group], reach=(0, 1))
 
 def money_bars(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     "Where the money goes, beside what the frauds would have taken."
     rows = {row["decision"]: row for row in card["worth"]["decisions"]}
-    return bars([{"name": "Frauds, if nobody looked", "value": card["worth"]["at_risk"], "bad": True}, {"name": "Frauds that are allowed", "value": rows["allow"]["fraud_cost"], "bad": True, "note": f"{rows['allow']['frauds']:,} frauds"},
-                 {"name": "Frauds that are reviewed", "value": rows["review"]["fraud_cost"], "note": f"{rows['review']['frauds']:,}: the review, and what it does not recover"}, {"name": "Honest payments reviewed", "value": rows["review"]["honest_cost"], "note": f"{rows['review']['honest']:,} payments"},
+    return bars([{"name": "Frauds, if nobody looked", "value": card["worth"]["at_risk"], "bad": True}, {"name": "Frauds that are allowed", "value": rows["allow"]["fraud_cost"], "bad": True, "note": f"{rows['allow']['frauds']:,} of them"},
+                 {"name": "Frauds that are reviewed", "value": rows["review"]["fraud_cost"], "note": f"{rows['review']['frauds']:,} of them: the review, and what it does not recover"}, {"name": "Honest payments reviewed", "value": rows["review"]["honest_cost"], "note": f"{rows['review']['honest']:,} payments"},
                  {"name": "Honest payments blocked", "value": rows["block"]["honest_cost"], "note": f"{rows['block']['honest']:,} payments"}], ",.0f")
 
 def influence_bars(card: Mapping[str, Any], words: Any) -> list[dict[str, Any]]:
@@ -384,12 +391,11 @@ MACROS = """\
 {% macro badge(good, text) %}<span class="badge {{ 'good' if good else 'bad' }}">{{ text }}</span>{% endmacro %}
 {% macro tile(title, metric, form) %}<div><dt>{{ title }}</dt><dd><span class="big">{{ metric.value | number(form) }}</span> <span class="soft">{{ metric | between(form) }}</span></dd></div>
 {% endmacro %}
-{% macro mistakes(rows, epoch, amount_word) %}
-<thead><tr><th scope="col">When</th><th scope="col" class="num">Amount</th><th scope="col">Decision</th><th scope="col" class="num">Score</th>{% if amount_word %}<th scope="col">{{ amount_word }}</th>{% endif %}<th scope="col">What moved the score (↑ towards fraud)</th></tr></thead><tbody>
-{% for row in rows %}<tr><th scope="row">{{ row.step | when(epoch) }}<span class="kind">transaction {{ row.transaction }}</span></th><td class="num">{{ row.amount | number(",.2f") }}</td><td>{{ row.decision }}</td><td class="num">{{ row.probability | number(".3%") }}</td>
-{% if amount_word %}<td>{{ (row.scenario or "unknown") | replace("_", " ") }}</td>{% endif %}
-<td class="wrap"><ul class="reasons">{% for r in row.reasons %}<li class="{{ 'up' if r.contribution > 0 else 'down' }}">{{ r.feature | words }}: {{ r.value | number(",.4g") }}</li>{% endfor %}</ul></td></tr>
-{% endfor %}</tbody>
+{% macro mistakes(rows, epoch) %}
+<ol class="cases">{% for row in rows %}<li><h3>{{ row.amount | number(",.2f") }} {% if row.scenario %}<span class="soft">{{ row.scenario | replace("_", " ") }}</span>{% endif %}</h3>
+<p class="soft">{{ row.step | when(epoch) }}, transaction {{ row.transaction }}: {{ row.decision }}, at a score of {{ row.probability | number(".3%") }}</p>
+<ul class="reasons">{% for r in row.reasons %}<li class="{{ 'up' if r.contribution > 0 else 'down' }}"><span class="hidden">{{ "towards fraud" if r.contribution > 0 else "towards honest" }}:</span>{{ r.feature | words }}: {{ r.value | plain }}</li>{% endfor %}</ul></li>
+{% endfor %}</ol>
 {% endmacro %}
 """
 
@@ -398,11 +404,12 @@ INDEX = """\
 <header><p class="eyebrow">Latest run{% if history %}, {{ history[0].started | moment }} UTC{% endif %}</p>
 {% if champion %}{% set m = champion.metrics %}
 <h1>{{ champion.name }} decides about payments{% if card %}, and saves {{ (1 - card.worth.cost / card.worth.at_risk) | number(".0%") }} of what fraud costs{% endif %}</h1>
-<p class="lead">{% if card %}In {{ card.days | number(".0f") }} days that it had never seen, frauds were after <b>{{ card.worth.at_risk | number(",.0f") }}</b>. With its decisions, frauds, reviews and wrong blocks together cost <b>{{ card.worth.cost | number(",.0f") }}</b>.
+<p class="lead">{% if card %}In {{ card.days | number(".0f") }} days that it had never seen, frauds were after <b>{{ card.worth.at_risk | number(",.0f") }}</b>. With its decisions, frauds, reviews and wrong blocks together cost <b>{{ card.worth.cost | number(",.0f") }}</b>. That takes {{ used.thresholds.per_day | number(",.0f") }} reviews and blocks a day; with only the alert budget of {{ used.budget.per_day | number(",.0f") }} a day reviewed it saves <b>{{ used.budget.saved | number(".0%") }}</b>.
 {% else %}Champion <code>{{ champion.version }}</code>, measured on {{ m.rows | number(",") }} transactions with {{ m.frauds | number(",") }} frauds that it had never seen.{% endif %}</p>
-<dl class="tiles">{{ ui.tile("Fraud cost saved", m.money_saved_share, ".0%") }}
-{% if card %}{{ ui.tile("Frauds reviewed or blocked", (card.segments | first).stopped, ".0%") }}{% else %}{{ ui.tile("Frauds found at the budget", m.recall_at_budget, ".0%") }}{% endif %}
-{{ ui.tile("Average precision", m.average_precision, ".3f") }}{{ ui.tile("Alerts at the budget that are fraud", m.precision_at_budget, ".0%") }}</dl>
+<dl class="tiles">{{ ui.tile("Fraud cost saved by its thresholds", m.money_saved_share, ".0%") }}
+{% if card %}<div><dt>Saved within the alert budget</dt><dd><span class="big">{{ used.budget.saved | number(".0%") }}</span> <span class="soft">{{ used.budget.per_day | number(",.0f") }} reviews a day</span></dd></div>
+{% endif %}{{ ui.tile("Frauds found within the budget", m.recall_at_budget, ".0%") }}
+{{ ui.tile("Alerts within it that are fraud", m.precision_at_budget, ".0%") }}{{ ui.tile("Average precision", m.average_precision, ".3f") }}</dl>
 <p class="soft small">Beside each value its 95 % interval, from a bootstrap over accounts. Money is in the currency of the amounts. The budget: {% if budget < 1 %}{{ budget | number(".2%") }} of each day’s transactions{% else %}{{ budget | number(",.0f") }} alerts a day{% endif %}.
 <a href="champion.html">All about the champion</a></p>
 {% else %}<h1>No champion yet</h1>{{ ui.missing("No model has passed the gate", "promote") }}{% endif %}
@@ -413,7 +420,7 @@ INDEX = """\
 <section id="fails"><h2>Where it fails</h2>
 <ul class="checks">{% for sentence in weak %}<li class="no">{{ sentence }}</li>{% else %}<li class="yes">No group of frauds stands out.</li>{% endfor %}</ul>
 <p><a href="champion.html#missed">The dearest frauds that it let pass</a>, <a href="champion.html#false-alarms">the honest payments that it was surest about</a>, <a href="champion.html#limits">what these figures cannot say</a>.</p>
-{% if kinds %}{{ charts.bars("The share of each kind of fraud that is reviewed or blocked", kinds, "Kind of fraud", "Stopped") }}{% endif %}</section>
+{% if kinds %}{{ charts.bars("The share of each kind of fraud that is found within the alert budget; red is clearly less than of all frauds", kinds, "Kind of fraud", "Found") }}{% endif %}</section>
 {% elif champion %}<section id="worth"><h2>What it is worth</h2><p class="missing">The decisions of this champion have not been told apart on this data: <code>fraud jobs run promote</code> does, where the data has every feature that it needs.</p></section>{% endif %}
 <section id="state"><h2>How things stand</h2><div class="cards">
 <div><h3>Gate</h3>{% if verdict %}<p>{{ ui.badge(verdict.passed, "passed" if verdict.passed else "refused") }} challenger <code>{{ verdict.challenger }}</code></p><p><a href="bakeoff.html#verdict">Why</a></p>{% else %}<p>Nothing has stood at the gate yet: <code>fraud jobs run promote</code></p>{% endif %}</div>
@@ -455,13 +462,13 @@ CHAMPION_TOP = """\
 CHAMPION_CARD = """\
 {% if champion and card %}
 <section id="curves"><h2>Curves</h2><p>Hover, touch, or press Tab and the arrow keys: every point says what it means.</p><div class="pair">{{ charts.plot(card_plot) }}{{ charts.plot(money_plot) }}{% if reliability %}{{ charts.plot(reliability) }}{% endif %}</div></section>
-<section id="groups"><h2>Which frauds get through</h2><p>The share of each group’s frauds that is reviewed or blocked, with its 95 % interval; red where it ends below the share of all frauds, {{ (card.segments | first).stopped.value | number(".0%") }}.</p>
-<div class="pair">{% for by, rows in groups %}{{ charts.bars("By " ~ by, rows, by | capitalise, "Stopped") }}{% endfor %}</div>
+<section id="groups"><h2>Which frauds get through</h2><p>The share of each group’s frauds that is found within the alert budget, with its 95 % interval; red where it ends below the share of all frauds, {{ (card.segments | first).within_budget.value | number(".0%") }}. Beside it what both thresholds stop, whatever the budget.</p>
+<div class="pair">{% for by, rows in groups %}{{ charts.bars("By " ~ by, rows, by | capitalise, "Found") }}{% endfor %}</div>
 <ul class="checks">{% for sentence in weak %}<li class="no">{{ sentence }}</li>{% endfor %}</ul></section>
 <section id="features"><h2>What it looks at</h2><p>How far each feature moves the log-odds on average, away from what they would be if it were ordinary, over frauds and stopped payments.</p>
 {{ charts.bars("The strongest features", influences, "Feature", "Mean move", true) }}</section>
-<section id="missed"><h2>The dearest misses</h2>{% if card.missed %}<p>Frauds that it allowed. They are where the next feature comes from.</p>{% call charts.table("Frauds that were allowed, dearest first") %}{{ ui.mistakes(card.missed, champion.epoch, "Kind of fraud") }}{% endcall %}{% else %}<p>No fraud of the test period was allowed.</p>{% endif %}</section>
-<section id="false-alarms"><h2>The surest false alarms</h2>{% if card.false_alarms %}<p>Honest payments with the highest scores.</p>{% call charts.table("Honest payments that were stopped, surest first") %}{{ ui.mistakes(card.false_alarms, champion.epoch, "") }}{% endcall %}{% else %}<p>No honest payment of the test period was stopped.</p>{% endif %}</section>
+<section id="missed"><h2>The dearest misses</h2>{% if card.missed %}<p>Frauds that it allowed, dearest first, and what moved each score most: ↑ towards fraud, ↓ towards honest. They are where the next feature comes from.</p>{{ ui.mistakes(card.missed, champion.epoch) }}{% else %}<p>No fraud of the test period was allowed.</p>{% endif %}</section>
+<section id="false-alarms"><h2>The surest false alarms</h2>{% if card.false_alarms %}<p>Honest payments with the highest scores.</p>{{ ui.mistakes(card.false_alarms, champion.epoch) }}{% else %}<p>No honest payment of the test period was stopped.</p>{% endif %}</section>
 {% endif %}
 """
 
@@ -472,7 +479,7 @@ CHAMPION_END = """\
 <p>From {{ champion.data.source }}: {{ champion.data.rows | number(",") }} transactions. Training, validation and test follow each other in time; before the test period one label delay ({{ champion.label_delay }} hours) is left out, because in life it would not be known either.</p>
 {% call charts.table("Periods") %}<thead><tr><th scope="col">Period</th><th scope="col">From</th><th scope="col">To</th><th scope="col">Steps</th></tr></thead><tbody>
 {% for name, parts in (champion.data.periods or {}).items() | sort(attribute="1") %}{% for first, last in parts %}<tr><th scope="row">{{ name }}</th><td>{{ first | when(champion.epoch) }}</td><td>{{ last | when(champion.epoch) }}</td><td>steps {{ first }} to {{ last }}</td></tr>{% endfor %}{% endfor %}</tbody>{% endcall %}
-{% if profile_picture %}<figure class="paper" role="group" tabindex="0" aria-label="Profile of the data"><figcaption><span class="soft">Types, amounts, hours and days; frauds in their own colour.</span></figcaption><img src="{{ profile_picture }}" loading="lazy"
+{% if profile_picture %}<figure class="paper" role="group" tabindex="0" aria-label="Profile of the data"><figcaption><span class="soft">Types, amounts, hours and days; frauds in their own colour.</span></figcaption><img src="{{ profile_picture }}"
 alt="Four charts of the data: transactions by type, amounts of honest and fraudulent ones, transactions and fraud rate by hour of the day and by day"></figure>{% endif %}</section>
 <section id="limits"><h2>Use and limits</h2><p>It is made to hold or stop single payments while a person can still look at them, by the thresholds that cost least on the validation period.</p>
 <ul class="checks">{% for sentence in limits %}<li class="no">{{ sentence }}</li>{% endfor %}</ul></section>
@@ -592,9 +599,9 @@ def drawn(content: Mapping[str, Any], filters: Mapping[str, Any]) -> dict[str, A
     moved = [{"name": words(f["feature"]), "note": f["feature"], "value": max(f["psi"] or 0, f["missing_psi"] or 0), "bad": f["drifted"]} for f in features]
     found = {"moved": bars(moved, ".3f", (0, 1)), "runs": runs_plot(content["history"]), "durations": job_bars(content["jobs"], filters["duration"])}
     if card:
-        groups = [(by, stopped_bars(card, by)) for by in GROUPS]
+        groups = [(by, found_bars(card, by)) for by in GROUPS]
         found |= {"money": money_bars(card), "money_plot": money_plot(card), "card_plot": card_curve(card), "reliability": reliability_plot(card), "influences": influence_bars(card, words),
-                  "kinds": groups[0][1], "groups": [(by, rows) for by, rows in groups if rows]}
+                  "kinds": groups[0][1], "groups": [(by, rows) for by, rows in groups if len(rows) > 1], "used": {point["name"]: point for point in card["points"]}}
     return found
 
 # %% ../nbs/16_report.ipynb #fd46e248
