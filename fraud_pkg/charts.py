@@ -271,7 +271,7 @@ p code, li code, dd code { background: var(--rail); border-radius: 4px; padding:
 PARTS = """\
 .tiles, .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.4rem 0 .9rem; } .cards { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 .tiles > div, .cards > *, .scroll, figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tiles > div { padding: .9rem 1.1rem; } .tiles dt { font-size: .85rem; color: var(--soft); } .tiles dd { margin: 0; font-variant-numeric: tabular-nums; } .tiles .soft { font-size: .85rem; }
+.tiles > div { padding: .9rem 1.1rem; display: flex; flex-direction: column; justify-content: space-between; } .tiles dt { font-size: .85rem; color: var(--soft); } .tiles dd { margin: 0; font-variant-numeric: tabular-nums; } .tiles .soft { font-size: .85rem; }
 .big { display: block; font-size: 2rem; line-height: 1.25; font-weight: 650; letter-spacing: -.02em; }
 .cards > * { padding: .9rem 1.1rem; } .cards h3 { margin: 0 0 .3rem; } .cards p { margin: 0 0 .4rem; font-size: .925rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start; margin: 1rem 0; } .pair > * { min-width: 0; } .pair > .scroll, .pair > figure { margin: 0; }
