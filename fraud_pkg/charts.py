@@ -303,7 +303,7 @@ summary { cursor: pointer; color: var(--accent); padding: .4rem 0; width: fit-co
 # %% ../nbs/15c_charts.ipynb #85ffe383
 FIGURES = """\
 figure { margin: 1rem 0; padding: 1rem; } figcaption { font-size: .9rem; } figcaption .soft { display: block; font-size: .85rem; }
-.plot { max-width: 46rem; } .plot > svg { width: 100%; height: auto; display: block; margin-top: .6rem; touch-action: pan-y; } svg text { font-size: 11.5px; fill: var(--soft); } svg .mark { font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 3px; } svg .axis { font-size: 12px; }
+.plot { max-width: 38rem; } .plot > svg { width: 100%; height: auto; display: block; margin-top: .6rem; touch-action: pan-y; } svg text { font-size: 11.5px; fill: var(--soft); } svg .mark { font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 3px; } svg .axis { font-size: 12px; }
 .grid { stroke: var(--line); } .rule { stroke: var(--soft); stroke-dasharray: 4 3; } .rule.limit { stroke: var(--bad); } .rule.good { stroke: var(--accent); stroke-dasharray: none; stroke-width: 2; }
 .series { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round; } .strong polyline { stroke-width: 3; } .baseline polyline { stroke-dasharray: 5 4; } .ablation polyline { stroke-dasharray: 1.5 3.5; stroke-linecap: round; }

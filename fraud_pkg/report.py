@@ -295,7 +295,7 @@ def runs_plot(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:  #
         return None
     versions = list(dict.fromkeys(run["champion"] for run in told))
     points = {v: [Point(i + 1, run["average_precision"], f"{run['started'][:16].replace('T', ' ')}: champion {v}, average precision {run['average_precision']:.3f}") for i, run in enumerate(told) if run["champion"] == v] for v in versions}
-    return plot("The champion’s average precision, run by run", linear("run, oldest first", 1, len(told), "g"), linear("average precision", 0, max(run["average_precision"] for run in told), "g"),
+    return plot("The champion’s average precision, run by run", Axis("run, oldest first", 1, len(told), tuple((i, str(i)) for i in range(1, len(told) + 1, 1 + len(told) // 9))), linear("average precision", 0, max(run["average_precision"] for run in told), "g"),
                 [Series(v, p, 3 + i, joined=len(p) > 1) for i, (v, p) in enumerate(points.items())], "On each run’s own test period.", height=220)
 
 def job_bars(jobs: Sequence[Mapping[str, Any]], words: Any) -> list[dict[str, Any]]:
