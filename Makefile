@@ -50,8 +50,9 @@ $(READY): requirements.lock pyproject.toml
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $(READY)
 
-export: $(TOOLS)  ## generated files anew: fraud_pkg/, README.md, dvc.yaml, k8s/jobs/, jobs.yml, dashboards, k8s/base/settings.ini, docs/reference/; notebooks cleaned
+export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files), README.md, dvc.yaml, k8s/jobs/, jobs.yml, dashboards, k8s/base/settings.ini, docs/reference/; notebooks cleaned
 	@nbdev-export
+	@rm -rf fraud_pkg/console && cp -R nbs/console fraud_pkg/console
 	@nbdev-clean
 	@nbdev-clean --fname jobs
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README

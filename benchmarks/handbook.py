@@ -2,22 +2,39 @@
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xgboost
+from scipy import stats
+from scipy.special import logit
 from serving import HERE, say
 
 from fraud_pkg.acquire import acquire
 from fraud_pkg.bundle import Model
 from fraud_pkg.engines import build_features
-from fraud_pkg.evaluate import Period, Sample, average_precision, load_sample, roc_auc
+from fraud_pkg.evaluate import (
+    Period,
+    Sample,
+    Trained,
+    average_precision,
+    calibration_curve,
+    concat,
+    daily_alerts,
+    evaluate,
+    fit_calibration,
+    load_sample,
+    optimal_thresholds,
+    roc_auc,
+)
 from fraud_pkg.settings import FraudError, Settings, load_settings
-from fraud_pkg.xgboost import train_xgboost
+from fraud_pkg.xgboost import boost, matrices, train_xgboost
 
 COLUMNS = {"tx_id": "TRANSACTION_ID", "timestamp": "TX_DATETIME", "nameOrig": "CUSTOMER_ID", "nameDest": "TERMINAL_ID", "amount": "TX_AMOUNT", "isFraud": "TX_FRAUD", "scenario": "TX_FRAUD_SCENARIO"}
 DELAY, TEST, INNER = 7, 7, 2  # days: until labels are known, of the test period, at the end of training that early stopping looks at
@@ -89,48 +106,124 @@ def prepare(file: Path, root: Path) -> tuple[Settings, dict, pd.DataFrame]:
     return settings, build_features(settings), frame
 
 
-def ours(settings: Settings, made: Mapping, steps: tuple[int, int, int], rows: np.ndarray, first_step: int) -> np.ndarray:
-    """Scores of the test transactions `rows` (ids, in the order wanted) by the pipeline's booster, trained from `first_step` on; `steps`: end of training, begin and end of the test."""
-    end, begin, last = steps
-    train, validation, test = (load_sample(settings.data_dir / "features", Period(name, *period), made["features"])
-                               for name, period in (("train", (first_step, end - 24 * INNER)), ("validation", (end - 24 * INNER, end)), ("test", (begin, last))))
-    trained = train_xgboost(train, validation, settings, tell=lambda line: None)
-    return scores_of(trained.onnx, test, rows)
+@dataclass(frozen=True)
+class Way:
+    """One way to learn from a fold."""
+
+    name: str
+    history: bool = False  # learns from the file's first day on, not from the fold's
+    without: str = "-"  # features that it does not see: a part of their names
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    seeds: int = 1  # models whose log-odds are averaged
+    refit: bool = False  # once the number of trees is known, the days that chose it are learned too
 
 
-def scores_of(onnx: bytes, test: Sample, rows: np.ndarray) -> np.ndarray:
-    order = np.argsort(test.tx_id)
-    return Model(onnx, test.x.shape[1])(test.x)[order[np.searchsorted(test.tx_id[order], rows)]].astype(np.float64)
+OURS = (Way("ours"), Way("ours-history", history=True))
+# What was kept (left out here, one at a time) and what was tried besides.
+STEPS = (Way("without surges", without="_surge_"), Way("without fraud runs", without="_fraud_run_"), Way("without either", without="_surge_|_fraud_run_"),
+         Way("without terminals' known frauds", without="dest_fraud_"), Way("without any history", without="orig_out_|orig_in_|dest_out_|dest_in_|_fraud_|_seen|_new"),
+         Way("smaller steps, flatter trees", overrides={"learning_rate": 0.05, "max_depth": 5}), Way("three seeds averaged", seeds=3), Way("the last days learned too", refit=True))
 
 
-def fold(settings: Settings, made: Mapping, frame: pd.DataFrame, recipe: pd.DataFrame, first: date, train_days: int) -> dict[str, dict[str, float]]:
-    """{row: metrics} of the fold whose training begins on `first`."""
+def scores(way: Way, train: Sample, validation: Sample, test: Sample, settings: Settings) -> tuple[np.ndarray, list[Trained]]:
+    """Scores of the test transactions [n] float64, and the models that gave them."""
+    names = [name for name in train.names if not re.search(way.without, name)]
+    chosen = settings.model_copy(update={"xgboost": settings.xgboost.model_copy(update=dict(way.overrides))})
+    models = [train_xgboost(train, validation, chosen.model_copy(update={"train": chosen.train.model_copy(update={"seed": seed})}), names, tell=lambda line: None)
+              for seed in range(settings.train.seed, settings.train.seed + way.seeds)]
+    if way.refit:
+        return refitted(models[0], concat([train, validation]), validation, test), models
+    given = np.stack([Model(model.onnx, len(names))(test.select(names)) for model in models]).astype(np.float64)
+    return (given[0] if way.seeds == 1 else logit(given).mean(axis=0)), models
+
+
+def refitted(model: Trained, every: Sample, validation: Sample, test: Sample) -> np.ndarray:
+    """Log-odds by as many trees as early stopping chose, from all training days."""
+    params = {key: value for key, value in model.params.items() if key not in ("rounds", "early_stopping", "best_round")}
+    return boost(matrices(every, validation, model.names, model.params["nthread"]), params, model.params["best_round"]).booster.inplace_predict(test.select(model.names), predict_type="margin").astype(np.float64)
+
+
+def decided(model: Trained, validation: Sample, test: Sample, probability: np.ndarray, settings: Settings) -> tuple[dict, np.ndarray]:
+    """The pipeline's own report on the fold (thresholds by cost, money, recall by scenario, 95 % intervals), and calibrated probabilities."""
+    before = Model(model.onnx, len(model.names))(validation.select(model.names))
+    calibration = fit_calibration(before, validation.y)
+    calibrated = calibration.apply(probability.astype(np.float32))
+    return evaluate(test, calibrated, optimal_thresholds(validation.y, calibration.apply(before), validation.amount, settings.decision), settings), calibrated
+
+
+def terminal_age(frame: pd.DataFrame) -> pd.Series:
+    """Days since the terminal's takeover began, for transactions of scenario 2; NaN for others. A takeover lasts 28 days; 14 without a fraud separate two of them."""
+    taken = frame[frame.TX_FRAUD_SCENARIO == 2].sort_values("TX_DATETIME")
+    began = taken.groupby("TERMINAL_ID").TX_DATETIME.diff().isna() | (taken.groupby("TERMINAL_ID").TX_DATETIME.diff() > pd.Timedelta(days=14))
+    start = taken.TX_DATETIME.where(began).groupby(taken.TERMINAL_ID).ffill()
+    return (taken.TX_DATETIME - start).dt.days.reindex(frame.index)
+
+
+def fold(settings: Settings, made: Mapping, frame: pd.DataFrame, recipe: pd.DataFrame, first: date, train_days: int, ways: Sequence[Way]) -> dict:
+    """{"rows": {name: metrics}, ...} of the fold whose training begins on `first`; with the pipeline's own report on "ours"."""
     epoch = datetime.fromisoformat(made["epoch"]).replace(tzinfo=None)
     begin = int((datetime.combine(first, datetime.min.time()) - epoch).total_seconds() // 3600)
-    end, test = begin + 24 * train_days, begin + 24 * (train_days + DELAY)
-    if end - 24 * INNER <= begin or begin < made["first_step"] or test + 24 * TEST > made["last_step"] + 24:
+    end, late = begin + 24 * train_days, begin + 24 * (train_days + DELAY)
+    if end - 24 * INNER <= begin or begin < made["first_step"] or late + 24 * TEST > made["last_step"] + 24:
         raise FraudError(f"--folds {first}: needs {train_days + DELAY + TEST} days from there on within the file's, and more than {INNER} days of training")
-    kept = unknown_cards(frame, first, train_days)
-    rows = frame.TRANSACTION_ID.to_numpy()[kept]
+
+    def load(name: str, *steps: int) -> Sample:
+        return load_sample(settings.data_dir / "features", Period(name, *steps), made["features"])
+
     day = (frame.TX_DATETIME.dt.normalize() - pd.Timestamp(first)).dt.days.to_numpy()
-    learned = (day >= 0) & (day < train_days)
+    learned, kept = (day >= 0) & (day < train_days), unknown_cards(frame, first, train_days)
     booster = xgboost.XGBClassifier(max_depth=9, n_estimators=100, learning_rate=0.1, random_state=0, n_jobs=2).fit(recipe[learned], frame.TX_FRAUD[learned])
-    scores = {"recipe": booster.predict_proba(recipe[kept])[:, 1].astype(np.float64), "ours": ours(settings, made, (end, test, test + 24 * TEST), rows, begin),
-              "ours-history": ours(settings, made, (end, test, test + 24 * TEST), rows, made["first_step"])}
-    return {name: measure(frame[kept], score) for name, score in scores.items()}
+    rows = {"recipe": measure(frame[kept], booster.predict_proba(recipe[kept])[:, 1].astype(np.float64))}
+    validation, test = load("validation", end - 24 * INNER, end), load("test", late, late + 24 * TEST)
+    test = test.take(np.isin(test.tx_id, frame.TRANSACTION_ID[kept]))
+    tested = frame.set_index("TRANSACTION_ID", drop=False).loc[test.tx_id]
+    report = {}
+    for history in sorted({way.history for way in ways}):
+        train = load("train", made["first_step"] if history else begin, end - 24 * INNER)
+        for way in (way for way in ways if way.history == history):
+            score, models = scores(way, train, validation, test, settings)
+            rows[way.name] = measure(tested, score)
+            if way.name == "ours":
+                report, calibrated = decided(models[0], validation, test, score, settings)
+                budget = daily_alerts(score, test.step, settings.decision.alert_budget)
+                report |= {"y": test.y, "probability": calibrated, "takeover_days": tested.takeover.to_numpy(), "found": budget}
+    return {"rows": rows, "report": report}
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean over the folds and its 95 % interval (Student's t, None for one fold); folds are taken as independent, though they share cards."""
+    low, high = map(float, stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))) if len(values) > 1 and np.ptp(values) else (None, None)
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
+def told(gain: Mapping) -> str:
+    """A gain as text."""
+    return f"{gain['mean']:+.3f}" + (f" [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain["low"] is not None else "") + f" over {gain['over']}"
+
+
+def in_depth(found: Sequence[dict]) -> dict:
+    """What the folds say together of decisions, money and failures of "ours", JSON-able."""
+    reports = [one["report"] for one in found]
+    y, probability, days, hit = (np.concatenate([report.pop(key) for report in reports]) for key in ("y", "probability", "takeover_days", "found"))
+    curve = calibration_curve(y, probability)
+    by_day = [{"day": day, "frauds": int((days == day).sum()), "recall": float(hit[days == day].mean())} for day in range(28) if (days == day).any()]
+    return {"folds": reports, "calibration": {key: [round(float(value), 6) for value in values] for key, values in curve.items()}, "takeovers": by_day}
 
 
 def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict]:
-    """Mean and standard deviation over the folds."""
-    return [{"name": name, **{metric: {"mean": float(np.mean(values)), "std": float(np.std(values))} for metric in METRICS for values in [[f[name][metric] for f in found]]}} for name in found[0]]
+    """Mean and standard deviation over the folds, the folds' own figures, and the gain over the recipe (or over "ours", for its variants) with a 95 % interval."""
+    against = {way.name: "ours" for way in STEPS}
+    return [{"name": name, **{metric: {"mean": float(np.mean(values)), "std": float(np.std(values))} for metric in METRICS for values in [[f[name][metric] for f in found]]},
+             "by_fold": [f[name]["average_precision"] for f in found],
+             "gain": {"over": against.get(name, "recipe"), **spread([f[name]["average_precision"] - f[against.get(name, "recipe")]["average_precision"] for f in found])}} for name in found[0]]
 
 
 def show(rows: Sequence[Mapping], folds: Sequence[date]) -> None:
-    print(f"\n{len(folds)} folds, training from {', '.join(map(str, folds))} on\n\n| | AUC ROC | average precision | card precision@100 |\n|---|---|---|---|")
+    print(f"\n{len(folds)} folds, training from {', '.join(map(str, folds))} on\n\n| | AUC ROC | average precision | card precision@100 | gain in average precision, 95 % |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['name']} | " + " | ".join(f"{row[m]['mean']:.3f} ± {row[m]['std']:.3f}" for m in METRICS) + " |")
+        print(f"| {row['name']} | " + " | ".join(f"{row[m]['mean']:.3f} ± {row[m]['std']:.3f}" for m in METRICS) + f" | {told(row['gain'])} |")
     for name, values in PUBLISHED.items():
-        print(f"| {name} | " + " | ".join(f"{mean:.3f}" + (f" ± {std:.2f}" if std else "") for mean, std in (values[m] for m in METRICS)) + " |")
+        print(f"| {name} | " + " | ".join(f"{mean:.3f}" + (f" ± {std:.2f}" if std else "") for mean, std in (values[m] for m in METRICS)) + " | |")
     print("\nPublished figures are of later folds, which this file does not reach.")
 
 
@@ -139,19 +232,21 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the Handbook's transactions as Parquet")
     parser.add_argument("--folds", required=True, type=lambda text: [date.fromisoformat(day) for day in text.split(",")], metavar="YYYY-MM-DD,...", help="first days of training")
     parser.add_argument("--train-days", type=int, default=7)
+    parser.add_argument("--steps", action="store_true", help="also what each part of the pipeline adds, and what was tried besides: eight more models a fold")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there too")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         say("features")
         settings, made, frame = prepare(chosen.file, Path(folder))
-        recipe, found = recipe_features(frame), []
+        recipe, found, ways = recipe_features(frame), [], OURS + (STEPS if chosen.steps else ())
+        frame["takeover"] = terminal_age(frame)
         for first in chosen.folds:
             say(f"fold {first} to {first + timedelta(chosen.train_days + DELAY + TEST - 1)}")
-            found.append(fold(settings, made, frame, recipe, first, chosen.train_days))
-    rows = table(found)
+            found.append(fold(settings, made, frame, recipe, first, chosen.train_days, ways))
+    rows = table([one["rows"] for one in found])
     show(rows, chosen.folds)
     if chosen.json:
-        chosen.json.write_text(json.dumps({"folds": list(map(str, chosen.folds)), "rows": rows}, indent=1) + "\n")
+        chosen.json.write_text(json.dumps({"folds": list(map(str, chosen.folds)), "train_days": chosen.train_days, "rows": rows, "in_depth": in_depth(found)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

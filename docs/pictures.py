@@ -53,8 +53,8 @@ def send(url: str, folder: Path) -> None:
 def console(browser, folder: Path) -> None:
     """A service of its own, with the champion of the run."""
     port = servers.free_port()
-    url, environ = f"http://127.0.0.1:{port}", os.environ | {"FRAUD_SERVE_PORT": str(port)}
-    with tempfile.TemporaryDirectory() as scratch, servers.running([sys.executable, "-m", "fraud_pkg.cli", "serve"], servers.answers(port), Path(scratch) / "log", cwd=folder, env=environ):
+    url, environ, command = f"http://127.0.0.1:{port}", os.environ | {"FRAUD_SERVE_PORT": str(port)}, [sys.executable, "-m", "fraud_pkg.cli", "serve"]
+    with tempfile.TemporaryDirectory() as scratch, servers.running(command, servers.answers(port), Path(scratch) / "log", cwd=folder, env=environ):
         send(url, folder)
         with visit(browser, url, WIDE) as seen:
             for harmless in ("allow", "review"):

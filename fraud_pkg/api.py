@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LATENCY', 'SCORES', 'LOCAL', 'PROBES', 'FAULTS', 'HEADER_LIMIT', 'Metrics', 'FeatureSums', 'read_body', 'Door',
-           'in_thread', 'respond', 'DecidedAll', 'Recorded', 'create_app', 'inline', 'Patient', 'keep_looking', 'build',
-           'keep', 'serve', 'main']
+           'in_thread', 'respond', 'look', 'Guarded', 'refused_response', 'events', 'add_console', 'DecidedAll',
+           'Recorded', 'create_app', 'inline', 'Patient', 'keep_looking', 'build', 'keep', 'Server', 'serve', 'main']
 
 # %% ../nbs/13_api.ipynb #5ab36c97
 import asyncio
@@ -38,6 +38,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .bundle import MANIFEST, Bundle
+from .console import Accounts, Asked, Console, Feed, assets, called_here, greeting, history_route, position_after
 from .evaluate import DECISIONS
 from .ledger import MemoryLedger, save
 from .scoring import EXAMPLE, Answer, Decided, Problems, Refused, Scored, Service, Transaction, Watcher, log_json_lines, open_service, refusal
@@ -64,6 +65,7 @@ class Metrics:
         self.model = made(Gauge, "fraud_model_info", "1 for the model that decides.", ("version", "name"))
         self.loaded = made(Gauge, "fraud_model_loaded_timestamp_seconds", "When it was loaded.")
         self.refused = made(Counter, "fraud_model_refused", "Bundles that were not taken.")
+        self.looking = made(Gauge, "fraud_console_clients", "Pages of the console that are fed.")
         self.drift = FeatureSums()
         self.registry.register(self.drift)
         # Finding a child by its labels costs more than counting.
@@ -210,7 +212,57 @@ async def respond(request: Request, route: str) -> Response:
         began, asked = time.perf_counter(), (request.method, request.url.path, request.headers, body)
         answer = await in_thread(service, route, asked) if service.ledger.remote and route not in LOCAL else service.answer(*asked)
     metrics.request(route, answer, time.perf_counter() - began)
+    if (answer.scored or answer.labels) and (console := request.app.state.console):
+        console.add(answer.scored, answer.labels)
     return Response(answer.body, answer.status, media_type="application/json")
+
+# %% ../nbs/13_api.ipynb #c0a51e02
+def look(service: Service, request: Request) -> None:
+    "Raises `Refused` unless this request may see accounts."
+    service.admit("look", request.headers)
+    if not service.keys and not called_here(request.headers.get("host", "")):
+        raise Refused(403, [{"field": "Host", "reason": "without API keys the console answers to localhost and 127.0.0.1 only"}])
+
+class Guarded(Door):
+    "A door for those who may look."
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            look(request.app.state.service, request)
+        except Refused as refused:
+            await refused_response(request, refused)(scope, receive, send)
+        else:
+            await super()._answer(scope, receive, send)
+
+def refused_response(request: Request, refused: Refused) -> Response:
+    "Says why, and counts."
+    answer = refusal(refused)
+    request.app.state.metrics.request(request.url.path, answer, 0.0)
+    return Response(answer.body, answer.status, media_type="application/json")
+
+# %% ../nbs/13_api.ipynb #c0a51e03
+async def events(request: Request) -> Response:
+    "What is decided, as it is decided."
+    service, console = request.app.state.service, request.app.state.console
+    try:
+        look(service, request)
+        if console.full:
+            raise Refused(503, [{"field": "console", "reason": f"{console.clients} pages are open already, or the service ends"}])
+    except Refused as refused:
+        return refused_response(request, refused)
+    if request.method == "HEAD":
+        return Response(media_type=Feed.media_type)
+    may_write = bool(service.keys) and service.may("decide", request.headers)
+    position = position_after(request.headers.get("last-event-id", ""), console)
+    return Feed(console, position, lambda: service.scorer, lambda: greeting(service, may_write, console.boot), service.serve.timeout)
+
+def add_console(app: FastAPI, console: Console) -> None:
+    "The page, its files, and what is decided."
+    for path, asset in assets().items():
+        app.router.add_route(path, lambda request, asset=asset: asset.answer(request), include_in_schema=False)
+    app.router.add_route("/events", events, include_in_schema=False)
+    app.state.metrics.looking.set_function(lambda: console.spectators)
 
 # %% ../nbs/13_api.ipynb #0bea7055
 class DecidedAll(BaseModel):
@@ -226,32 +278,32 @@ def _body(schema: dict, example: dict) -> dict:
     "A request body for OpenAPI."
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
-FAULTS = {400: "not JSON", 401: "no key, or an unknown one", 408: "too slow", 409: "the same id with another content", 413: "too large", 422: "breaks the contract; names each field", 503: "no model, or no ledger"}
+FAULTS = {400: "not JSON", 401: "no key, or an unknown one", 403: "a key that may not do this", 408: "too slow", 409: "the same id with another content", 413: "too large", 422: "breaks the contract; names each field", 503: "no model, or no ledger"}
 
 def _faults(*statuses: int) -> dict:
     return {status: {"model": Problems, "description": FAULTS[status]} for status in statuses}
 
 # %% ../nbs/13_api.ipynb #a73ac857
-def create_app(service: Service, metrics: Metrics, lifespan=None) -> FastAPI:
-    "The FastAPI application around a service."
+def create_app(service: Service, metrics: Metrics, lifespan=None, console: Console | None = None) -> FastAPI:
+    "The FastAPI application around a service; with a console, if there is one."
     app = FastAPI(title="Fraud decisions", version="1", lifespan=lifespan, description="Decides on payments before the money moves.")
     app.router.route_class, app.router.redirect_slashes = Door, False
-    app.state.service, app.state.metrics = service, metrics
+    app.state.service, app.state.metrics, app.state.console = service, metrics, console
     # Described here, so that /docs asks for a key; the service is who checks it.
     locked = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if service.keys else []
     label = {"transaction_id": EXAMPLE["transaction_id"], "is_fraud": True}
 
-    @app.post("/predict", dependencies=locked, response_model=Decided, responses=_faults(400, 401, 408, 409, 413, 422, 503), openapi_extra=_body(inline(Transaction), EXAMPLE), summary="Decide on one transaction")
+    @app.post("/predict", dependencies=locked, response_model=Decided, responses=_faults(400, 401, 403, 408, 409, 413, 422, 503), openapi_extra=_body(inline(Transaction), EXAMPLE), summary="Decide on one transaction")
     def predict(): ...
 
-    @app.post("/predict/batch", dependencies=locked, response_model=DecidedAll, responses=_faults(400, 401, 408, 409, 413, 422, 503), openapi_extra=_body(inline(service.batch), {"transactions": [EXAMPLE]}),
+    @app.post("/predict/batch", dependencies=locked, response_model=DecidedAll, responses=_faults(400, 401, 403, 408, 409, 413, 422, 503), openapi_extra=_body(inline(service.batch), {"transactions": [EXAMPLE]}),
               summary="Decide on several, in their order")
     def predict_batch(): ...
 
-    @app.post("/feedback", dependencies=locked, response_model=Recorded, responses=_faults(400, 401, 408, 413, 422, 503), openapi_extra=_body(inline(service.feedback), {"labels": [label]}), summary="Say what became known")
+    @app.post("/feedback", dependencies=locked, response_model=Recorded, responses=_faults(400, 401, 403, 408, 413, 422, 503), openapi_extra=_body(inline(service.feedback), {"labels": [label]}), summary="Say what became known")
     def feedback(): ...
 
-    @app.get("/model", dependencies=locked, responses=_faults(401, 503), summary="The model that decides")
+    @app.get("/model", dependencies=locked, responses=_faults(401, 403, 503), summary="The model that decides")
     def model(): ...
 
     @app.get("/healthz", summary="Alive")
@@ -259,6 +311,12 @@ def create_app(service: Service, metrics: Metrics, lifespan=None) -> FastAPI:
 
     @app.get("/readyz", responses=_faults(503), summary="Ready: a verified bundle is loaded and the ledger answers")
     def readyz(): ...
+
+    if console:
+        add_console(app, console)
+        service.also("POST", "/history", history_route(service), "look")
+        app.router.add_api_route("/history", lambda: None, methods=["POST"], route_class_override=Guarded, dependencies=locked, response_model=Accounts, responses=_faults(400, 401, 403, 408, 413, 422, 503),
+                                 openapi_extra=_body(inline(Asked), {"accounts": [EXAMPLE["nameOrig"], EXAMPLE["nameDest"]], "step": EXAMPLE["step"]}), summary="What accounts did lately", name="history")
 
     async def figures(request: Request) -> Response:  # on the event loop, where no decision is in its way
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -296,6 +354,7 @@ class Patient(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {"fraud.abort": self.transport.abort}  # for answers that have no end
         self._in_headers, self._header_bytes = True, 0
 
     def on_headers_complete(self) -> None:
@@ -347,7 +406,7 @@ async def keep_looking(watcher: Watcher) -> None:
 def build(settings: Settings, environ: Mapping[str, str]) -> tuple[FastAPI, Watcher]:
     "The application for these settings, and its watcher; raises `FraudError` for an address that needs keys and has none."
     service, watcher = open_service(settings, environ, public=not _loopback(settings.serve.host))
-    metrics = Metrics()
+    metrics, console = Metrics(), Console(settings.console.keep, settings.console.clients) if settings.console.enabled else None
     watcher.taken, watcher.refused = metrics.use, metrics.refused.inc
 
     @contextlib.asynccontextmanager
@@ -362,7 +421,7 @@ def build(settings: Settings, environ: Mapping[str, str]) -> tuple[FastAPI, Watc
             app.state.lost = error
             raise
 
-    return create_app(service, metrics, lifespan), watcher
+    return create_app(service, metrics, lifespan, console), watcher
 
 def keep(ledger, settings: Settings) -> None:
     "Writes the snapshot of a memory ledger that has a place for it."
@@ -371,6 +430,14 @@ def keep(ledger, settings: Settings) -> None:
         save(ledger, Path(place))
 
 # %% ../nbs/13_api.ipynb #a6904141
+class Server(uvicorn.Server):
+    "Before it waits for what is in flight, it ends the answers that have no end."
+
+    async def shutdown(self, sockets=None) -> None:
+        if console := self.config.app.state.console:
+            console.close()
+        await super().shutdown(sockets)
+
 def serve(settings: Settings, environ: Mapping[str, str] | None = None) -> None:
     "Serves until SIGTERM or SIGINT; what is in flight then gets `[serve] drain` seconds."
     app, _ = build(settings, os.environ if environ is None else environ)
@@ -380,7 +447,7 @@ def serve(settings: Settings, environ: Mapping[str, str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(app, chosen.host, chosen.port, http=protocol, log_config=None, access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=math.ceil(chosen.drain))
-    uvicorn.Server(config).run()
+    Server(config).run()
     if lost := getattr(app.state, "lost", None):
         raise FraudError(f"[ledger] url = {settings.ledger.url}: the snapshot was not written ({lost}); the one before stays")
 

@@ -7,7 +7,7 @@ __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'stream_app', 'Overrid
            'parse_overrides', 'explain', 'run', 'main', 'settings', 'version', 'acquire', 'features', 'monitor',
            'report', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run', 'View', 'run_all', 'serve', 'deploy_lambda',
            'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels', 'stream_produce', 'stream_redrive',
-           'stream_sink', 'models_list', 'models_show', 'watch_live', 'models_promote', 'models_publish',
+           'stream_sink', 'models_list', 'models_show', 'models_data', 'watch_live', 'models_promote', 'models_publish',
            'models_shadow', 'models_rollback']
 
 # %% ../nbs/18_cli.ipynb #d5704334
@@ -260,11 +260,12 @@ def _show_champion(result, found) -> None:
 @app.command("run")
 def run_all(overrides: Overrides = None,
             job: Annotated[str | None, typer.Option(help="Only this job and what it needs.")] = None,
-            force: Annotated[bool, typer.Option(help="Run even what has not changed.")] = False) -> None:
+            force: Annotated[bool, typer.Option(help="Run even what has not changed.")] = False,
+            pull: Annotated[bool, typer.Option("--pull", help="First take over from [pipeline] remote what another machine has computed.")] = False) -> None:
     "Run the pipeline: what has changed, and what depends on it."
     from fraud_pkg.jobs import run_pipeline
     from fraud_pkg.settings import FraudError
-    found = _settings(overrides)
+    found = _settings([*(overrides or ()), *(["pipeline.pull=true"] if pull else ())])
     result = run_pipeline(found, job, force, View())
     _show_run(result, found)
     if result.error:
@@ -285,7 +286,7 @@ def serve(overrides: Overrides = None) -> None:
     found = _settings(overrides)
     if bundle_mark(found.bundle_place) is None:
         print(f"no champion in {found.bundle_place} yet: not ready until there is one (fraud run makes it)", file=sys.stderr)
-    print(f"listening on http://{found.serve.host}:{found.serve.port}, described at /docs; metrics at /metrics", file=sys.stderr)
+    print(f"listening on http://{found.serve.host}:{found.serve.port}: the console at /, described at /docs, measured at /metrics", file=sys.stderr)
     run_server(found)
 
 # %% ../nbs/18_cli.ipynb #dd2a3c8f
@@ -406,6 +407,14 @@ def models_show(name: Annotated[str, typer.Argument(help="A version (or its star
 
     from fraud_pkg.registry import show_model
     print(yaml.safe_dump(json.loads(json.dumps(show_model(_settings(overrides), name))), sort_keys=False, allow_unicode=True, width=160), end="")
+
+@models_app.command("data")
+def models_data(name: Annotated[str, typer.Argument(help="A version (or its start), a number, or an alias.")],
+                folder: Annotated[Path, typer.Argument(help="A new folder for raw/ and features/.")], overrides: Overrides = None) -> None:
+    "Bring back the data that a model was made from, byte for byte."
+    from fraud_pkg.registry import model_data
+    version = model_data(_settings(overrides), name, folder)
+    print(f"data of {version.bundle_version} ({version.contender}): {folder}")
 
 # %% ../nbs/18_cli.ipynb #bdaffec7
 def _show_checks(found: dict) -> None:

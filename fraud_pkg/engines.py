@@ -71,7 +71,7 @@ def plan_parts(step: np.ndarray, part_rows: int) -> list[Part]:
 
 # %% ../nbs/06_engines.ipynb #d8ec73d6
 def part_table(raw: pa.Table, sides: np.ndarray, windows: Sequence[int]) -> pa.Table:
-    "Keys and features of raw rows [n] and their histories [2 n, 9 W + 1]."
+    "Keys and features of raw rows [n] and their histories [2 n, 10 W + 3]."
     rule = pc.fill_null(pc.equal(raw["amount"], raw["oldbalanceOrg"]), False).cast(pa.int8())
     keys = {"tx_id": raw["tx_id"], "step": raw["step"], "account": raw["nameOrig"], "tx_amount": raw["amount"],
             "isFraud": raw["isFraud"], "scenario": raw["scenario"], "rule": rule}
@@ -95,7 +95,7 @@ def account_codes(raw: pa.Table) -> np.ndarray:
 
 # %% ../nbs/06_engines.ipynb #8c78ddb3
 def local_history(raw: pa.Table, windows: Sequence[int], label_delay: int, threads: int) -> np.ndarray:
-    "The kernel over a whole raw table in this process: [2 n, 9 W + 1]."
+    "The kernel over a whole raw table in this process: [2 n, 10 W + 3]."
     step, fraud, cents = raw["step"].to_numpy(), raw["isFraud"].to_numpy(), to_cents(raw["amount"].to_numpy())
     rows = np.arange(len(raw), dtype=np.int32)
     twice = [both_sides(column, column) for column in (step, cents, fraud, rows)]

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .acquire import newest_step
-from .bundle import is_remote, load_bundle, publish_bundle
+from .bundle import load_bundle, publish_bundle
 from .jobs import Event, Run, refresh_page, run_pipeline
 from .live import BLOCKS, add_event, watch
 from .settings import FraudError, Settings
@@ -51,7 +51,7 @@ def retrain(settings: Settings, tell: Callable[[Event], None] = lambda event: No
     before, until = load_bundle(settings.models_dir / "champion").manifest.version, learned_until(settings)
     run = run_pipeline(retraining(settings), force=True, tell=tell)
     outcome = _outcome(run, before, until, settings)
-    if outcome["promoted"] and is_remote(settings.serve.bundle):
+    if outcome["promoted"] and settings.serve.bundle.startswith("s3://"):
         publish_bundle(settings.models_dir / "champion", settings.serve.bundle)
     add_event(outcome, settings)
     return outcome

@@ -6,8 +6,8 @@
 __all__ = ['NO_TELEMETRY', 'Share', 'Count', 'Positive', 'Rate', 'NotNegative', 'Names', 'Sizes', 'Hours', 'Moment', 'Topic',
            'Brokers', 'Key', 'FraudError', 'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate',
            'Features', 'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor',
-           'Retrain', 'Pipeline', 'Ledger', 'Serve', 'Stream', 'Rules', 'Settings', 'known_keys', 'project_root',
-           'load_settings', 'replace_dir', 'staging_dir', 'write_whole']
+           'Retrain', 'Pipeline', 'Ledger', 'Serve', 'Console', 'Stream', 'Rules', 'Settings', 'known_keys',
+           'project_root', 'load_settings', 'replace_dir', 'staging_dir', 'write_whole']
 
 # %% ../nbs/00_settings.ipynb #4b80efb4
 import configparser
@@ -221,7 +221,9 @@ class Retrain(Section):
 
 class Pipeline(Section):
     "Runs of all jobs."
+    remote: str = Field("store", min_length=1)
     push: bool = True
+    pull: bool = False
 
 # %% ../nbs/00_settings.ipynb #4f7f83c9
 class Ledger(Section):
@@ -245,6 +247,12 @@ class Serve(Section):
     max_batch: Positive = 1000
     timeout: float = Field(10, gt=0, le=600)
     drain: float = Field(20, ge=0, le=600)
+
+class Console(Section):
+    "The page at / of the service."
+    enabled: bool = True
+    keep: int = Field(2000, ge=1, le=100_000)
+    clients: int = Field(20, ge=1, le=1000)
 
 class Stream(Section):
     "Kafka. Names of topics are Kafka's: letters, digits, dots, dashes and underscores."
@@ -303,6 +311,7 @@ class Settings(Section):
     pipeline: Pipeline = Pipeline()
     ledger: Ledger = Ledger()
     serve: Serve = Serve()
+    console: Console = Console()
     stream: Stream = Stream()
     rules: Rules = Rules()
     root: Path = Field(default_factory=Path.cwd, exclude=True)
@@ -315,9 +324,18 @@ class Settings(Section):
     @property
     def reports_dir(self) -> Path: return self.root / self.paths.reports
     @property
-    def shadow_place(self) -> Path | str: return self.serve.shadow if "://" in self.serve.shadow else self.root / self.serve.shadow
+    def shadow_place(self) -> Path | str: return self._place("shadow")
     @property
-    def bundle_place(self) -> Path | str: return self.serve.bundle if "://" in self.serve.bundle else self.root / self.serve.bundle
+    def bundle_place(self) -> Path | str: return self._place("bundle")
+
+    def _place(self, key: str) -> Path | str:
+        "A folder or URL of `[serve]`; `registry://ALIAS` with server and model filled in from `[registry]`."
+        place, server = getattr(self.serve, key), self.registry.tracking_uri
+        if not place.startswith("registry://"):
+            return place if "://" in place else self.root / place
+        if not server.startswith(("http://", "https://")):
+            raise SettingsError(f"[serve] {key} = {place}: expected [registry] tracking_uri to be an MLflow server such as http://localhost:5000, and it is {server}")
+        return f"{server.rstrip('/')}#{self.registry.model}@{place.removeprefix('registry://')}"
 
     def section_dict(self, name: str) -> dict:
         "The values of section `name` as JSON has them."

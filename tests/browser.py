@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -54,6 +55,13 @@ class Visit:
         """Takes the faults that contain `part` off the list; fails when there is none."""
         assert any(part in fault for fault in self.faults), f"no fault with {part!r} in {self.faults}"
         self.faults = [fault for fault in self.faults if part not in fault]
+
+    def until(self, expression: str, seconds: float = 15) -> None:
+        """Waits until the expression holds in the page, whose policy may forbid Playwright's own way of asking again and again."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, f"after {seconds} s it does not hold: {expression}"
+            self.page.wait_for_timeout(50)
 
     def violations(self) -> list[str]:
         """What axe finds serious or critical in the page as it is now: rule, what it asks for, where."""

@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items) -> None:
     """Two workers share the files between them; those that need the finished workspace stay together, so that it is made once. The longest files begin, so that none waits for them at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_stream.py", "test_loop.py"))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("finished" if "finished" in item.fixturenames else item.path.name))
+        shared_fixture = next((name for name in ("finished", "team") if name in item.fixturenames), item.path.name)
+        item.add_marker(pytest.mark.xdist_group(shared_fixture))
 
 
 @dataclass
@@ -33,13 +34,17 @@ class Workspace:
 
     root: Path
     overrides: dict = field(default_factory=dict)
+    environ: dict = field(default_factory=dict)
+
+    def environment(self, **overrides) -> dict[str, str]:
+        """The environment of a command in it."""
+        given = self.overrides | {key.replace("__", "."): value for key, value in overrides.items()}
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")} | self.environ
+        return environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def fraud(self, *arguments: str, ok: bool = True, **overrides) -> subprocess.CompletedProcess:
         """Runs the command line; with `ok` a failure fails the test with what was printed."""
-        given = self.overrides | {key.replace("__", "."): value for key, value in overrides.items()}
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-        environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.root, env=environ, capture_output=True, text=True, timeout=1500)
+        done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.root, env=self.environment(**overrides), capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0 or not ok, f"fraud {' '.join(arguments)}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
         return done
 
@@ -78,6 +83,15 @@ def finished(workspace) -> Workspace:
     made = workspace()
     made.printed = made.fraud("run").stdout
     return made
+
+
+@pytest.fixture(scope="session")
+def team(workspace, tmp_path_factory):
+    """Two machines' common places, and a first machine that has run once; the registry was away in the middle of it."""
+    import storage
+
+    with storage.opened(tmp_path_factory.mktemp("team"), workspace) as team:
+        yield team
 
 
 def shared(name: str) -> Path:

@@ -39,6 +39,7 @@ need() {  # program, Debian package, what for: installed where that is allowed
 
 [ -n "${JAVA_HOME:-}" ] || need java openjdk-17-jre-headless "the Spark engine"
 need redis-server redis-server "the shared ledger"
+need psql postgresql "the registry's database"
 need mvn maven "the Kafka broker of the tests"
 need shellcheck shellcheck "the check of scripts"
 need jq jq "the check of the scheduled workflow"

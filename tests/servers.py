@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +109,38 @@ def moto(folder: Path) -> Iterator[dict[str, str]]:
     port = free_port()
     with running([sys.executable, str(Path(__file__).with_name("moto_aws.py")), "-H", HOST, "-p", str(port)], answers(port), folder / "moto.log"):
         yield AWS | {"AWS_ENDPOINT_URL": f"http://{HOST}:{port}"}
+
+
+@contextlib.contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """A PostgreSQL server that keeps its data below `folder`; yields a database's URL for SQLAlchemy. It refuses to run as root, so root lends it to the user of the Debian package."""
+    newest = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path())
+    initdb = program(str(newest / "initdb") if newest.name else "initdb", "postgresql")
+    as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
+    port, home = free_port(), Path(tempfile.mkdtemp(prefix="postgres"))  # pytest's folders are closed to other users
+    if as_user:
+        shutil.chown(home, "postgres", "postgres")
+    try:
+        done = subprocess.run([*as_user, initdb, "-D", str(home / "data"), "-U", "fraud", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"], cwd=home, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        command = [*as_user, str(Path(initdb).with_name("postgres")), "-D", str(home / "data"), "-h", HOST, "-p", str(port), "-k", "", "-F"]
+        with running(command, answers(port), folder / "postgres.log", cwd=home):
+            yield f"postgresql+psycopg://fraud@{HOST}:{port}/postgres"
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def mlflow(folder: Path, database: str, artifacts: str, environ: dict[str, str], port: int | None = None) -> Iterator[str]:
+    """An MLflow server that hands artifacts through to `artifacts`; yields its URL. All of its processes end with it, and at once: a test takes it away in the middle of something."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", database, "--artifacts-destination", artifacts]
+    url, environ = f"http://{HOST}:{port}", os.environ | environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(command, lambda: status(f"{url}/health") == 200, folder / "mlflow.log", seconds=90, env=environ, start_new_session=True) as server:
+        try:
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
 
 KAFKA = """
 process.roles=broker,controller

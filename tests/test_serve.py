@@ -179,7 +179,7 @@ def test_stop_finishes_what_is_in_flight(tmp_path):
 
 def test_does_what_its_document_says(tmp_path):
     example_bundle(tmp_path / "champion")
-    with api(tmp_path, variables={"FRAUD_API_KEYS": "shop:0123456789abcdef"}) as (url, _):
+    with api(tmp_path, variables={"FRAUD_API_KEYS": "anna@write:0123456789abcdef"}) as (url, _):
         conforms(f"{url}/openapi.json", url, "0123456789abcdef")
 
 

@@ -511,6 +511,8 @@ EXPLAINED = {
     "grandalf": "GPL-2.0 or EPL-1.0; draws DVC's graph of stages in a terminal, not served",
     "huey": "MIT, says its repository; its metadata says nothing",
     "namex": "Apache-2.0, says its repository; its metadata says nothing",
+    "psycopg": "LGPL-3.0; a library of its own, loaded as it came; MLflow's way to PostgreSQL, not served",
+    "psycopg-binary": "as psycopg",
     "pygit2": "GPL-2.0 with linking exception: linking it puts no condition on us; DVC's git, not served",
     "skops": "MIT, says its repository; its metadata says only that OSI approved it",
 }
