@@ -32,8 +32,13 @@ bench: $(READY)  ## decisions in process, over HTTP, in Lambda and on a stream, 
 	@python benchmarks/serving.py $(ARGS)
 	@python benchmarks/streaming.py $(ARGS)
 
-lab: $(READY)  ## JupyterLab, in nbs/
-	@jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs
+lab: $(READY) .lab/explore  ## JupyterLab, with the exploration notebooks open (ARGS="--no-browser")
+	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/workspaces/explore $(ARGS)
+
+# Imported once, and anew when the project's own has changed: until then tabs stay as one leaves them.
+.lab/explore: nbs/explore/lab.jupyterlab-workspace | $(READY)
+	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab workspaces import $< >/dev/null
+	@touch $@
 
 setup: $(READY)  ## the environment in .venv, as requirements.lock has it
 

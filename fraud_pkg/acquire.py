@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from .schema import BLANK, CONTRACT, TYPES, check_table
+from .schema import BACKWARDS, BLANK, CONTRACT, TYPES, check_table
 from .settings import FraudError, Settings, staging_dir
 
 # %% ../nbs/03_acquire.ipynb #ad5257fa
@@ -538,11 +538,11 @@ def _unreadable_text(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarra
     return {f"{name}: {reason}": np.asarray(pc.match_substring(columns[name], sign).fill_null(False)) for name in texts for reason, sign in signs.items()}
 
 # %% ../nbs/03_acquire.ipynb #213b2201
-def _ordered(table: pa.Table) -> pa.Table:
-    "By (step, tx_id)."
+def _order(table: pa.Table) -> np.ndarray:
+    "The positions of the rows by (step, tx_id): [n]."
     step, tx_id = table["step"].to_numpy(), table["tx_id"].to_numpy()
     ahead = (np.diff(step) > 0) | ((np.diff(step) == 0) & (np.diff(tx_id) > 0))
-    return table if ahead.all() else table.take(pa.array(np.lexsort((tx_id, step))))
+    return np.arange(len(table)) if ahead.all() else np.lexsort((tx_id, step))
 
 # %% ../nbs/03_acquire.ipynb #3f9a927f
 def _typed(source: Source, settings: Settings) -> tuple[pa.Table, dict[str, np.ndarray], str | None]:
@@ -596,7 +596,8 @@ def quarantine_table(
 @dataclass(frozen=True)
 class Checked:
     "What `check_source` makes of a source."
-    good: pa.Table          # under the contract's schema, by (step, tx_id)
+    good: pa.Table          # [n] under the contract's schema, by (step, tx_id)
+    line: np.ndarray        # [n] where each of them was, as in `Source`
     quarantine: pa.Table    # the rest, as it came
     epoch: str | None       # the moment of step 0, where it is known
 
@@ -608,14 +609,21 @@ class Checked:
         return {c["reason"]: (c["line_count"], c["line_min"]) for c in sorted(counts, key=lambda c: (-c["line_count"], c["reason"]))}
 
 # %% ../nbs/03_acquire.ipynb #f2d6fdad
-def check_source(source: Source, settings: Settings) -> Checked:
+def check_source(
+    source: Source,
+    settings: Settings,
+    any_order: bool = False,  # rows may come in any order of time
+) -> Checked:
     "Every row of the source, in exactly one of two tables."
     table, reasons, epoch = _typed(source, settings)
+    if any_order:
+        reasons.pop(BACKWARDS, None)
     refused = np.logical_or.reduce([np.zeros(table.num_rows, dtype=bool), *reasons.values()])
-    good = table.filter(pa.array(~refused)) if refused.any() else table
+    good, line = (table.filter(pa.array(~refused)), source.line[~refused]) if refused.any() else (table, source.line)
     scenario = pc.if_else(pc.equal(good["isFraud"], 1), good["scenario"], None)  # some data sets number the honest ones 0
     good = good.set_column(good.schema.get_field_index("scenario"), "scenario", scenario)
-    return Checked(_ordered(good), quarantine_table(source, np.flatnonzero(refused), reasons), epoch)
+    order = _order(good)
+    return Checked(good if (np.diff(order) == 1).all() else good.take(pa.array(order)), line[order], quarantine_table(source, np.flatnonzero(refused), reasons), epoch)
 
 # %% ../nbs/03_acquire.ipynb #961f9fc3
 def account_hash(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL', 'MANIFEST', 'REFERENCE', 'MANIFEST_LIMIT', 'Sha256', 'Finite', 'Unseen', 'FILE_LIMIT', 'REGISTERED',
            'BundleError', 'Unreachable', 'Missing', 'Manifest', 'Model', 'code_revision', 'sample_rows', 'keep_unseen',
-           'write_bundle', 'Bundle', 'load_bundle', 'is_remote', 'bundle_mark', 'fetch_bundle', 'publish_bundle',
-           'finish']
+           'write_bundle', 'Bundle', 'load_bundle', 'is_remote', 'bundle_mark', 'fetch_bundle', 'copy_bundle',
+           'publish_bundle', 'finish']
 
 # %% ../nbs/10_bundle.ipynb #d19c1560
 import base64
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -224,7 +225,7 @@ def _write_reference(path: Path, names: Sequence[str], seen: Sample, score: np.n
 def _recorded(settings: Settings) -> dict[str, dict[str, Any]]:
     "The settings that a bundle depends on: not those of places, and not those of what happens to it later."
     return {s: settings.section_dict(s) for s in type(settings).model_fields
-            if s not in ("root", "origins", "paths", "gate", "registry", "monitor", "retrain", "pipeline", "ledger", "serve", "stream", "rules")}
+            if s not in ("root", "origins", "paths", "cluster", "gate", "registry", "monitor", "retrain", "pipeline", "ledger", "serve", "stream", "rules")}
 
 # %% ../nbs/10_bundle.ipynb #d1ddf2e0
 def write_bundle(
@@ -467,6 +468,13 @@ def _download(url: str, name: str, folder: Path, limit: int) -> Path:
     (folder / name).write_bytes(content)
     return folder / name
 
+def _bring(place: str, folder: Path, sha256: str, deciding: bool) -> None:
+    "Downloads the files of a bundle."
+    url, registered, _ = _registered(place) if REGISTERED.fullmatch(place) else (place, "", "")
+    manifest = _read_manifest(_download(url, MANIFEST, folder, MANIFEST_LIMIT), sha256 or registered)
+    for name in ({MODEL} if deciding else {MODEL, REFERENCE}) & set(manifest.files):  # no other name is a bundle's: loading refuses it
+        _download(url, name, folder, FILE_LIMIT)
+
 def fetch_bundle(
     place: Path | str,  # a folder, s3://BUCKET/PREFIX, or http://HOST:PORT#MODEL@ALIAS
     threads: int = 1,   # for large inputs
@@ -476,15 +484,29 @@ def fetch_bundle(
     "The bundle at a place; a `BundleError` names the file and the reason when anything in it is not as written."
     if not is_remote(place):
         return load_bundle(Path(place), threads, sha256, deciding)
-    url, registered, _ = _registered(str(place)) if REGISTERED.fullmatch(str(place)) else (str(place), "", "")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            manifest = _read_manifest(_download(url, MANIFEST, Path(folder), MANIFEST_LIMIT), sha256 or registered)
-            for name in ({MODEL} if deciding else {MODEL, REFERENCE}) & set(manifest.files):  # no other name is a bundle's: loading refuses it
-                _download(url, name, Path(folder), FILE_LIMIT)
+            _bring(str(place), Path(folder), sha256, deciding)
             return load_bundle(Path(folder), threads, sha256, deciding)
         except BundleError as error:
             raise type(error)(str(error).replace(folder, str(place))) from error
+
+def copy_bundle(
+    place: Path | str,  # as for `fetch_bundle`
+    folder: Path,       # is made
+    sha256: str = "",   # of the one manifest that is wanted; empty: of any
+) -> Bundle:
+    "What decides of the bundle at a place, in a folder of its own, whatever happens to the place later."
+    folder.mkdir()
+    if is_remote(place):
+        _bring(str(place), folder, sha256, deciding=True)
+    else:
+        for name in (MANIFEST, MODEL):
+            try:
+                shutil.copyfile(Path(place) / name, folder / name)
+            except OSError as error:
+                raise BundleError(f"{Path(place) / name}: {error.strerror}; expected a bundle, such as fraud run makes") from error
+    return load_bundle(folder, sha256=sha256, deciding=True)
 
 # %% ../nbs/10_bundle.ipynb #e01521fe
 def publish_bundle(

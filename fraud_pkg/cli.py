@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'stream_app', 'Overrides', 'Stage', 'BundleUrl', 'Via',
            'parse_overrides', 'explain', 'run', 'main', 'settings', 'version', 'acquire', 'features', 'monitor',
-           'report', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run', 'View', 'run_all', 'serve', 'deploy_lambda',
-           'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels', 'stream_produce', 'stream_redrive',
-           'stream_sink', 'models_list', 'models_show', 'models_data', 'watch_live', 'models_promote', 'models_publish',
-           'models_shadow', 'models_rollback']
+           'report', 'score', 'executor', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run', 'View', 'run_all',
+           'serve', 'deploy_lambda', 'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels',
+           'stream_produce', 'stream_redrive', 'stream_sink', 'models_list', 'models_show', 'models_data', 'watch_live',
+           'models_promote', 'models_publish', 'models_shadow', 'models_rollback']
 
 # %% ../nbs/18_cli.ipynb #d5704334
 import json
@@ -158,6 +158,25 @@ def report(overrides: Overrides = None) -> None:
     "Write reports/index.html from what is there."
     from fraud_pkg.report import build_report
     print(build_report(_settings(overrides)))
+
+# %% ../nbs/18_cli.ipynb #6cf3e1c4
+@app.command()
+def score(source: Annotated[Path, typer.Argument(metavar="INPUT", help="A Parquet file, or a folder of them.")],
+          output: Annotated[Path, typer.Argument(help="A new folder, or an earlier result.")], overrides: Overrides = None) -> None:
+    "Score transactions in Parquet with the champion, on [features] engine."
+    from fraud_pkg.batch import score_lake
+    told = score_lake(source, output, _settings(overrides))
+    print(f"{told['rows']:,} transactions in {output}: " + ", ".join(f"{name} {count:,}" for name, count in told["decisions"].items()))
+    for reason, count in told["reasons"].items():
+        print(f"quarantined {count:,}: {reason}")
+    print(f"model {told['model']}, settings {told['settings']}, run {told['run']}")
+
+@app.command(hidden=True)
+def executor() -> None:
+    "Take work from a Spark driver, in a pod that it started."
+    from fraud_pkg.engines import executor_command
+    command = executor_command(os.environ)
+    os.execvp(command[0], command)
 
 # %% ../nbs/18_cli.ipynb #06560490
 def _jobs():

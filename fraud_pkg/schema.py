@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'LARGEST_AMOUNT', 'LARGEST_BALANCE', 'LARGEST_ID', 'CONTRACT', 'COLUMNS', 'DECISION_COLUMNS', 'NUMBER',
-           'BLANK', 'FLAGS', 'LONGEST_TEXT', 'Column', 'arrow_schema', 'reason_missing', 'reason_number',
+           'BLANK', 'FLAGS', 'LONGEST_TEXT', 'BACKWARDS', 'Column', 'arrow_schema', 'reason_missing', 'reason_number',
            'reason_whole', 'reason_low', 'reason_high', 'reason_cents', 'reason_text', 'reason_choice', 'to_cents',
            'value_problem', 'record_problems', 'check_column', 'check_table']
 
@@ -211,6 +211,8 @@ def check_column(
     return pc.if_else(pa.array(unusable), None, typed), {reason: mask for reason, mask in reasons.items() if mask.any()}
 
 # %% ../nbs/01_schema.ipynb #cb98d6df
+BACKWARDS = "step: goes backwards"
+
 def _order_masks(table) -> dict[str, np.ndarray]:
     "Rules between rows: duplicates (every later one) and steps below one that came before."
     tx_id = table["tx_id"].to_numpy()
@@ -218,7 +220,7 @@ def _order_masks(table) -> dict[str, np.ndarray]:
     first = np.zeros(len(tx_id), dtype=bool)
     first[np.unique(tx_id, return_index=True)[1]] = True
     return {"tx_id: seen before": ~first & ~np.isnan(tx_id.astype(np.float64)),
-            "step: goes backwards": np.nan_to_num(step.astype(np.float64), nan=np.inf) < np.maximum.accumulate(np.nan_to_num(step.astype(np.float64), nan=-1))}
+            BACKWARDS: np.nan_to_num(step.astype(np.float64), nan=np.inf) < np.maximum.accumulate(np.nan_to_num(step.astype(np.float64), nan=-1))}
 
 # %% ../nbs/01_schema.ipynb #7c678ecf
 def check_table(table) -> tuple:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 HOST = "127.0.0.1"
@@ -206,3 +209,60 @@ def prometheus(folder: Path, configuration: str) -> contextlib.AbstractContextMa
 def alertmanager(folder: Path, configuration: str) -> contextlib.AbstractContextManager[str]:
     """An Alertmanager with this configuration; yields its URL."""
     return configured(folder, "prometheus-alertmanager", "alertmanager", configuration, f"--storage.path={folder / 'alertmanager'}", "--cluster.listen-address=")
+
+
+@dataclass
+class SparkCluster:
+    """A standalone master with its workers, each a process of its own."""
+
+    folder: Path
+    url: str
+    state: str
+    workers: list[subprocess.Popen] = field(default_factory=list)
+
+    def look(self) -> dict:
+        """What the master says of itself."""
+        return json.loads(fetch(self.state))
+
+    def log(self, worker: int) -> str:
+        """What the executors of a worker have said so far."""
+        return "".join(file.read_text(errors="replace") for file in sorted((self.folder / f"worker-{worker}").glob("app-*/*/stderr")))
+
+    def finished(self) -> set[str]:
+        """The applications that are over."""
+        return {application["id"] for application in self.look()["completedapps"]}
+
+    def kill(self, worker: int) -> None:
+        """Ends a worker and its executors as a power cut would."""
+        of_it = psutil.Process(self.workers[worker].pid)
+        for process in [*of_it.children(recursive=True), of_it]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.workers[worker].wait(15)
+
+
+@contextlib.contextmanager
+def spark_cluster(folder: Path, workers: int = 2, memory: str = "1g") -> Iterator[SparkCluster]:
+    """A master and workers of one core each, from the installed pyspark."""
+    import pyspark
+
+    program("java", "openjdk-17-jre-headless")
+    home, port, ui = Path(pyspark.__file__).parent, free_port(), free_port()
+    # Workers run elsewhere and know nothing of this project: neither where it is nor what its settings are.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_") and name != "PYTHONPATH"}
+    environ |= {"SPARK_HOME": str(home), "SPARK_DAEMON_MEMORY": "256m", "SPARK_LOCAL_IP": HOST, "SPARK_LOG_DIR": str(folder)}
+    cluster = SparkCluster(folder, f"spark://{HOST}:{port}", f"http://{HOST}:{ui}/json/")
+
+    def command(what: str, *options: str) -> list[str]:
+        return [str(home / "bin/spark-class"), f"org.apache.spark.deploy.{what}", "--host", HOST, *options]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running(command("master.Master", "--port", str(port), "--webui-port", str(ui)), lambda: status(cluster.state) == 200, folder / "master.log", 60, cwd=folder, env=environ))
+        for number in range(workers):
+            given = command("worker.Worker", "--cores", "1", "--memory", memory, "--webui-port", "0", "--work-dir", str(folder / f"worker-{number}"), cluster.url)
+            cluster.workers.append(stack.enter_context(running(given, lambda: True, folder / f"worker-{number}.log", 60, cwd=folder, env=environ)))
+        end = time.monotonic() + 60
+        while cluster.look()["aliveworkers"] < workers:
+            assert time.monotonic() < end, (folder / "worker-0.log").read_text()[-3000:]
+            time.sleep(0.1)
+        yield cluster
