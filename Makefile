@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench lab export lock minikube image clean
+.PHONY: help setup run test bench lab export pictures lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -55,7 +55,7 @@ $(READY): requirements.lock pyproject.toml
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $(READY)
 
-export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files), README.md, dvc.yaml, k8s/jobs/, jobs.yml, dashboards, k8s/base/settings.ini; notebooks cleaned
+export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files), README.md, dvc.yaml, k8s/jobs/, jobs.yml, dashboards, k8s/base/settings.ini, docs/reference/; notebooks cleaned
 	@nbdev-export
 	@rm -rf fraud_pkg/console && cp -R nbs/console fraud_pkg/console
 	@nbdev-clean
@@ -63,7 +63,11 @@ export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files)
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
 	@python -m fraud_pkg.dashboards
+	@python docs/reference.py
 	@cp settings.ini k8s/base/settings.ini
+
+pictures: $(READY)  ## the pictures of the docs, of the last run, in Chromium
+	@python docs/pictures.py
 
 # What a function imports; what onnxruntime needs for other things than inference stays out.
 LAMBDA_LOCK = uv pip compile --quiet --only-binary :all: --generate-hashes --no-emit-index-url --no-header pyproject.toml --constraint .lambda.txt \

@@ -32,7 +32,7 @@ from .bundle import MANIFEST, MODEL, Bundle, BundleError, Manifest, load_bundle
 from .evaluate import (Sample, average_precision, decide, expected_cost, money_saved, paired_bootstrap,
                                 plot_precision_recall, precision_recall_curve)
 from .remote import bring_back, data_outputs
-from .settings import FraudError, Settings, staging_dir
+from .settings import FraudError, Settings, staging_dir, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -452,20 +452,12 @@ def _check_history(client: "MlflowClient", settings: Settings, version: Version)
                 "makes it champion again"))
     return None
 
-# %% ../nbs/11_registry.ipynb #3f84cb92
-def _write(path: Path, content: str | bytes) -> None:
-    "Write a file whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode())
-    part.replace(path)
-
 # %% ../nbs/11_registry.ipynb #5ec849ad
 def _record(client: "MlflowClient", settings: Settings, version: Version, verdict: Verdict) -> None:
     "Keep a verdict: at the challenger's version, and in reports/bakeoff/verdict.json."
     client.set_registered_model_alias(settings.registry.model, "challenger", str(version.number))
     _tag(client, settings, version, verdict=verdict.model_dump_json())
-    _write(settings.reports_dir / "bakeoff" / "verdict.json", verdict.model_dump_json(indent=1) + "\n")
+    write_whole(settings.reports_dir / "bakeoff" / "verdict.json", verdict.model_dump_json(indent=1) + "\n")
 
 # %% ../nbs/11_registry.ipynb #96b53ecd
 def promote(
@@ -679,6 +671,6 @@ def write_bake_off(settings: Settings) -> dict[str, Any]:
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)
     folder = settings.reports_dir / "bakeoff"
-    _write(folder / "precision_recall.png", picture.getvalue())
-    _write(folder / "bakeoff.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "precision_recall.png", picture.getvalue())
+    write_whole(folder / "bakeoff.json", json.dumps(result, indent=1) + "\n")
     return result

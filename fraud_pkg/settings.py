@@ -7,7 +7,7 @@ __all__ = ['NO_TELEMETRY', 'Share', 'Count', 'Positive', 'Rate', 'NotNegative', 
            'Topic', 'Brokers', 'Key', 'FraudError', 'SettingsError', 'Section', 'Paths', 'Data', 'Columns', 'Simulate',
            'Features', 'Cluster', 'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry',
            'Monitor', 'Retrain', 'Pipeline', 'Ledger', 'Serve', 'Console', 'Stream', 'Rules', 'Settings', 'known_keys',
-           'project_root', 'load_settings', 'replace_dir', 'staging_dir']
+           'project_root', 'load_settings', 'replace_dir', 'staging_dir', 'write_whole']
 
 # %% ../nbs/00_settings.ipynb #4b80efb4
 import configparser
@@ -481,3 +481,11 @@ def staging_dir(final: Path) -> Iterator[Path]:
         replace_dir(new, final)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+# %% ../nbs/00_settings.ipynb #b3d1c5a7
+def write_whole(path: Path, content: str | bytes) -> None:
+    "Write a file whole or not at all."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content if isinstance(content, bytes) else content.encode())
+    part.replace(path)

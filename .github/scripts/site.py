@@ -41,6 +41,7 @@ def texts(site: Path) -> None:
         text = source.read_text(encoding="utf-8")
         target.write_text(PAGE.format(title=text.splitlines()[0].lstrip("# "), body=linked(markdown.render(text))), encoding="utf-8")
     shutil.copy(ROOT / "LICENSE", site)
+    shutil.copytree(ROOT / "docs/pictures", site / "docs/pictures")
 
 
 def notebooks(site: Path) -> None:
