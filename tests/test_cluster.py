@@ -106,7 +106,7 @@ def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, 
         logs = sorted((cluster.folder / f"worker-{number}").glob("app-*/*/stderr"), key=lambda file: file.parts[-3])
         return logs[-1].read_text(errors="replace").count("Finished task") if logs and logs[-1].parts[-3] not in before else 0
     before = cluster.finished()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while done(worker) < tasks:
         assert thread.is_alive() and time.monotonic() < end
         time.sleep(0.02)
