@@ -131,7 +131,7 @@ def failed(done: subprocess.CompletedProcess) -> str:
     return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
-def test_what_is_wrong_is_said(finished, cluster):
+def test_what_is_wrong_is_said(finished, lake, cluster):
     """A master that does not answer, executors that no worker has memory for."""
     asked = dict(ON, features__spark_master=f"spark://127.0.0.1:{free_port()}")
     assert "[features] spark_master = spark://127.0.0.1:" in (said := failed(finished.fraud("score", "lake", "nothing", ok=False, **asked))) and "does not answer" in said
@@ -141,7 +141,7 @@ def test_what_is_wrong_is_said(finished, cluster):
     assert not (finished.root / "nothing").exists()
 
 
-def test_all_workers_are_lost(finished, cluster):
+def test_all_workers_are_lost(finished, lake, cluster):
     """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half written."""
     work = started(finished, "score", "lake", "lost", **ON, features__spark_master=cluster.url, features__partitions=200, cluster__wait=4)
     in_the_middle(cluster, 1, work, tasks=15, of=200)
