@@ -25,6 +25,7 @@ class Node:
     others: list[dict] = field(default_factory=list)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
+    asked: set[tuple[str, str]] = field(default_factory=set)  # verbs and resources, as a Role names them
     url: str = ""
 
     def start(self, pod: dict) -> None:
@@ -54,6 +55,11 @@ class Api(BaseHTTPRequestHandler):
     def node(self) -> Node:
         return self.server.node
 
+    def _note(self, verb: str, named: str | None = None) -> None:
+        """What was asked for; `named` is the verb for one object."""
+        resource, _, name = urlsplit(self.path).path.partition("/namespaces/fraud/")[2].partition("/")
+        self.node.asked.add((named if name and named else verb, resource))
+
     def _answer(self, content: dict, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
@@ -66,6 +72,7 @@ class Api(BaseHTTPRequestHandler):
         return json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
 
     def do_POST(self) -> None:
+        self._note("create")
         made = self._body()
         made["metadata"] |= {"uid": f"uid-{len(self.node.pods) + len(self.node.others)}", "resourceVersion": "1", "namespace": "fraud", "creationTimestamp": "2026-01-05T00:00:00Z"}
         if made["kind"] == "Pod":
@@ -77,6 +84,7 @@ class Api(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked = urlsplit(self.path)
+        self._note("watch" if "watch=true" in asked.query else "list", "get")
         if self.headers.get("Upgrade"):  # no websockets here: the client then asks again without
             self._answer({})
             return
@@ -95,12 +103,14 @@ class Api(BaseHTTPRequestHandler):
             self._answer({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": list(self.node.pods.values())})
 
     def do_PATCH(self) -> None:
+        self._note("patch")
         self._body()
         self._answer(self.node.pods.get(urlsplit(self.path).path.rpartition("/")[2], {}))
 
     do_PUT = do_PATCH
 
     def do_DELETE(self) -> None:
+        self._note("deletecollection", "delete")
         self._body()
         self._answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import Workspace
+import yaml
+from conftest import PROJECT, Workspace
 from kubelet import kubernetes
-from servers import SparkCluster, free_port, spark_cluster
+from servers import SparkCluster, free_port, program, spark_cluster
 
 from fraud_pkg.bundle import load_bundle
+from fraud_pkg.settings import load_settings
 
 ON = {"features__engine": "spark", "features__spark_memory": "1g"}
 
@@ -106,7 +108,7 @@ def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, 
         logs = sorted((cluster.folder / f"worker-{number}").glob("app-*/*/stderr"), key=lambda file: file.parts[-3])
         return logs[-1].read_text(errors="replace").count("Finished task") if logs and logs[-1].parts[-3] not in before else 0
     before = cluster.finished()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while done(worker) < tasks:
         assert thread.is_alive() and time.monotonic() < end
         time.sleep(0.02)
@@ -129,7 +131,7 @@ def failed(done: subprocess.CompletedProcess) -> str:
     return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
-def test_what_is_wrong_is_said(finished, cluster):
+def test_what_is_wrong_is_said(finished, lake, cluster):
     """A master that does not answer, executors that no worker has memory for."""
     asked = dict(ON, features__spark_master=f"spark://127.0.0.1:{free_port()}")
     assert "[features] spark_master = spark://127.0.0.1:" in (said := failed(finished.fraud("score", "lake", "nothing", ok=False, **asked))) and "does not answer" in said
@@ -139,7 +141,7 @@ def test_what_is_wrong_is_said(finished, cluster):
     assert not (finished.root / "nothing").exists()
 
 
-def test_all_workers_are_lost(finished, cluster):
+def test_all_workers_are_lost(finished, lake, cluster):
     """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half written."""
     work = started(finished, "score", "lake", "lost", **ON, features__spark_master=cluster.url, features__partitions=200, cluster__wait=4)
     in_the_middle(cluster, 1, work, tasks=15, of=200)
@@ -149,7 +151,19 @@ def test_all_workers_are_lost(finished, cluster):
     assert not (finished.root / "lost").exists() and not list(finished.root.glob(".lost.*"))
 
 
-def test_kubernetes(finished, apart, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def component(tmp_path_factory) -> list[dict]:
+    """An overlay with the jobs and `components/spark`, rendered."""
+    shutil.copytree(PROJECT / "k8s", folder := tmp_path_factory.mktemp("kustomize") / "k8s")
+    (folder / "overlays/with").mkdir()
+    wanted = {"resources": ["../minikube"], "components": ["../../components/jobs", "../../components/spark"]}
+    (folder / "overlays/with/kustomization.yaml").write_text(yaml.safe_dump(wanted))
+    done = subprocess.run([program("kubectl", "kubernetes-client"), "kustomize", str(folder / "overlays/with")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
     """A driver asks Kubernetes for executors: what it asks for is safe and complete, and what runs in that pod does the work."""
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     shutil.rmtree(finished.root / "apart/features")
@@ -157,12 +171,30 @@ def test_kubernetes(finished, apart, monkeypatch, tmp_path):
         apart.fraud("features", **ON, features__spark_master=node.url, cluster__workers=1, cluster__image="registry.example/fraud-jobs@sha256:" + "0" * 64)
         (pod,) = node.pods.values()
     assert parts(finished.root / "apart/features") == parts(finished.root / "data/features")
+    (role,) = [item for item in component if item["kind"] == "Role"]
     container, spec = pod["spec"]["containers"][0], pod["spec"]
     assert container["image"].startswith("registry.example/fraud-jobs@") and container["args"] == ["executor"] and pod["metadata"]["namespace"] == "fraud"
     assert spec["serviceAccountName"] == "fraud-jobs" and spec["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
     assert container["resources"]["limits"]["memory"] == "2048Mi" and container["resources"]["requests"]["cpu"] == "1"
     assert {"name": "project", "persistentVolumeClaim": {"claimName": "fraud-jobs", "readOnly": False}} in spec["volumes"]
     assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["project"] == "/volume" and container["workingDir"] == "/tmp"
+    granted = {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
+    assert ("create", "pods") in node.asked <= granted
+
+
+def test_the_component_makes_drivers(component):
+    """With `components/spark` two jobs have that account, the master and a volume of many nodes; nobody else has the account."""
+    (claim,) = [item for item in component if item["kind"] == "PersistentVolumeClaim" and item["metadata"]["name"] == "fraud-jobs"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    drivers = {}
+    for item in component:
+        pod = item["spec"]["jobTemplate"]["spec"]["template"]["spec"] if item["kind"] == "CronJob" else {}
+        if pod.get("serviceAccountName") == "fraud-spark" and pod["automountServiceAccountToken"]:
+            drivers[item["metadata"]["name"]] = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+    assert set(drivers) == {"fraud-features", "fraud-train-xgboost"} and drivers["fraud-train-xgboost"]["FRAUD_TRAIN_ENGINE"] == "spark"
+    for environ in drivers.values():
+        given = load_settings(file=PROJECT / "k8s/base/settings.ini", environ={name: value for name, value in environ.items() if name.startswith("FRAUD_") and value})
+        assert given.features.spark_master == "k8s://https://kubernetes.default.svc:443" and given.cluster.namespace == "fraud"
 
 
 def test_an_executor_without_a_driver():
