@@ -28,9 +28,16 @@ run: $(READY)  ## the pipeline: what has changed and what depends on it (ARGS="-
 test: $(READY)  ## every test
 	@bash tests/run.sh
 
-bench: $(READY)  ## decisions in process, over HTTP, in Lambda and on a stream, beside peers (ARGS="--quick")
-	@python benchmarks/serving.py $(ARGS)
-	@python benchmarks/streaming.py $(ARGS)
+BENCHMARKS = serving streaming features train scale
+# The Fraud Detection Handbook's transactions, where they are: make bench HANDBOOK=transactions.parquet
+HANDBOOK ?=
+
+bench: $(READY)  ## every benchmark beside its peers, about an hour; one table: benchmarks/results.md (ARGS="--quick": does it run?)
+	@results=$$(mktemp -d); trap 'rm -rf $$results' EXIT; \
+	for name in $(BENCHMARKS); do python benchmarks/$$name.py --json $$results/$$name.json $(ARGS); done; \
+	$(if $(HANDBOOK),python benchmarks/handbook.py $(HANDBOOK) --folds 2018-05-02$(COMMA)2018-05-09$(COMMA)2018-05-16$(COMMA)2018-05-23;) \
+	$(if $(filter --quick,$(ARGS)),:,python benchmarks/table.py $(BENCHMARKS:%=$$results/%.json))
+COMMA := ,
 
 lab: $(READY) .lab/explore  ## JupyterLab, with the exploration notebooks open (ARGS="--no-browser")
 	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/workspaces/explore $(ARGS)

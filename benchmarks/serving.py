@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -28,6 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # scikit-learn decides on one row faster wi
 import lambda_runtime  # noqa: E402
 import peers  # noqa: E402
 import servers  # noqa: E402
+from measure import machine, say, write_json  # noqa: E402
 
 from fraud_pkg.bundle import MODEL, load_bundle  # noqa: E402
 from fraud_pkg.ledger import Event, Ledger, MemoryLedger, create_table, open_ledger, save  # noqa: E402
@@ -86,10 +87,6 @@ class World:
     past: list[dict]
     stream: list[dict]  # live transactions, without ids
     pipeline: Path      # scikit-learn's
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 # The world: simulated accounts, a bundle, a ledger that remembers.
@@ -490,22 +487,12 @@ def text(figures: dict[str, float] | None) -> str:
     return f"{figures['p50']:8,.0f} us  p99 {figures['p99']:,.0f} us"
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], source: str) -> dict:
     """Ours and the peer's side by side."""
     head = ("what", "ours", "peer", "peer's", "ours / peer", "aim")
     verdict = {None: "", True: "met", False: "MISSED"}
-    lines = [(row.what, text(row.ours), row.peer, text(row.theirs), f"{row.ratio:.2f}" if row.theirs else "", f"{row.aim} {verdict[row.met]}".strip()) for row in rows]
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, tuple("-" * width for width in widths), *lines])
-
-
-def processor() -> str:
-    """What this machine calls its processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "unknown processor"
+    lines = [[row.what, text(row.ours), row.peer, text(row.theirs), f"{row.ratio:.2f}" if row.theirs else "", f"{row.aim} {verdict[row.met]}".strip()] for row in rows]
+    return {"title": "Decisions", "note": f"Model: {source}.", "columns": list(head), "rows": lines}
 
 
 def arguments() -> argparse.Namespace:
@@ -540,7 +527,7 @@ def main() -> None:
     needed(parts)
     champion, plan = PROJECT / "models/champion", QUICK if given.quick else FULL
     bundle = given.bundle.resolve() if given.bundle else champion if champion.is_dir() else None
-    began, busy, rows, failed = time.monotonic(), os.getloadavg()[0], [], []
+    began, found, rows, failed = time.monotonic(), machine(), [], []
     with tempfile.TemporaryDirectory() as root:
         try:
             world = prepare(Path(root), plan, bundle)
@@ -551,11 +538,8 @@ def main() -> None:
                 rows += measure(part, world, plan)
             except FraudError as error:
                 failed.append(f"error: {part}: {error}")
-    machine = f"{processor()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}; load {busy:.1f} at the start" + (" (BUSY: figures are too high)" if busy > 0.5 else "")
-    print(f"bundle   {world.source}\nmachine  {machine}\ntook     {time.monotonic() - began:.0f} s\n\n{table(rows)}")
-    if given.json:
-        content = {"bundle": world.source, "machine": machine, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
-        given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    say(f"took {time.monotonic() - began:.0f} s")
+    write_json(given.json, found, [table(rows, world.source)])
     if failed:
         sys.exit("\n".join(failed))
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import serving
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
-from serving import HEADERS, HERE, KEYS, PROJECT, World, clean, live_through, prepare, say, servers
+from measure import machine, say, write_json
+from serving import HEADERS, HERE, KEYS, PROJECT, World, clean, live_through, prepare, servers
 
 from fraud_pkg.journal import open_stepping
 from fraud_pkg.ledger import MemoryLedger
@@ -198,17 +199,14 @@ def latency(world: World, address: str, rate: int, seconds: int) -> dict[str, fl
     return {"p50_ms": float(p50), "p99_ms": float(p99), "worst_ms": max(times)}
 
 
-def table(figures: dict[str, list[float]], late: dict[str, float], rate: int) -> list[str]:
+def table(figures: dict[str, list[float]], late: dict[str, float], rate: int, source: str) -> dict:
     middle = {name: float(np.median(found)) for name, found in figures.items()}
     labels = {"memory ledger": "one consumer, memory ledger with its journal", "Redis ledger": "one consumer, Redis ledger", "copy": "peer: consume and produce, nothing else (the ceiling)",
               "http": "peer: one HTTP request per message to the service, memory ledger"}
-    lines = ["| what | transactions/s (rounds) | of the ceiling | of one request per message |", "|---|---|---|---|"]
-    for name, label in labels.items():
-        rounds = ", ".join(f"{found:,.0f}" for found in figures[name])
-        lines.append(f"| {label} | {middle[name]:,.0f} ({rounds}) | {middle[name] / middle['copy']:.2f} | {middle[name] / middle['http']:.2f} |")
-    lines += ["", f"Aim: at least 5,000 transactions/s with the memory ledger: {'met' if middle['memory ledger'] >= 5000 else 'missed'}.", "",
-              f"Produced to decided at {rate} transactions/s: median {late['p50_ms']:.1f} ms, p99 {late['p99_ms']:.1f} ms, worst {late['worst_ms']:.0f} ms."]
-    return lines
+    lines = [[label, f"{middle[name]:,.0f} ({', '.join(f'{found:,.0f}' for found in figures[name])})", f"{middle[name] / middle['copy']:.2f}", f"{middle[name] / middle['http']:.2f}"] for name, label in labels.items()]
+    note = (f"Model: {source}. Aim: at least 5,000 transactions/s with the memory ledger: {'met' if middle['memory ledger'] >= 5000 else 'missed'}. "
+            f"Produced to decided at {rate} transactions/s: median {late['p50_ms']:.1f} ms, p99 {late['p99_ms']:.1f} ms, worst {late['worst_ms']:.0f} ms.")
+    return {"title": "The stream", "note": note, "columns": ["", "transactions/s: median (rounds)", "of the ceiling", "of one request per message"], "rows": lines}
 
 
 def main() -> None:
@@ -224,7 +222,7 @@ def main() -> None:
     count, rounds, rate, seconds = (10_000, 1, 500, 5) if chosen.quick else (100_000, 3, 500, 30)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         root = Path(scratch)
-        before = os.getloadavg()[0]
+        before = machine()
         world = prepare(root, serving.QUICK if chosen.quick else serving.FULL, given)
         redis = stack.enter_context(servers.redis(root))
         address = stack.enter_context(servers.kafka(root))
@@ -232,10 +230,7 @@ def main() -> None:
         topics(world, address, "fill")
         fill(address, TOPIC, world, count, "bench")
         figures, late = throughput(world, address, redis, count, rounds), latency(world, address, rate, seconds)
-        print(f"Model: {world.source}. {os.cpu_count()} cores, for the broker too; load at the start {before:.1f}.\n")
-        print("\n".join(table(figures, late, rate)))
-        if chosen.json:
-            chosen.json.write_text(json.dumps({"per_second": figures, "latency": late}, indent=1) + "\n")
+        write_json(chosen.json, before, [table(figures, late, rate, world.source)])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from .acquire import KNOWN_NAMES, check_source, quarantine_table, read_content, read_parquet
 from .bundle import MANIFEST, Bundle, code_revision, copy_bundle, load_bundle
-from .engines import PART_ROWS, RAW_COLUMNS, own_features, plan_parts, run_local, spark_job, spark_parts
+from .engines import Histories, PART_ROWS, RAW_COLUMNS, own_features, plan_parts, run_local, spark_job, spark_parts
 from .evaluate import DECISIONS, decide
 from .features import feature_names, matrix
 from .ledger import Event
@@ -160,9 +160,9 @@ def score_rows(bundle: Bundle, x: np.ndarray, raw: pa.Table, rules: Rules) -> di
     words = pa.DictionaryArray.from_arrays(pa.array(decided, pa.int8()), pa.array(DECISIONS))
     return {"fraud_probability": pa.array([round(value, 9) for value in p.tolist()]), "decision": words.cast(pa.string()), "rule": pa.array(ruled, pa.string())}
 
-def score_part(raw: pa.Table, sides: np.ndarray, model: str, sha256: str, rules: Rules, lineage: Lineage, files: Sequence[str]) -> pa.Table:
-    "Scores of raw rows [n] with histories [2 n, H]: what a task of the engine writes."
-    scores = score_rows(_bundle(model, sha256), matrix(own_features(raw), sides), raw, rules)
+def score_part(raw: pa.Table, histories: Histories, model: str, sha256: str, rules: Rules, lineage: Lineage, files: Sequence[str]) -> pa.Table:
+    "Scores of raw rows [n] and their histories: what a task of the engine writes."
+    scores = score_rows(_bundle(model, sha256), matrix(own_features(raw), histories.sides()), raw, rules)
     keys = {name: raw[name] for name in ("tx_id", "step", "nameOrig", "nameDest", "amount")}
     made = {name: pa.repeat(value, len(raw)) for name, value in vars(lineage).items()}
     names = pa.DictionaryArray.from_arrays(raw["source_file"].combine_chunks(), pa.array(files)).cast(pa.string())

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'DIRECTIONS', 'OWN_DIRECTION', 'SLICE', 'transaction_feature_names', 'side_width', 'side_feature_names',
-           'feature_names', 'safe_divide', 'transaction_features', 'flow_features', 'history_features', 'both_sides',
-           'matrix', 'online_history', 'online_transaction']
+           'feature_names', 'safe_divide', 'transaction_features', 'flow_features', 'past_features', 'without_history',
+           'history_features', 'both_sides', 'matrix', 'online_history', 'online_transaction']
 
 # %% ../nbs/05_features.ipynb #92f006ce
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -160,7 +159,7 @@ def _sorted_events(account: np.ndarray) -> np.ndarray:
     return keys[~alone] & ((1 << bits) - 1)
 
 # %% ../nbs/05_features.ipynb #79ec82f8
-def history_features(
+def past_features(
     account: np.ndarray,   # [m] int codes below 2**40
     step: np.ndarray,      # [m] int, hours, not decreasing
     out: np.ndarray,       # [m] bool: the account starts the transaction
@@ -169,33 +168,34 @@ def history_features(
     tx: np.ndarray,        # [m] int, names the transaction, so that one from an account to itself is not its own past
     windows: Sequence[int],
     label_delay: int,
-    threads: int = 1,
-) -> np.ndarray:
-    "History features of events given in (step, tx_id) order: [m, 10 W + 3] float32 in the order of `side_feature_names`."
-    features = np.empty((len(account), side_width(windows)), dtype=np.float32)
-    features[:] = _without_history(windows)
+) -> tuple[np.ndarray, np.ndarray]:
+    "Of events given in (step, tx_id) order, those whose account has more than one: their indices [k] and history features [k, H] float32, by account."
     order = _sorted_events(account) if len(account) else np.empty(0, dtype=np.int64)
     codes = account[order]
     group_starts = np.flatnonzero(np.concatenate(([True], codes[1:] != codes[:-1]))) if len(order) else order
-
-    def run(bounds: tuple[int, int]) -> None:
-        begin, end = bounds
+    features = np.empty((len(order), side_width(windows)), dtype=np.float32)
+    for begin, end in _slices(group_starts, len(order)):
         chosen, code = order[begin:end], codes[begin:end]
         steps = step[chosen].astype(np.int64)
         span = int(steps.max()) + max(windows) + label_delay + 1
         key = np.cumsum(np.concatenate(([0], code[1:] != code[:-1]))) * span + steps
         to_itself = np.concatenate(([False], (code[1:] == code[:-1]) & (tx[chosen[1:]] == tx[chosen[:-1]])))
-        features[chosen] = _slice_features(key, steps, out[chosen], cents[chosen], fraud[chosen], np.arange(end - begin) - to_itself, windows, label_delay)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, _slices(group_starts, len(order))))
-    return features
+        features[begin:end] = _slice_features(key, steps, out[chosen], cents[chosen], fraud[chosen], np.arange(end - begin) - to_itself, windows, label_delay)
+    return order, features
 
 # %% ../nbs/05_features.ipynb #b92a868d
-def _without_history(windows: Sequence[int]) -> np.ndarray:
-    "The row of an account that was never seen."
+def without_history(windows: Sequence[int]) -> np.ndarray:
+    "The row of an account that was never seen: [H] float32."
     flow = [0, 0, np.nan, np.nan]
     return np.array(flow * 2 * len(windows) + [np.nan] * 2 * len(windows) + [0, np.nan, np.nan], dtype=np.float32)
+
+# %% ../nbs/05_features.ipynb #5d0b7c3e
+def history_features(account, step, out, cents, fraud, tx, windows: Sequence[int], label_delay: int) -> np.ndarray:
+    "`past_features` with a row for every event: [m, H] float32 in the order of `side_feature_names`."
+    chosen, found = past_features(account, step, out, cents, fraud, tx, windows, label_delay)
+    features = np.tile(without_history(windows), (len(account), 1))
+    features[chosen] = found
+    return features
 
 # %% ../nbs/05_features.ipynb #14284a2d
 def both_sides(origin: np.ndarray, destination: np.ndarray) -> np.ndarray:

@@ -162,4 +162,4 @@ def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
         online.append(look_back(events, reading, windows, delay))
         assert all(ledger.record(events))
         waiting += [row for row in part if row["isFraud"]]
-    np.testing.assert_array_equal(np.vstack(online), local_history(raw, windows, delay, threads=1))
+    np.testing.assert_array_equal(np.vstack(online), local_history(raw, windows, delay, threads=1).sides())

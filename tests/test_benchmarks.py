@@ -1,0 +1,102 @@
+"""What the benchmarks compare is equal: peers compute our features, bit for bit, on a simulated log and on one made to be difficult; and their tables hold what was measured."""
+
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import PROJECT
+
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+
+import features
+import measure
+import scale
+import table
+
+PEERS = {"polars": features.with_polars, "duckdb": features.with_duckdb}
+WINDOWS, DELAY = (1, 24, 168, 720), 168  # of settings.ini
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simulated")
+    features.make_log(folder, 15_000, "hard")
+    features.ours("local", folder, "1g")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def difficult(simulated, tmp_path_factory):
+    """Few accounts that meet often and pay themselves, many transactions in an hour, missing types and balances, much fraud."""
+    folder, rng, rows = tmp_path_factory.mktemp("difficult"), np.random.default_rng(5), 3_000
+    manifest = json.loads((simulated / "raw/manifest.json").read_text())
+    schema = pq.read_schema(simulated / "raw" / manifest["file"])
+    steps = np.sort(rng.integers(0, 1_500, rows) // 7 * 7)
+    missing = rng.random(rows) < 0.2
+    columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names} | {
+        "tx_id": np.arange(rows), "step": steps, "type": pa.array(rng.choice(["TRANSFER", "CASH_OUT"], rows), mask=missing), "amount": rng.integers(0, 10**6, rows) / 100,
+        "nameOrig": rng.choice(list("ABCDEFG"), rows), "nameDest": rng.choice(["M1", *"ABCDEFG"], rows), "oldbalanceOrg": pa.array(rng.integers(0, 3, rows) * 50.25, mask=missing),
+        "isFraud": (rng.random(rows) < 0.2).astype(int)}
+    (folder / "raw").mkdir()
+    pq.write_table(pa.table({name: pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names}, schema=schema), folder / "raw" / manifest["file"], row_group_size=700)
+    (folder / "raw/manifest.json").write_text(json.dumps(manifest | {"rows": rows, "first_step": int(steps[0]), "last_step": int(steps[-1])}))
+    features.ours("local", folder, "1g")
+    return folder
+
+
+@pytest.mark.parametrize("log", ["simulated", "difficult"])
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_compute_our_features(peer, log, request):
+    folder = request.getfixturevalue(log)
+    target = folder / f"{peer}.parquet"
+    PEERS[peer](next((folder / "raw").glob("*.parquet")), target, WINDOWS, DELAY)
+    assert pq.read_schema(target).names == ["tx_id", *features.compared_names(WINDOWS)]
+    assert features.differences(folder, target, WINDOWS) == {}
+
+
+def test_a_difference_is_seen(simulated):
+    target = simulated / "changed.parquet"
+    features.with_polars(next((simulated / "raw").glob("*.parquet")), target, WINDOWS, DELAY)
+    content = pq.read_table(target)
+    changed = content["orig_out_sum_24h"].to_numpy().copy()
+    changed[[3, 5]] += 1
+    pq.write_table(content.set_column(content.column_names.index("orig_out_sum_24h"), "orig_out_sum_24h", pa.array(changed)), target)
+    assert features.differences(simulated, target, WINDOWS) == {"orig_out_sum_24h": 2}
+
+
+def test_a_larger_log_is_many_towns(simulated, tmp_path):
+    scale.widen(simulated, tmp_path / "wide", 45_000)
+    town, wide = (pq.read_table(next((folder / "raw").glob("*.parquet"))) for folder in (simulated, tmp_path / "wide"))
+    assert len(wide) == 3 * len(town) and wide.schema == town.schema
+    assert (np.diff(wide["step"].to_numpy()) >= 0).all() and (wide["tx_id"].to_numpy() == np.arange(len(wide))).all()
+    accounts = set(wide["nameOrig"].to_pylist())
+    assert len(accounts) == 3 * len(set(town["nameOrig"].to_pylist()))
+    features.ours("local", tmp_path / "wide", "1g")
+
+
+def test_growth_is_fitted():
+    points = [(rows, 5 + 3 * rows / 1e6) for rows in (500_000, 1_000_000, 2_000_000, 4_000_000)]
+    constant, slope, exponent = scale.fitted(points)
+    assert (constant, slope) == (pytest.approx(5), pytest.approx(3)) and 0.6 < exponent < 1
+
+
+def test_what_a_program_takes():
+    run = measure.measured([sys.executable, "-c", "x = bytearray(200 << 20); import time; time.sleep(0.3); print('noise'); print('last')"])
+    assert run.printed == "last" and 0.19 < run.peak < 0.6 and run.seconds > 0.3
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        measure.measured([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_tables_come_together(tmp_path, monkeypatch):
+    one = {"title": "T", "note": "N.", "columns": ["", "s"], "rows": [["a", "1.0"]]}
+    files = [tmp_path / "x.json", tmp_path / "not measured.json"]
+    measure.write_json(files[0], measure.machine(), [one])
+    found = table.together(files)
+    assert found["tables"][0]["rows"] == one["rows"] and found["tables"][0]["note"].startswith("N. Load at the start: ") and "load" not in found["machine"]
+    assert "| a | 1.0 |" in measure.markdown(found["tables"][0])
+    measure.write_json(files[1], measure.machine() | {"cores": 999}, [one])
+    with pytest.raises(SystemExit, match="different machines"):
+        table.together(files)
