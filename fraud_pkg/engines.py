@@ -308,8 +308,7 @@ class _Lookout:
                 alone, self.seen = time.monotonic(), True
             elif time.monotonic() - alone > wait:
                 self.problem = self._explained()
-                self.spark.sparkContext.cancelAllJobs()
-                return
+                self.spark.sparkContext.cancelAllJobs()  # again and again: the next job may not have begun yet
 
     def _explained(self) -> str:
         features, cluster = self.settings.features, self.settings.cluster
