@@ -179,8 +179,9 @@ def test_stop_finishes_what_is_in_flight(tmp_path):
 
 def test_does_what_its_document_says(tmp_path):
     example_bundle(tmp_path / "champion")
-    with api(tmp_path, variables={"FRAUD_API_KEYS": "anna@write:0123456789abcdef"}) as (url, _):
-        conforms(f"{url}/openapi.json", url, "0123456789abcdef")
+    key = "0123456789abcdef"
+    with api(tmp_path, variables={"FRAUD_API_KEYS": f"anna@write:{key}"}) as (url, _):
+        conforms(f"{url}/openapi.json", url, key)
 
 
 def test_hung_ledger_keeps_no_probe_waiting(tmp_path):
