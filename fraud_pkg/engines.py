@@ -400,8 +400,7 @@ def _part_task(raw_file: str, folder: str, parts: Sequence[Part], windows: Seque
         row = by_id[np.searchsorted(tx_id, found["tx_id"].to_numpy(), sorter=by_id)]
         place = np.zeros(2 * len(raw), dtype=np.int32)
         place[2 * row + ~found["out"].to_numpy()] = np.arange(1, len(found) + 1)
-        table = part_table(raw, Histories(np.vstack([nothing, histories]), place), windows)
-        write_part(table, Path(folder) / part.file)
+        write_part(finish(raw, Histories(np.vstack([nothing, histories]), place)), Path(folder) / part.file)
         yield pa.record_batch({"part": pa.array([part.number], pa.int32()), "rows": pa.array([len(raw)], pa.int64())})
     return run
 
