@@ -145,7 +145,8 @@ def test_all_workers_are_lost(finished, lake, cluster):
     """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half written."""
     work = started(finished, "score", "lake", "lost", **ON, features__spark_master=cluster.url, features__partitions=200, cluster__wait=4)
     in_the_middle(cluster, 1, work, tasks=15, of=200)
-    cluster.kill(1)
+    for number in (number for number, worker in enumerate(cluster.workers) if worker.poll() is None):
+        cluster.kill(number)
     work.join()
     assert "all workers are lost, and none came back within 4 s" in failed(work.done)
     assert not (finished.root / "lost").exists() and not list(finished.root.glob(".lost.*"))
