@@ -94,10 +94,10 @@ def _largest(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarr
     return found
 
 # %% ../nbs/05_features.ipynb #5d3e041e
-def _surges(key, out, total_out, total, starts, last, windows) -> list[np.ndarray]:
+def _surges(key, out, count_out, total_out, total, starts, last, windows) -> list[np.ndarray]:
     "Per window the busiest hour in the event's own direction, as a multiple of its mean transaction in the longest window; NaN for a window without events."
     hour, surges, totals = np.searchsorted(key, key), np.empty((len(windows), len(key))), (total - total_out, total_out)
-    counts = [_running(~out), _running(out)]
+    counts = (np.arange(len(count_out)) - count_out, count_out)
     for direction in (0, 1):
         at = np.flatnonzero(out == direction)
         begins, end = np.stack([starts[window][at] for window in windows]), last[at]
@@ -127,7 +127,7 @@ def _slice_features(key, step, out, cents, fraud, last, windows, label_delay) ->
         n_out, sum_out = count_out[last] - count_out[begin], total_out[last] - total_out[begin]
         columns += flow_features(n_out, sum_out, cents)
         columns += flow_features(last - begin - n_out, total[last] - total[begin] - sum_out, cents)
-    columns += _surges(key, out, total_out, total, starts, last, windows)
+    columns += _surges(key, out, count_out, total_out, total, starts, last, windows)
     known = np.minimum(starts[label_delay], last)
     begins = {window: np.minimum(starts[label_delay + window], known) for window in windows}
     columns += (safe_divide(frauds[known] - frauds[begin], known - begin) for begin in begins.values())
