@@ -137,7 +137,7 @@ def _slice_features(key, step, out, cents, fraud, last, windows, label_delay) ->
     return np.stack(columns, axis=-1, dtype=np.float32, casting="same_kind")
 
 # %% ../nbs/05_features.ipynb #1fb70c00
-SLICE = 1 << 16  # events; a slice's arrays stay in the second-level cache
+SLICE = 1 << 15  # events; a slice's arrays stay in the second-level cache, and their memory serves the next slice
 
 def _slices(group_starts: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     "Ranges of about SLICE events that end where an account ends."

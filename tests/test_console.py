@@ -128,6 +128,7 @@ def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
         page.click("#hand-results li:nth-child(1) button")
         page.locator("#detail-title", has_text="hand-").wait_for()
         assert page.locator("#detail .others li").count() >= 1  # the next of the chain
+        page.locator("#rows .row:first-child .c-to", has_text="C-hand-agent").wait_for()  # the list is drawn after the details
         page.focus("#grid")
         page.keyboard.press("Home")
         first = page.locator("#detail-title").text_content()
