@@ -225,7 +225,7 @@ def main() -> None:
         before = machine()
         world = prepare(root, serving.QUICK if chosen.quick else serving.FULL, given)
         redis = stack.enter_context(servers.redis(root))
-        address = stack.enter_context(servers.kafka(root))
+        address = stack.enter_context(servers.kafka(root, java=()))
         say(f"{count:,} transactions into the topic")
         topics(world, address, "fill")
         fill(address, TOPIC, world, count, "bench")

@@ -67,6 +67,16 @@ class Matrices:
 # %% ../nbs/08_xgboost.ipynb #1c0fa7d2
 PAGE = 1 << 19  # rows
 
+def _columns(x: np.ndarray) -> np.ndarray:
+    "[n, F] -> [F, n], in blocks that fit the second-level cache."
+    import pyarrow as pa
+
+    # Arrow's allocator keeps the memory for the next page
+    columns = np.frombuffer(pa.allocate_buffer(x.nbytes), dtype=np.float32).reshape(x.shape[::-1])
+    for first in range(0, len(x), 1024):
+        columns[:, first:first + 1024] = x[first:first + 1024].T
+    return columns
+
 class _Pages(xgboost.DataIter):
     "A sample's rows, a page at a time."
     def __init__(self, sample: Sample, names: Sequence[str], page: int, cache: Path | None = None):
@@ -82,7 +92,7 @@ class _Pages(xgboost.DataIter):
         rows = slice(self.first, self.first + self.page)
         self.first, y = rows.stop, self.sample.y[rows]
         if len(y):
-            columns = np.ascontiguousarray(self.sample.take(rows).select(self.names).T)
+            columns = _columns(self.sample.take(rows).select(self.names))
             input_data(data=pa.Table.from_arrays([pa.array(column) for column in columns], names=self.names), label=y)
         return len(y) > 0
 

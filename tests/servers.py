@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,17 +177,17 @@ def kafka_classpath() -> str:
 
 
 @contextlib.contextmanager
-def kafka(folder: Path, port: int | None = None) -> Iterator[str]:
-    """An Apache Kafka broker (KRaft) that keeps its data in `folder`: started there again it goes on. Yields its address."""
+def kafka(folder: Path, port: int | None = None, java: Sequence[str] = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")) -> Iterator[str]:
+    """An Apache Kafka broker (KRaft) that keeps its data in `folder`: started there again it goes on. `java` are options for a short life. Yields its address."""
     port, data = port or free_port(), folder / "kafka"
-    java = [program("java", "openjdk-17-jre-headless"), "-Xms256m", "-Xmx512m", "-cp", kafka_classpath()]
+    command = [program("java", "openjdk-17-jre-headless"), "-Xms256m", "-Xmx512m", *java, "-cp", kafka_classpath()]
     configuration = folder / "kafka.properties"
     configuration.write_text(KAFKA.format(host=HOST, port=port, controller=free_port(), data=data))
     if not data.exists():
         cluster = base64.urlsafe_b64encode(b"f" + os.urandom(15)).decode().rstrip("=")  # never begins with a dash, which would be an option
-        done = subprocess.run([*java, "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(configuration)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(configuration)], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-    with running([*java, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
+    with running([*command, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
         yield f"{HOST}:{port}"
 
 
