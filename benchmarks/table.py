@@ -32,6 +32,36 @@ def together(files: Sequence[Path]) -> dict:
     return {"machine": machines[0], "tables": tables}
 
 
+def rows(results: dict, title: str, start: str) -> list[list[str]]:
+    """The rows of the tables whose title begins like this, that begin like this."""
+    return [row for table in results["tables"] if table["title"].startswith(title) for row in table["rows"] if row[0].startswith(start)]
+
+
+def headlines(results: dict) -> str:
+    """The few lines that the README shows, as Markdown."""
+    def first(cell: str) -> str:
+        return cell.strip().split(" (")[0].split("  ")[0]
+
+    def beside(start: str, *peers: str) -> tuple[str, ...]:
+        found = rows(results, "Decisions", start)
+        return first(found[0][1]), "; ".join(f"{peer}: {first(row[3])}" for peer in peers for row in found if row[2] == peer)
+
+    def taken(title: str, start: str) -> str:
+        [row] = rows(results, title, start)
+        return f"{first(row[1])} s, {row[3]} GiB"
+
+    features, training, stream = (next(table["title"] for table in results["tables"] if table["title"].startswith(start)) for start in ("Features of", "Training on", "The stream"))
+    per_second = {name: first(rows(results, stream, start)[0][1]) for name, start in (("ours", "one consumer, memory"), ("peer", "peer: one HTTP"))}
+    lines = [("a decision in process, request to answer", *beside("decision, all (7% alerts); memory", "mlflow pyfunc, same model, features given")),
+             ("decisions over HTTP, 32 connections", *beside("HTTP, 32", "scikit-learn pipeline behind FastAPI", "FastAPI, a constant, request and answer typed")),
+             ("Lambda, cold start", *beside("Lambda, cold", "scikit-learn pipeline in a handler")),
+             ("the stream, one consumer", f"{per_second['ours']}/s", f"one HTTP request per message: {per_second['peer']}/s"),
+             (features.lower(), taken(features, "engine `local`"), f"Polars: {taken(features, 'Polars')}; DuckDB: {taken(features, 'DuckDB')}"),
+             ("the same on Spark", taken(features, "engine `spark`"), f"the common Spark script, without history: {taken(features, 'the common')}"),
+             (training.lower(), taken(training, "ours"), f"`XGBClassifier.fit`: {taken(training, '`XGB')}")]
+    return "\n".join(["| | here | beside it |", "|---|---|---|", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
 def main() -> None:
     files = [Path(name) for name in sys.argv[1:]]
     for file in files:
@@ -42,6 +72,7 @@ def main() -> None:
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     head = f"{of['processor']}, {of['cores']} cores, {of['memory_gib']} GiB, Python {of['python']}."
     (HERE / "results.md").write_text("\n\n".join([head, *map(markdown, results["tables"])]) + "\n", encoding="utf-8")
+    print(headlines(results))
 
 
 if __name__ == "__main__":

@@ -100,3 +100,8 @@ def test_tables_come_together(tmp_path, monkeypatch):
     measure.write_json(files[1], measure.machine() | {"cores": 999}, [one])
     with pytest.raises(SystemExit, match="different machines"):
         table.together(files)
+
+
+def test_the_readme_has_the_latest_figures():
+    results = json.loads((PROJECT / "benchmarks/results.json").read_text(encoding="utf-8"))
+    assert table.headlines(results) in (PROJECT / "README.md").read_text(encoding="utf-8"), "put this into nbs/index.ipynb, and run make export:\n" + table.headlines(results)
