@@ -120,7 +120,7 @@ def groups(s: Sample) -> dict[str, dict[str, np.ndarray]]:
     found = {"all": {"all frauds": fraud}, "kind of fraud": {kind: s.scenario == kind for kind in kinds}, "amount": _by_amount(s.amount, fraud),
              "type of payment": {name.removeprefix("type_"): values == 1 for name, values in column.items() if name.startswith("type_")}}
     if (seen := column.get("orig_hours_since_seen")) is not None:
-        found["payer"] = {"seen before": ~np.isnan(seen), "never seen before": np.isnan(seen)}
+        found["sender"] = {"seen before": ~np.isnan(seen), "never seen before": np.isnan(seen)}
     return found
 
 # %% ../nbs/12c_card.ipynb #f979956b

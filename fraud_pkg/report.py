@@ -92,7 +92,7 @@ def _dearest(card: Mapping[str, Any], group: str) -> str | None:
 def _group(part: Mapping[str, Any]) -> str:
     "A group in a sentence."
     name = part["name"].replace("_", " ")
-    return {"kind of fraud": f"the kind “{name}”", "amount": f"amounts {name}", "type of payment": f"payments of type {part['name']}", "payer": f"payers {name}"}.get(part["by"], name)
+    return {"kind of fraud": f"the kind “{name}”", "amount": f"amounts {name}", "type of payment": f"payments of type {part['name']}", "sender": f"senders {name}"}.get(part["by"], name)
 
 def _hardest(card: Mapping[str, Any]) -> list[str]:
     "Groups of which clearly fewer frauds are found within the budget than of all: their interval ends below the share of all."
@@ -590,7 +590,7 @@ def _templates() -> "Environment":
     return made
 
 # %% ../nbs/16_report.ipynb #88070486
-GROUPS = ("kind of fraud", "amount", "type of payment", "payer")
+GROUPS = ("kind of fraud", "amount", "type of payment", "sender")
 
 def drawn(content: Mapping[str, Any], filters: Mapping[str, Any]) -> dict[str, Any]:
     "The charts of the pages, from what was collected."
