@@ -978,6 +978,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fraud_pkg.scoring.Service._feedback': ('scoring.html#service._feedback', 'fraud_pkg/scoring.py'),
                                    'fraud_pkg.scoring.Service._handler': ('scoring.html#service._handler', 'fraud_pkg/scoring.py'),
                                    'fraud_pkg.scoring.Service._ledger': ('scoring.html#service._ledger', 'fraud_pkg/scoring.py'),
+                                   'fraud_pkg.scoring.Service._marked': ('scoring.html#service._marked', 'fraud_pkg/scoring.py'),
                                    'fraud_pkg.scoring.Service._model': ('scoring.html#service._model', 'fraud_pkg/scoring.py'),
                                    'fraud_pkg.scoring.Service._predict': ('scoring.html#service._predict', 'fraud_pkg/scoring.py'),
                                    'fraud_pkg.scoring.Service._predict_batch': ( 'scoring.html#service._predict_batch',

@@ -502,6 +502,8 @@ RIGHTS = {"/model": "model"}  # what a key must be allowed, "decide" where nothi
 def _looks_back(scorer: Scorer) -> tuple:
     return scorer.manifest.windows, scorer.manifest.label_delay
 
+log = logging.getLogger("fraud_pkg")
+
 class Service:
     "Everything behind the doors: the current scorer, the ledger, the keys."
 
@@ -558,6 +560,8 @@ class Service:
             answer = self._handler(method, path, headers, body)(body)
             if answer.scored:
                 self._ledger(answer.scored.with_history)
+            if answer.labels:
+                self._marked(headers, answer.labels)
             return answer
         except Refused as refused:
             return refusal(refused)
@@ -570,6 +574,12 @@ class Service:
         except Exception:  # a defect of ours: one request fails, the service goes on, and the trace is for us
             log.exception("%s %s failed", method, path)
             return refusal(_refused(500, "service", "failed; the reason is in its log"))
+
+    def _marked(self, headers: Mapping[str, str], labels: Mapping[str, bool]) -> None:
+        "Says in the log which person marked what; a system's labels come by the thousand, and are in the lake."
+        name = key_name(self.keys, headers.get("x-api-key", ""))
+        if name and role_of(name):
+            log.info("marked", extra={"fields": {"by": name, "labels": dict(labels)}})
 
     def _ledger(self, answers: bool, error: LedgerError | str = "decisions without history") -> None:
         "Says once that the ledger went away, and once that it is back; what exactly is wrong is not the client's to know."
@@ -642,8 +652,6 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "data": {"fingerprint": manifest.data.get("fingerprint"), "rows": manifest.data.get("rows"), "periods": manifest.data.get("periods")}, "code_revision": manifest.code_revision}
 
 # %% ../nbs/12_scoring.ipynb #c2128945
-log = logging.getLogger("fraud_pkg")
-
 class Watcher:
     "Keeps a service on the newest good bundle of a place."
 
