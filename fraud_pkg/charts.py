@@ -60,7 +60,7 @@ def moment(iso: str | None) -> str:
 
 # %% ../nbs/15c_charts.ipynb #0240e6b2
 def feature_words(name: str) -> str:
-    "A feature in [words](05a_words.ipynb), as a part of a sentence."
+    "A feature in words, as a part of a sentence."
     text, _ = words(name)
     return text[:1].lower() + text[1:]
 

@@ -20,12 +20,16 @@ SMALL = {"simulate.rows": 60_000, "simulate.days": 60, "simulate.fraud_rate": 0.
          "evaluate.resamples": 50, "tensorflow.epochs": 3, "xgboost.rounds": 80, "features.spark_memory": "2g", "features.spark_master": "local[2]"}
 
 
+FIRST = ("test_stream.py", "test_loop.py", "finished", "team", "test_real_data.py", "test_pipeline.py", "test_parity.py", "test_bad_input.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Two workers share the files between them; those that need the finished workspace stay together, so that it is made once. The longest files begin, so that none waits for them at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_stream.py", "test_loop.py"))
+    """Two workers share the files between them; tests that need a finished workspace stay together, so that it is made once. The longest groups begin, so that none is waited for at the end."""
+    group = {item: next((name for name in ("finished", "team") if name in item.fixturenames), item.path.name) for item in items}
+    items.sort(key=lambda item: FIRST.index(group[item]) if group[item] in FIRST else len(FIRST))
     for item in items:
-        shared_fixture = next((name for name in ("finished", "team") if name in item.fixturenames), item.path.name)
-        item.add_marker(pytest.mark.xdist_group(shared_fixture))
+        item.add_marker(pytest.mark.xdist_group(group[item]))
 
 
 @dataclass

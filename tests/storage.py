@@ -14,7 +14,7 @@ from pathlib import Path
 import boto3
 import servers
 
-FAST = {"features.engine": "local", "simulate.rows": 20_000, "xgboost.rounds": 30, "tensorflow.epochs": 1, "train.ablation": "false", "evaluate.resamples": 20}
+FAST = {"features.engine": "local", "features.windows": "1, 24, 168", "simulate.rows": 20_000, "xgboost.rounds": 30, "tensorflow.epochs": 1, "train.ablation": "false", "evaluate.resamples": 20}
 
 
 @dataclass

@@ -16,7 +16,7 @@ def average_precision(space) -> dict[str, float]:
 
 def test_paysim_head(workspace):
     """Eight hours, 81 frauds: a label delay of an hour, and the rule that gives PaySim away."""
-    space = workspace(data__source=shared("paysim_head.csv"), features__engine="local", features__label_delay=1, split__test_hours=2,
+    space = workspace(data__source=shared("paysim_head.csv"), features__engine="local", features__windows="1, 24", features__label_delay=1, split__test_hours=2,
                       split__validation_hours=1, gate__min_average_precision=0.01)
     space.fraud("run")
     raw = space.json("data/raw/manifest.json")
@@ -27,7 +27,7 @@ def test_paysim_head(workspace):
 
 def test_handbook(workspace):
     """Another schema through [columns]: timestamps, no balances, no types."""
-    space = workspace(data__source=shared("handbook_until_2018-07-10.parquet"), tensorflow__epochs=1, **HANDBOOK)
+    space = workspace(data__source=shared("handbook_until_2018-07-10.parquet"), features__engine="local", tensorflow__epochs=1, **HANDBOOK)
     space.fraud("run")
     raw = space.json("data/raw/manifest.json")
     assert (raw["rows"], raw["quarantined"], raw["epoch"][:10]) == (968_731, 0, "2018-03-26")
