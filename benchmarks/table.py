@@ -32,34 +32,43 @@ def together(files: Sequence[Path]) -> dict:
     return {"machine": machines[0], "tables": tables}
 
 
-def rows(results: dict, title: str, start: str) -> list[list[str]]:
-    """The rows of the tables whose title begins like this, that begin like this."""
-    return [row for table in results["tables"] if table["title"].startswith(title) for row in table["rows"] if row[0].startswith(start)]
+# What the README shows: in words (empty: the table's title), the table, our row, and the peers: in a table of decisions by name, elsewhere with their rows.
+DECISIONS = (("a decision in process, request to answer", "decision, all", ("mlflow pyfunc, same model, features given",)),
+             ("decisions over HTTP, 32 connections", "HTTP, 32", ("scikit-learn pipeline behind FastAPI", "FastAPI, a constant, request and answer typed")),
+             ("Lambda, cold start", "Lambda, cold", ("scikit-learn pipeline in a handler",)))
+OTHERS = (("the stream, one consumer", "The stream", "one consumer, memory", {"one HTTP request per message": "peer: one HTTP"}),
+          ("", "Features of", "engine `local`", {"Polars": "Polars", "DuckDB": "DuckDB"}),
+          ("the same on Spark", "Features of", "engine `spark`", {"the common Spark script, without history": "the common"}),
+          ("", "Training on", "ours", {"`XGBClassifier.fit`": "`XGB"}))
+
+
+def first(cell: str) -> str:
+    """A cell's first figure."""
+    return cell.strip().split(" (")[0].split("  ")[0]
+
+
+def figure(table: dict, start: str) -> str:
+    """What the row that begins like this says: transactions a second, or seconds and memory."""
+    row = next(row for row in table["rows"] if row[0].startswith(start))
+    return f"{first(row[1])}/s" if table["title"] == "The stream" else f"{first(row[1])} s, {row[3]} GiB"
 
 
 def headlines(results: dict) -> str:
-    """The few lines that the README shows, as Markdown."""
-    def first(cell: str) -> str:
-        return cell.strip().split(" (")[0].split("  ")[0]
+    """The few lines that the README shows, as Markdown; of what was measured."""
+    lines = []
 
-    def beside(start: str, *peers: str) -> tuple[str, ...]:
-        found = rows(results, "Decisions", start)
-        return first(found[0][1]), "; ".join(f"{peer}: {first(row[3])}" for peer in peers for row in found if row[2] == peer)
+    def line(what: str, ours: str, peers: dict[str, str]) -> None:
+        lines.append(f"| {what} | {ours} | {'; '.join(f'{name}: {figure}' for name, figure in peers.items())} |")
 
-    def taken(title: str, start: str) -> str:
-        [row] = rows(results, title, start)
-        return f"{first(row[1])} s, {row[3]} GiB"
-
-    features, training, stream = (next(table["title"] for table in results["tables"] if table["title"].startswith(start)) for start in ("Features of", "Training on", "The stream"))
-    per_second = {name: first(rows(results, stream, start)[0][1]) for name, start in (("ours", "one consumer, memory"), ("peer", "peer: one HTTP"))}
-    lines = [("a decision in process, request to answer", *beside("decision, all (7% alerts); memory", "mlflow pyfunc, same model, features given")),
-             ("decisions over HTTP, 32 connections", *beside("HTTP, 32", "scikit-learn pipeline behind FastAPI", "FastAPI, a constant, request and answer typed")),
-             ("Lambda, cold start", *beside("Lambda, cold", "scikit-learn pipeline in a handler")),
-             ("the stream, one consumer", f"{per_second['ours']}/s", f"one HTTP request per message: {per_second['peer']}/s"),
-             (features.lower(), taken(features, "engine `local`"), f"Polars: {taken(features, 'Polars')}; DuckDB: {taken(features, 'DuckDB')}"),
-             ("the same on Spark", taken(features, "engine `spark`"), f"the common Spark script, without history: {taken(features, 'the common')}"),
-             (training.lower(), taken(training, "ours"), f"`XGBClassifier.fit`: {taken(training, '`XGB')}")]
-    return "\n".join(["| | here | beside it |", "|---|---|---|", *("| " + " | ".join(line) + " |" for line in lines)])
+    decisions = [row for table in results["tables"] if table["title"] == "Decisions" for row in table["rows"]]
+    for what, start, peers in DECISIONS:
+        if found := [row for row in decisions if row[0].startswith(start)]:
+            theirs = {row[2]: first(row[3]) for row in found if row[0] == found[0][0]}
+            line(what, first(found[0][1]), {name: theirs[name] for name in peers})
+    for what, title, start, peers in OTHERS:
+        for table in (one for one in results["tables"] if one["title"].startswith(title)):
+            line(what or table["title"].lower(), figure(table, start), {name: figure(table, peer) for name, peer in peers.items()})
+    return "\n".join(["| | here | beside it |", "|---|---|---|", *lines])
 
 
 def main() -> None:

@@ -52,4 +52,4 @@ need chromium chromium "the tests in a browser"
 for name in buildah podman crun debootstrap; do need "$name" "$name" "the test of the image"; done
 part "notebooks" notebooks
 part "job notebooks" job_notebooks
-part "end to end" pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 tests
+part "end to end" pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests

@@ -27,7 +27,7 @@ def test_paysim_head(workspace):
 
 def test_handbook(workspace):
     """Another schema through [columns]: timestamps, no balances, no types."""
-    space = workspace(data__source=shared("handbook_until_2018-07-10.parquet"), features__engine="local", tensorflow__epochs=1, **HANDBOOK)
+    space = workspace(data__source=shared("handbook_until_2018-07-10.parquet"), tensorflow__epochs=1, **HANDBOOK)
     space.fraud("run")
     raw = space.json("data/raw/manifest.json")
     assert (raw["rows"], raw["quarantined"], raw["epoch"][:10]) == (968_731, 0, "2018-03-26")
