@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PART_ROWS', 'RAW_COLUMNS', 'BLOCK', 'Finish', 'JAVA_HINT', 'LEAST_MEMORY', 'OUT_OF_MEMORY', 'EVENT_OUTPUT', 'ENGINES',
-           'own_features', 'Part', 'plan_parts', 'Histories', 'feature_columns', 'part_table', 'write_part', 'deal',
-           'local_history', 'read_raw', 'run_local', 'require_java', 'spark_config', 'executor_template',
-           'executor_command', 'require_master', 'spark_session', 'spark_problem', 'spark_job', 'spark_parts',
-           'run_spark', 'read_manifest', 'build_features']
+           'own_features', 'Part', 'plan_parts', 'Histories', 'empty_columns', 'feature_columns', 'part_table',
+           'write_part', 'deal', 'local_history', 'read_raw', 'run_local', 'require_java', 'spark_config',
+           'executor_template', 'executor_command', 'require_master', 'spark_session', 'spark_problem', 'spark_job',
+           'spark_parts', 'run_spark', 'read_manifest', 'build_features']
 
 # %% ../nbs/06_engines.ipynb #039f2f59
 import json
@@ -94,10 +94,14 @@ class Histories:
 # %% ../nbs/06_engines.ipynb #d8ec73d6
 BLOCK = 2048  # transactions; rows become columns inside the second-level cache
 
+def empty_columns(features: int, rows: int) -> np.ndarray:
+    "Room for a turned matrix: [features, rows] float32, not set."
+    # Arrow's allocator keeps memory for the next part; fresh pages from the system cost as much as the work
+    return np.frombuffer(pa.allocate_buffer(4 * features * rows), dtype=np.float32).reshape(features, rows)
+
 def feature_columns(own: np.ndarray, histories: Histories, features: int) -> np.ndarray:
     "The matrix of own features [n, 13] and histories, turned: [features, n] float32."
-    # Arrow's allocator keeps memory for the next part; fresh pages from the system cost as much as the work
-    columns = np.frombuffer(pa.allocate_buffer(4 * features * len(own)), dtype=np.float32).reshape(features, len(own))
+    columns = empty_columns(features, len(own))
     for first in range(0, len(own), BLOCK):
         end = min(first + BLOCK, len(own))
         columns[:, first:end] = matrix(own[first:end], histories.between(first, end).sides()).T
