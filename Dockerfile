@@ -31,7 +31,7 @@ RUN groupadd --gid 10001 fraud \
 COPY --from=build /app/venv /app/venv
 COPY --from=package /app/fraud_pkg /app/fraud_pkg
 COPY settings.ini /app/
-# The keys, the ledger and the champion are the deployment's to name: FRAUD_API_KEYS_FILE, FRAUD_LEDGER_URL, FRAUD_SERVE_BUNDLE.
+# The keys, the store and the champion are the deployment's to name: FRAUD_API_KEYS_FILE, FRAUD_STORE_URL, FRAUD_SERVE_BUNDLE.
 # onnxruntime reports to its maker unless it is told not to.
 ENV PATH=/app/venv/bin:$PATH \
     PYTHONPATH=/app \
@@ -45,7 +45,7 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"FRAUD_SERVE_PORT\"]}/healthz', timeout=2)"]
-CMD ["python", "-m", "fraud_pkg.api"]
+CMD ["python", "-m", "fraud_pkg.serve.api"]
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="fraud-api" \

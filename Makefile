@@ -64,12 +64,12 @@ $(READY): requirements.lock pyproject.toml
 
 export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files), README.md, dvc.yaml, k8s/jobs/, jobs.yml, dashboards, k8s/base/settings.ini, docs/reference/; notebooks cleaned
 	@nbdev-export
-	@rm -rf fraud_pkg/console && cp -R nbs/console fraud_pkg/console
+	@for assets in nbs/*/assets; do wing=$$(basename $$(dirname $$assets)); rm -rf fraud_pkg/$$wing/assets; cp -R $$assets fraud_pkg/$$wing/assets; done
 	@nbdev-clean
 	@nbdev-clean --fname jobs
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
-	@python -m fraud_pkg.dashboards
+	@python -m fraud_pkg.monitor.dashboards
 	@python docs/reference.py
 	@cp settings.ini k8s/base/settings.ini
 

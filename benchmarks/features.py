@@ -13,9 +13,9 @@ sys.path.insert(0, str(PROJECT))
 
 from measure import Measured, machine, measured, say, summary, write_json  # noqa: E402
 
-from fraud_pkg.features import feature_names  # noqa: E402
-from fraud_pkg.schema import TYPES  # noqa: E402
-from fraud_pkg.settings import load_settings  # noqa: E402
+from fraud_pkg.features.definitions import feature_names  # noqa: E402
+from fraud_pkg.core.contract import TYPES  # noqa: E402
+from fraud_pkg.core.settings import load_settings  # noqa: E402
 
 PUBLISHED = 6_362_620  # rows of the PaySim log
 COMPARED = ("count", "sum", "mean", "ratio")
@@ -181,14 +181,14 @@ def overrides(engine: str, folder: Path, memory: str) -> dict[str, str]:
 
 def ours(engine: str, folder: Path, memory: str) -> None:
     """Raw table to feature table, all features."""
-    from fraud_pkg.engines import build_features
+    from fraud_pkg.features.table import build_features
 
     build_features(load_settings(file=PROJECT / "settings.ini", environ={}, cli=overrides(engine, folder, memory)))
 
 
 def make_log(folder: Path, rows: int, preset: str) -> Path:
     """A simulated log in `folder`, as the job acquire leaves it; returns its file."""
-    from fraud_pkg.acquire import acquire
+    from fraud_pkg.data.acquire import acquire
 
     days = {"paysim": 30.96, "hard": 90}[preset]
     settings = load_settings(file=PROJECT / "settings.ini", environ={}, cli={"paths.data": str(folder), "simulate.rows": rows, "simulate.preset": preset, "simulate.days": days})

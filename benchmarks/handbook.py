@@ -16,25 +16,16 @@ from scipy import stats
 from scipy.special import logit
 from serving import HERE, say
 
-from fraud_pkg.acquire import acquire
-from fraud_pkg.bundle import Model
-from fraud_pkg.engines import build_features
-from fraud_pkg.evaluate import (
-    Period,
-    Sample,
-    Trained,
-    average_precision,
-    calibration_curve,
-    concat,
-    daily_alerts,
-    evaluate,
-    fit_calibration,
-    load_sample,
-    optimal_thresholds,
-    roc_auc,
-)
-from fraud_pkg.settings import FraudError, Settings, load_settings
-from fraud_pkg.xgboost import boost, matrices, train_xgboost
+from fraud_pkg.data.acquire import acquire
+from fraud_pkg.model.bundle import Model
+from fraud_pkg.features.table import build_features
+from fraud_pkg.core.calibration import fit_calibration
+from fraud_pkg.core.cost import optimal_thresholds
+from fraud_pkg.train.metrics import average_precision, calibration_curve, daily_alerts, evaluate, roc_auc
+from fraud_pkg.train.samples import Period, Sample, Trained, concat, load_sample
+from fraud_pkg.core.errors import FraudError
+from fraud_pkg.core.settings import Settings, load_settings
+from fraud_pkg.train.xgboost import boost, matrices, train_xgboost
 
 COLUMNS = {"tx_id": "TRANSACTION_ID", "timestamp": "TX_DATETIME", "nameOrig": "CUSTOMER_ID", "nameDest": "TERMINAL_ID", "amount": "TX_AMOUNT", "isFraud": "TX_FRAUD", "scenario": "TX_FRAUD_SCENARIO"}
 DELAY, TEST, INNER = 7, 7, 2  # days: until labels are known, of the test period, at the end of training that early stopping looks at
@@ -54,7 +45,7 @@ def rolling(frame: pd.DataFrame, key: str, column: str, days: int) -> tuple[np.n
     return back[:, 0], back[:, 1]
 
 
-def recipe_features(frame: pd.DataFrame) -> pd.DataFrame:
+def plain_baseline_features(frame: pd.DataFrame) -> pd.DataFrame:
     """The Handbook's fifteen features."""
     made = pd.DataFrame({"TX_AMOUNT": frame.TX_AMOUNT, "weekend": (frame.TX_DATETIME.dt.weekday >= 5).astype(int), "night": (frame.TX_DATETIME.dt.hour <= 6).astype(int)})
     late_count, late_fraud = rolling(frame, "TERMINAL_ID", "TX_FRAUD", DELAY)
@@ -120,7 +111,7 @@ class Way:
 
 OURS = (Way("ours"), Way("ours-history", history=True))
 # What was kept (left out here, one at a time) and what was tried besides.
-STEPS = (Way("without surges", without="_surge_"), Way("without fraud runs", without="_fraud_run_"), Way("without either", without="_surge_|_fraud_run_"),
+STEPS = (Way("without peak_ratios", without="_peak_ratio_"), Way("without fraud streaks", without="_fraud_streak_"), Way("without either", without="_peak_ratio_|_fraud_streak_"),
          Way("without terminals' known frauds", without="dest_fraud_"), Way("without any history", without="orig_out_|orig_in_|dest_out_|dest_in_|_fraud_|_seen|_new"),
          Way("smaller steps, flatter trees", overrides={"learning_rate": 0.05, "max_depth": 5}), Way("three seeds averaged", seeds=3), Way("the last days learned too", refit=True))
 
@@ -238,7 +229,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         say("features")
         settings, made, frame = prepare(chosen.file, Path(folder))
-        recipe, found, ways = recipe_features(frame), [], OURS + (STEPS if chosen.steps else ())
+        recipe, found, ways = plain_baseline_features(frame), [], OURS + (STEPS if chosen.steps else ())
         frame["takeover"] = terminal_age(frame)
         for first in chosen.folds:
             say(f"fold {first} to {first + timedelta(chosen.train_days + DELAY + TEST - 1)}")

@@ -51,7 +51,7 @@ def endpoint(kind: str, place: str):
     """A FastAPI application with one route."""
     from fastapi import FastAPI
 
-    from fraud_pkg.scoring import Decided, Transaction
+    from fraud_pkg.serve.wire import DecisionResponse, TransactionRequest
 
     app = FastAPI()
     if kind == "constant":

@@ -30,10 +30,10 @@ import peers  # noqa: E402
 import servers  # noqa: E402
 from measure import machine, say, write_json  # noqa: E402
 
-from fraud_pkg.bundle import MODEL, load_bundle  # noqa: E402
-from fraud_pkg.ledger import Event, Ledger, MemoryLedger, create_table, open_ledger, save  # noqa: E402
-from fraud_pkg.scoring import Scorer, Service  # noqa: E402
-from fraud_pkg.settings import FraudError, Settings, load_settings  # noqa: E402
+from fraud_pkg.model.bundle import MODEL, load_bundle  # noqa: E402
+from fraud_pkg.store.dynamodb import create_table; from fraud_pkg.store.memory import MemoryStore, save_snapshot; from fraud_pkg.store.open import open_store; from fraud_pkg.store.tiles import OnlineStore, Transaction  # noqa: E402
+from fraud_pkg.serve.scorer import Scorer; from fraud_pkg.serve.service import Service  # noqa: E402
+from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
 
 KEY = "a-key-for-this-run"
 KEYS = {"FRAUD_API_KEYS": f"benchmark:{KEY}"}
@@ -83,28 +83,29 @@ class World:
     settings: Settings
     bundle: Path
     source: str         # of the bundle, in words
-    snapshot: Path      # the ledger at the moment when the live stream begins
+    snapshot: Path      # the store at the moment when the live stream begins
     past: list[dict]
     stream: list[dict]  # live transactions, without ids
     pipeline: Path      # scikit-learn's
 
 
-# The world: simulated accounts, a bundle, a ledger that remembers.
+# The world: simulated accounts, a bundle, a store that remembers.
 
 def simulated(settings: Settings) -> list[dict]:
     """Transactions in their order."""
     import pyarrow.parquet as pq
 
-    from fraud_pkg.acquire import acquire
+    from fraud_pkg.data.acquire import acquire
 
     return pq.read_table(settings.data_dir / "raw" / acquire(settings)["file"]).to_pylist()
 
 
 def trained(settings: Settings) -> Path:
     """A bundle from the simulated transactions."""
-    from fraud_pkg.engines import build_features
-    from fraud_pkg.scores import enter, load_periods
-    from fraud_pkg.xgboost import train_xgboost
+    from fraud_pkg.features.table import build_features
+    from fraud_pkg.model.bakeoff import evaluate_contender
+    from fraud_pkg.train.samples import load_periods
+    from fraud_pkg.train.xgboost import train_xgboost
 
     build_features(settings)
     periods = load_periods(settings)
@@ -112,18 +113,18 @@ def trained(settings: Settings) -> Path:
     return settings.models_dir / "xgboost"
 
 
-def live_through(ledger: Ledger, past: list[dict], label_delay: int) -> Ledger:
-    """The ledger after the past, as far as it remembers; frauds are known after the label delay."""
+def live_through(store: OnlineStore, past: list[dict], label_delay: int) -> OnlineStore:
+    """The store after the past, as far as it remembers; frauds are known after the label delay."""
     now = past[-1]["step"]
-    kept = [row for row in past if row["step"] > now - ledger.retention]
+    kept = [row for row in past if row["step"] > now - store.retention]
     for i in range(0, len(kept), 1000):
-        ledger.record([Event(f"p-{row['tx_id']}", row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in kept[i: i + 1000]])
-    ledger.label({f"p-{row['tx_id']}": True for row in kept if row["isFraud"] and row["step"] <= now - label_delay})
-    return ledger
+        store.record([Transaction(f"p-{row['tx_id']}", row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in kept[i: i + 1000]])
+    store.label({f"p-{row['tx_id']}": True for row in kept if row["isFraud"] and row["step"] <= now - label_delay})
+    return store
 
 
 def prepare(root: Path, plan: Plan, given: Path | None) -> World:
-    """Simulates, trains what has to be trained, and lets the ledger live through the past."""
+    """Simulates, trains what has to be trained, and lets the store live through the past."""
     bundle = load_bundle(given) if given else None
     shutil.copy(PROJECT / "settings.ini", root)
     overrides = {"simulate.rows": plan.rows, "simulate.days": 60, "simulate.fraud_rate": 0.01, "features.engine": "local", "xgboost.rounds": plan.trees, "evaluate.resamples": 20,
@@ -136,13 +137,13 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
         bundle = load_bundle(trained(settings))
     manifest, begin = bundle.manifest, rows[-1]["step"] - settings.split.test_hours
     past, future = [row for row in rows if row["step"] <= begin], [row for row in rows if row["step"] > begin]
-    save(live_through(MemoryLedger(max(manifest.windows) + manifest.label_delay), past, manifest.label_delay), root / "ledger.npz")
+    save_snapshot(live_through(MemoryStore(max(manifest.windows) + manifest.label_delay), past, manifest.label_delay), root / "store.npz")
     say("training the scikit-learn pipeline")
     peers.train(past, [row["isFraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
     origin = f"from {given}" if given else f"trained by this program on {plan.rows:,} simulated transactions"
     source = f"{manifest.version} ({manifest.name}, {len(manifest.features)} features, {(bundle.folder / MODEL).stat().st_size / 1000:,.0f} kB), {origin}"
     stream = [{"step": row["step"], **{name: row[name] for name in COLUMNS}} for row in future]
-    return World(root, settings, bundle.folder, source, root / "ledger.npz", past, stream, root / "pipeline.joblib")
+    return World(root, settings, bundle.folder, source, root / "store.npz", past, stream, root / "pipeline.joblib")
 
 
 def in_turns(stream: list[dict], rounds: int) -> Iterator[list[dict]]:
@@ -185,9 +186,9 @@ def bodies(piece: list[dict], run: str) -> list[bytes]:
 
 
 def opened(world: World, url: str) -> Service:
-    """The service of both doors, with the ledger at `url`."""
+    """The service of both doors, with the store at `url`."""
     scorer = Scorer(load_bundle(world.bundle), world.settings.serve, world.settings.rules)
-    service = Service(world.settings.serve, open_ledger(url, scorer.retention, 5), {"benchmark": KEY.encode()})
+    service = Service(world.settings.serve, open_store(url, scorer.retention, 5), {"benchmark": KEY.encode()})
     service.use(scorer)
     return service
 
@@ -230,7 +231,7 @@ def in_process(world: World, plan: Plan, redis_url: str) -> list[Row]:
 
     say("in process")
     memory, redis, mlflow, sklearn = opened(world, f"memory://{world.snapshot}"), opened(world, redis_url), pyfunc(world), peers.scorer(str(world.pipeline))
-    live_through(redis.ledger, world.past, memory.scorer.manifest.label_delay)
+    live_through(redis.store, world.past, memory.scorer.manifest.label_delay)
     bundle, names, ours, shared, kept = memory.scorer.bundle, memory.scorer.manifest.features, {}, {}, {name: [] for name in ("alone", "pyfunc alone", "pyfunc", "sklearn")}
 
     def keep(name: str, call: Callable, arguments: Iterable) -> None:
@@ -251,16 +252,16 @@ def in_process(world: World, plan: Plan, redis_url: str) -> list[Row]:
 
 
 def decision_rows(place: str, times: dict[str, list[int]], peer: dict[str, dict[str, float]], most: float | None) -> list[Row]:
-    """Decisions with one ledger: all of the stream, and by what was decided; `most` is the aim in microseconds."""
+    """Decisions with one store: all of the stream, and by what was decided; `most` is the aim in microseconds."""
     every = [spent for kind in times.values() for spent in kind]
     kinds = {f"decision, all ({len(times['alert']) / len(every):.0%} alerts)": every, "decision, allow": times["allow"], "decision, alert, with reasons": times["alert"]}
     rows = []
     for what, spent in kinds.items():
         found = spread(spent)
         judged = {"aim": f"< {most:.0f} us", "met": found["p50"] < most} if most else {}
-        rows.append(Row(f"{what}; {place} ledger", found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged))
+        rows.append(Row(f"{what}; {place} store", found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged))
         if spent is every:
-            rows.append(Row(f"{what}; {place} ledger", found, "scikit-learn pipeline, no history", peer["sklearn"]))
+            rows.append(Row(f"{what}; {place} store", found, "scikit-learn pipeline, no history", peer["sklearn"]))
     return rows
 
 
@@ -295,8 +296,8 @@ def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
     """Our service and the peers, each a process with one worker."""
     root, ports = world.root, {name: servers.free_port() for name in ("ours", "constant", "typed", "sklearn")}
     environ = clean(**KEYS, PYTHONPATH=str(PROJECT), FRAUD_ROOT=str(root), FRAUD_SERVE_PORT=str(ports["ours"]), FRAUD_SERVE_BUNDLE=str(world.bundle),
-                    FRAUD_LEDGER_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}")  # a copy: the service writes it when it ends
-    commands = {"ours": ["-m", "fraud_pkg.api"], **{name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)] for name in ("constant", "typed", "sklearn")}}
+                    FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}")  # a copy: the service writes it when it ends
+    commands = {"ours": ["-m", "fraud_pkg.serve.api"], **{name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)] for name in ("constant", "typed", "sklearn")}}
     with contextlib.ExitStack() as stack:
         started = {name: stack.enter_context(servers.running(pinned(0, sys.executable, *command), servers.answers(ports[name]), root / f"{name}.log", seconds=60, env=environ))
                    for name, command in commands.items()}
@@ -379,7 +380,7 @@ def answered(function: lambda_runtime.Function, row: dict, run: str) -> dict:
 
 def packed(world: World) -> Path:
     """The package of stage dev, unpacked, and beside it what Lambda's runtime provides."""
-    from fraud_pkg.deploy import package
+    from fraud_pkg.serve.lambda_package import package
 
     say("packing the Lambda")
     project = world.root / "project"
@@ -438,7 +439,7 @@ def cold_rows(folders: dict[str, Path], environ: dict[str, str], world: World, p
 def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, plan: Plan) -> list[Row]:
     say("Lambda, warm")
     spent, theirs = {}, []
-    lived = {**environ, "FRAUD_LEDGER_URL": f"memory://{world.snapshot}"}
+    lived = {**environ, "FRAUD_STORE_URL": f"memory://{world.snapshot}"}
     with instance(ours, lived) as function, instance(peer, lived) as other:
         for one in (function, other):
             answered(one, world.stream[0], "first")
@@ -447,28 +448,28 @@ def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, pla
                 spent.setdefault(alert(decision), []).append(nanoseconds)
             theirs += [nanoseconds for _, nanoseconds in warm(other, piece[:plan.slow_calls], f"l{number}")]
     figures = {kind: spread(times) for kind, times in spent.items()}
-    return [Row(f"Lambda, warm handler, {words}; memory ledger", figures[kind], "scikit-learn pipeline in a handler", spread(theirs), "< 300 us", figures[kind]["p50"] < 300)
+    return [Row(f"Lambda, warm handler, {words}; memory store", figures[kind], "scikit-learn pipeline in a handler", spread(theirs), "< 300 us", figures[kind]["p50"] < 300)
             for kind, words in (("allow", "allow"), ("alert", "alert, with reasons"))]
 
 
 def dynamodb_row(ours: Path, environ: dict[str, str], world: World) -> Row:
-    """The same handler with the ledger that it is deployed with; the server is an emulator in Python on this machine, so this is no figure for AWS."""
-    say("Lambda, warm, DynamoDB ledger on moto")
+    """The same handler with the store that it is deployed with; the server is an emulator in Python on this machine, so this is no figure for AWS."""
+    say("Lambda, warm, DynamoDB store on moto")
     with servers.moto(world.root) as aws:
         with mock.patch.dict(os.environ, aws):
             create_table("benchmark")
-        lived = {**environ, **aws, "FRAUD_LEDGER_URL": "dynamodb://benchmark", "FRAUD_LEDGER_TIMEOUT": "5"}
+        lived = {**environ, **aws, "FRAUD_STORE_URL": "dynamodb://benchmark", "FRAUD_STORE_TIMEOUT": "5"}
         with instance(ours, lived) as function:
             answered(function, world.stream[0], "first")  # it connects
             times = spread([nanoseconds for _, nanoseconds in warm(function, world.stream[1:101], "d")])
-    return Row("Lambda, warm handler; DynamoDB ledger", times, "(moto on this machine: an emulator, not AWS)")
+    return Row("Lambda, warm handler; DynamoDB store", times, "(moto on this machine: an emulator, not AWS)")
 
 
 def in_lambda(world: World, plan: Plan) -> list[Row]:
     """The package as it is deployed, driven by AWS' own runtime client."""
     ours = packed(world)
     peer = {name: function_of(name, world, ours / "provided") for name in ("constant", "pipeline")}
-    environ = {**KEYS, "FRAUD_LEDGER_URL": "memory://", "FRAUD_SERVE_RELOAD_SECONDS": "60", "PEER_MODEL": str(world.pipeline), "OMP_NUM_THREADS": "1"}
+    environ = {**KEYS, "FRAUD_STORE_URL": "memory://", "FRAUD_SERVE_RELOAD_SECONDS": "60", "PEER_MODEL": str(world.pipeline), "OMP_NUM_THREADS": "1"}
     cold = cold_rows({"ours": ours, **peer}, environ, world, plan)
     ours, pipeline = with_clock(ours), with_clock(peer["pipeline"])
     return [*cold, *warm_rows(ours, pipeline, environ, world, plan), dynamodb_row(ours, environ, world)]

@@ -20,10 +20,11 @@ from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartitio
 from measure import machine, say, write_json
 from serving import HEADERS, HERE, KEYS, PROJECT, World, clean, live_through, prepare, servers
 
-from fraud_pkg.journal import open_stepping
-from fraud_pkg.ledger import MemoryLedger
-from fraud_pkg.stream import make_topics, read_record
-from fraud_pkg.settings import load_settings
+from fraud_pkg.store.journal import open_outbox_store
+from fraud_pkg.store.memory import MemoryStore
+from fraud_pkg.stream.kafka import make_topics
+from fraud_pkg.stream.messages import read_record
+from fraud_pkg.core.settings import load_settings
 
 TOPIC, GROUP = "transactions", "benchmark"
 
@@ -114,7 +115,7 @@ def process_of(command: list[str], environ: dict[str, str], log: Path) -> Iterat
 
 @contextlib.contextmanager
 def ours(world: World, address: str, name: str, **more: str) -> Iterator[subprocess.Popen]:
-    with process_of([sys.executable, "-m", "fraud_pkg.stream"], environ_of(world, address, name, **more), world.root / f"{name}.log") as process:
+    with process_of([sys.executable, "-m", "fraud_pkg.stream.worker"], environ_of(world, address, name, **more), world.root / f"{name}.log") as process:
         yield process
 
 
@@ -134,23 +135,23 @@ def topics(world: World, address: str, name: str) -> None:
 def throughput(world: World, address: str, redis: str, count: int, rounds: int) -> dict[str, list[float]]:
     """Transactions per second of each, in turns, on the same messages."""
     environ = clean(**KEYS, PYTHONPATH=str(PROJECT), FRAUD_ROOT=str(world.root), FRAUD_SERVE_PORT=str(servers.free_port()), FRAUD_SERVE_BUNDLE=str(world.bundle),
-                    FRAUD_LEDGER_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}")
+                    FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}")
     port = environ["FRAUD_SERVE_PORT"]
     label_delay = load_settings(cli={}, file=world.root / "settings.ini", environ={}).features.label_delay
-    found: dict[str, list[float]] = {"memory ledger": [], "Redis ledger": [], "copy": [], "http": []}
-    with servers.running([sys.executable, "-m", "fraud_pkg.api"], servers.answers(int(port)), world.root / "api.log", seconds=60, env=environ):
+    found: dict[str, list[float]] = {"memory store": [], "Redis store": [], "copy": [], "http": []}
+    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], servers.answers(int(port)), world.root / "api.log", seconds=60, env=environ):
         for number in range(rounds):
             for what in found:
                 say(f"round {number + 1}: {what}")
                 name, size = f"{what.split()[0].lower()}-{number}", count // 5 if what == "http" else count
                 topics(world, address, name)
-                if what == "memory ledger":
-                    running = ours(world, address, name, ledger__url=f"memory://{world.snapshot}")
-                elif what == "Redis ledger":
+                if what == "memory store":
+                    running = ours(world, address, name, store__url=f"memory://{world.snapshot}")
+                elif what == "Redis store":
                     url = f"{redis.rsplit('/', 1)[0]}/{number}"
-                    with contextlib.closing(open_stepping(url, MemoryLedger(888).retention, 5, world.root)) as ledger:
-                        live_through(ledger, world.past, label_delay)
-                    running = ours(world, address, name, ledger__url=url)
+                    with contextlib.closing(open_outbox_store(url, MemoryStore(888).retention, 5, world.root)) as store:
+                        live_through(store, world.past, label_delay)
+                    running = ours(world, address, name, store__url=url)
                 else:
                     running = peer(world, address, name, *([port] if what == "http" else []))
                 with running as process:
@@ -163,7 +164,7 @@ def latency(world: World, address: str, rate: int, seconds: int) -> dict[str, fl
     say(f"latency at {rate} transactions a second")
     name, sent, spent = "latency", {}, []
     topics(world, address, name)
-    with ours(world, address, name, ledger__url=f"memory://{world.snapshot}", stream__transactions="transactions-live") as process:
+    with ours(world, address, name, store__url=f"memory://{world.snapshot}", stream__transactions="transactions-live") as process:
         with contextlib.closing(KafkaConsumer(bootstrap_servers=address)) as reader:
             target = TopicPartition(f"{TOPIC}-{name}", 0)
             reader.assign([target])
@@ -201,10 +202,10 @@ def latency(world: World, address: str, rate: int, seconds: int) -> dict[str, fl
 
 def table(figures: dict[str, list[float]], late: dict[str, float], rate: int, source: str) -> dict:
     middle = {name: float(np.median(found)) for name, found in figures.items()}
-    labels = {"memory ledger": "one consumer, memory ledger with its journal", "Redis ledger": "one consumer, Redis ledger", "copy": "peer: consume and produce, nothing else (the ceiling)",
-              "http": "peer: one HTTP request per message to the service, memory ledger"}
+    labels = {"memory store": "one consumer, memory store with its journal", "Redis store": "one consumer, Redis store", "copy": "peer: consume and produce, nothing else (the ceiling)",
+              "http": "peer: one HTTP request per message to the service, memory store"}
     lines = [[label, f"{middle[name]:,.0f} ({', '.join(f'{found:,.0f}' for found in figures[name])})", f"{middle[name] / middle['copy']:.2f}", f"{middle[name] / middle['http']:.2f}"] for name, label in labels.items()]
-    note = (f"Model: {source}. Aim: at least 5,000 transactions/s with the memory ledger: {'met' if middle['memory ledger'] >= 5000 else 'missed'}. "
+    note = (f"Model: {source}. Aim: at least 5,000 transactions/s with the memory store: {'met' if middle['memory store'] >= 5000 else 'missed'}. "
             f"Produced to decided at {rate} transactions/s: median {late['p50_ms']:.1f} ms, p99 {late['p99_ms']:.1f} ms, worst {late['worst_ms']:.0f} ms.")
     return {"title": "The stream", "note": note, "columns": ["", "transactions/s: median (rounds)", "of the ceiling", "of one request per message"], "rows": lines}
 

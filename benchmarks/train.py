@@ -9,10 +9,12 @@ from pathlib import Path
 from features import PUBLISHED, THREADS, make_log, ours
 from measure import Measured, machine, measured, say, summary, write_json
 
-from fraud_pkg.evaluate import Period, average_precision, load_sample, split_periods
-from fraud_pkg.scores import feature_manifest
-from fraud_pkg.settings import Settings, load_settings
-from fraud_pkg.xgboost import TREE_KEYS, boost, check_training, matrices
+from fraud_pkg.train.metrics import average_precision
+from fraud_pkg.train.samples import Period, load_sample, split_periods
+from fraud_pkg.train.samples import feature_manifest
+from fraud_pkg.core.settings import Settings, load_settings
+from fraud_pkg.train.tuning import check_training
+from fraud_pkg.train.xgboost import TREE_KEYS, boost, matrices
 
 PROJECT = Path(__file__).resolve().parents[1]
 HELD_OUT = 72  # hours of validation and of test, so that nearly all is training

@@ -1,4 +1,4 @@
-"""The Lambda twin: it moves bytes between API Gateway and fraud_pkg.scoring, and logs one line for each request."""
+"""The Lambda twin: it moves bytes between API Gateway and fraud_pkg.serve.scorer, and logs one line for each request."""
 
 import logging
 import os
@@ -15,8 +15,9 @@ ROUTES = {"/predict": "POST", "/predict/batch": "POST", "/feedback": "POST", "/m
 @cache
 def doors():
     """The service and its watcher; made once for an instance."""
-    from fraud_pkg.scoring import log_json_lines, open_service
-    from fraud_pkg.settings import load_settings
+    from fraud_pkg.serve.logs import log_json_lines
+    from fraud_pkg.serve.reload import open_service
+    from fraud_pkg.core.settings import load_settings
 
     log_json_lines()
     service, watcher = open_service(load_settings(file=Path(__file__).with_name("settings.ini")), os.environ, public=True)
@@ -27,7 +28,7 @@ def doors():
 @app.middleware("http")
 def answer(request, _):
     """Answers every request, before Chalice looks at its content type or its body: the answers are those of the other door."""
-    from fraud_pkg.scoring import cloudwatch, request_fields
+    from fraud_pkg.serve.logs import cloudwatch, request_fields
 
     service, watcher = doors()
     watcher.look_if_due()

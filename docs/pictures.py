@@ -63,7 +63,7 @@ def console(browser, folder: Path) -> None:
             seen.page.locator(".reasons").first.wait_for()
             for harmless in ("allow", "review"):
                 seen.page.locator(f"#filter .{harmless}").click()
-            seen.page.wait_for_timeout(500)  # the accounts, asked of the ledger
+            seen.page.wait_for_timeout(500)  # the accounts, asked of the store
             save("console", seen.page.screenshot())
         with visit(browser, url, PHONE, dark=True) as seen:
             seen.page.locator("#rows .row").first.wait_for()

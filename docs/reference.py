@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs/reference"
+WINGS = ("core", "store", "features", "data", "train", "model", "serve", "stream", "monitor", "report", "pipeline")
 
 
 def exported(notebook: Path) -> tuple[str | None, str, list[str]]:
@@ -56,14 +57,16 @@ def symbol(source: str, node: ast.stmt) -> str:
 
 def page(name: str, summary: str, notebook: Path, cells: list[str]) -> str:
     sections = [symbol(source, node) for source in cells for node in ast.parse(source).body]
-    head = f"# fraud_pkg.{name}\n\n{summary}\n\nFrom [nbs/{notebook.name}](../../nbs/{notebook.name}), where the reasons, examples and tests are. Written by `make export`.\n"
+    place = notebook.relative_to(ROOT).as_posix()
+    head = f"# fraud_pkg.{name}\n\n{summary}\n\nFrom [{place}](../../{place}), where the reasons, examples and tests are. Written by `make export`.\n"
     return "\n".join([head, *(section for section in sections if section)]).rstrip() + "\n"
 
 
 def main() -> None:
     TARGET.mkdir(exist_ok=True)
     pages, rows = {}, []
-    for notebook in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+    order = {wing: place for place, wing in enumerate(WINGS)}
+    for notebook in sorted((ROOT / "nbs").rglob("*.ipynb"), key=lambda path: (order.get(path.parent.name, len(order)), path.name)):
         name, summary, cells = exported(notebook)
         if name and cells:
             pages[f"{name}.md"] = page(name, summary, notebook, cells)

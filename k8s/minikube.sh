@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The service and the stream in Minikube, with the champion of the last run: builds the image, brings the champion, applies the overlay, waits, and sends a first transaction.
-# `make minikube` calls this. Doing it again brings what has changed; keys, the ledger and what is in Kafka stay as they are.
+# `make minikube` calls this. Doing it again brings what has changed; keys, the store and what is in Kafka stay as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 profile=${MINIKUBE_PROFILE:-minikube}
@@ -97,7 +97,7 @@ say "namespace, Secrets, overlay"
 kube apply --filename k8s/base/namespace.yaml
 secret fraud-api-keys "api-keys: 'minikube:$(random)'"
 password=$(random)
-secret fraud-ledger "password: '$password'" "url: 'redis://:$password@fraud-redis:6379/0'"
+secret fraud-store "password: '$password'" "url: 'redis://:$password@fraud-redis:6379/0'"
 apply
 wait_until_ready
 say "a first transaction"

@@ -17,7 +17,7 @@ part() {  # name, command...
 
 notebooks() {  # every cell is run, as nbdev-test would, and what it gives is compared with what is stored
     python tests/numbered.py nbs .nbval  # inside the project, so that the notebooks find it
-    PYTHONWARNINGS=ignore pytest -q -n 2 --dist loadscope -p no:cacheprovider --nbval .nbval/explore .nbval/*.ipynb  # the longest begin; other packages' warnings are not ours to compare
+    PYTHONWARNINGS=ignore pytest -q -n 2 --dist loadscope -p no:cacheprovider --nbval .nbval/explore .nbval/*/*.ipynb .nbval/*.ipynb  # the longest begin; other packages' warnings are not ours to compare
 }
 
 job_notebooks() {  # every job notebook in the order of the pipeline, on a small simulation in a folder of its own
@@ -39,7 +39,7 @@ need() {  # program, Debian package, what for: installed where that is allowed
 }
 
 [ -n "${JAVA_HOME:-}" ] || need java openjdk-17-jre-headless "the Spark engine"
-need redis-server redis-server "the shared ledger"
+need redis-server redis-server "the shared store"
 need psql postgresql "the registry's database"
 need mvn maven "the Kafka broker of the tests"
 need shellcheck shellcheck "the check of scripts"

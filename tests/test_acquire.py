@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fraud_pkg import acquire as module
-from fraud_pkg.acquire import acquire
-from fraud_pkg.schema import arrow_schema
-from fraud_pkg.settings import FraudError, Settings, load_settings, project_root
+from fraud_pkg.data.acquire import acquire
+from fraud_pkg.core.contract import arrow_schema
+from fraud_pkg.core.errors import FraudError
+from fraud_pkg.core.settings import Settings, load_settings, project_root
 
 HEADER = ("step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,"
           "nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n")
@@ -218,7 +219,7 @@ def test_full_disk(tmp_path, small_disk):
 def test_file_size_limit(tmp_path):
     (tmp_path / "big.csv").write_text(some_rows(50_000))
     project(tmp_path, "big.csv")
-    code = ("from fraud_pkg.acquire import acquire; from fraud_pkg.settings import FraudError, load_settings\n"
+    code = ("from fraud_pkg.data.acquire import acquire; from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import load_settings\n"
             "try: acquire(load_settings(cli={'data.source': 'big.csv'}))\n"
             "except FraudError as error: print(error)")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,

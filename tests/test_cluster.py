@@ -15,8 +15,8 @@ from conftest import PROJECT, Workspace
 from kubelet import kubernetes
 from servers import SparkCluster, free_port, program, spark_cluster
 
-from fraud_pkg.bundle import load_bundle
-from fraud_pkg.settings import load_settings
+from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.core.settings import load_settings
 
 ON = {"features__engine": "spark", "features__spark_memory": "1g"}
 

@@ -18,8 +18,8 @@ from browser import DESKTOP, PHONE, Visit, browser, visit  # noqa: F401  browser
 from conftest import PROJECT
 from test_serve import api, transaction
 
-from fraud_pkg.console import ASSETS, POLICY
-from fraud_pkg.scoring import example_bundle
+from fraud_pkg.serve.console import ASSETS, POLICY
+from fraud_pkg.model.example import example_bundle
 
 READ, WRITE, SHOP = "anna-0123456789abcdef", "ben-0123456789abcdef", "shop-0123456789abcdef"
 KEYS = {"FRAUD_API_KEYS": f"anna@read:{READ},ben@write:{WRITE},shop:{SHOP}"}
@@ -29,10 +29,10 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'</script>"
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory) -> Iterator[str]:
-    """A service with keys and its ledger in Redis, for all that may share one."""
+    """A service with keys and its store in Redis, for all that may share one."""
     folder = tmp_path_factory.mktemp("console")
     example_bundle(folder / "champion", weight=0.002, bias=-7.0)
-    with servers.redis(folder) as redis, api(folder, variables=KEYS, ledger__url=redis, console__keep=20_000) as (url, _):
+    with servers.redis(folder) as redis, api(folder, variables=KEYS, store__url=redis, console__keep=20_000) as (url, _):
         yield url
 
 
@@ -61,7 +61,7 @@ def seconds_until_seen(made: Visit, url: str, sent: dict) -> float:
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
-    """What is sent appears within a second, as text whatever it is called; opened it has reasons and accounts; marked it counts in the ledger. Nothing is at fault for whoever looks or listens."""
+    """What is sent appears within a second, as text whatever it is called; opened it has reasons and accounts; marked it counts in the store. Nothing is at fault for whoever looks or listens."""
     size, dark = LOOKS[look]
     send(service, *(transaction(f"{look}-{i}", amount=round(10 * 1.6**i, 2)) for i in range(14)))
     with visit(browser, service, size, dark) as made:
@@ -80,7 +80,7 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
         page.locator(".account").nth(1).wait_for()
         assert made.violations() == []
         page.locator("#marking .fraud").click()
-        page.locator(".account td.bad").first.wait_for()  # asked of the ledger again
+        page.locator(".account td.bad").first.wait_for()  # asked of the store again
         made.screenshot(f"console-{look}-opened", full=True)
         known = httpx.post(f"{service}/history", json={"accounts": [sent["nameOrig"], sent["nameDest"]], "step": sent["step"]}, headers={"X-API-Key": READ}).json()
         assert [account["windows"][0]["frauds"] for account in known["accounts"]] == [1, 1]
@@ -267,4 +267,4 @@ def test_the_wheel_has_the_page(tmp_path):
         shutil.copy(PROJECT / name, source)
     subprocess.run([sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"], cwd=source, check=True, capture_output=True, timeout=120)
     [wheel] = tmp_path.glob("*.whl")
-    assert {f"fraud_pkg/console/{name}" for name, _ in ASSETS.values()} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"fraud_pkg/serve/assets/{name}" for name, _ in ASSETS.values()} <= set(zipfile.ZipFile(wheel).namelist())

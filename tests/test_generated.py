@@ -18,11 +18,11 @@ def test_making_them_again_changes_nothing(tmp_path):
     shutil.copytree(PROJECT, copy, ignore=IGNORED)
     environ = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["make", "export"], cwd=copy, env=environ, check=True, capture_output=True, timeout=300)
-    written = [file for pattern in ("fraud_pkg/*.py", "fraud_pkg/console/*", "README.md", "dvc.yaml", "nbs/**/*.ipynb", "jobs/*.ipynb", "k8s/jobs/*.yaml", "k8s/monitoring/*.yaml", "k8s/monitoring/dashboards/*", ".github/workflows/*.yml", "docs/reference/*.md") for file in PROJECT.glob(pattern)]
+    written = [file for pattern in ("fraud_pkg/**/*.py", "fraud_pkg/*/assets/*", "README.md", "dvc.yaml", "nbs/**/*.ipynb", "jobs/*.ipynb", "k8s/jobs/*.yaml", "k8s/monitoring/*.yaml", "k8s/monitoring/dashboards/*", ".github/workflows/*.yml", "docs/reference/*.md") for file in PROJECT.glob(pattern)]
     generated = [file for file in sorted(written) if ".ipynb_checkpoints" not in file.parts]
     stale = [str(file.relative_to(PROJECT)) for file in generated if file.read_bytes() != (copy / file.relative_to(PROJECT)).read_bytes()]
     assert not stale, f"{', '.join(stale)}: make export"
-    for pattern in ("fraud_pkg/*.py", "fraud_pkg/console/*", "k8s/jobs/*.yaml", "k8s/monitoring/dashboards/*", "docs/reference/*.md"):
+    for pattern in ("fraud_pkg/**/*.py", "fraud_pkg/*/assets/*", "k8s/jobs/*.yaml", "k8s/monitoring/dashboards/*", "docs/reference/*.md"):
         assert sorted(p.name for p in copy.glob(pattern)) == sorted(p.name for p in PROJECT.glob(pattern))
 
 

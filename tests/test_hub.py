@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from fraud_pkg.acquire import acquire
-from fraud_pkg.settings import FraudError, Settings, load_settings
+from fraud_pkg.data.acquire import acquire
+from fraud_pkg.core.errors import FraudError
+from fraud_pkg.core.settings import Settings, load_settings
 
 HEADER = "step,type,amount,nameOrig,nameDest,isFraud\n"
 LOG = (HEADER + "".join(f"{i // 50},PAYMENT,{i}.25,C{i},M{i % 7},{int(i % 100 == 0)}\n" for i in range(3000))).encode()

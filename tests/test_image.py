@@ -21,9 +21,12 @@ import pytest
 import servers
 import yaml
 
-from fraud_pkg.scoring import EXAMPLE, example_bundle
-from fraud_pkg.settings import load_settings
-from fraud_pkg.stream import LAST_WAIT, Health, StreamMetrics, client_options
+from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.core.settings import load_settings
+from fraud_pkg.stream.health import Health, StreamMetrics
+from fraud_pkg.stream.kafka import client_options
+from fraud_pkg.stream.worker import LAST_WAIT
 
 PROJECT = Path(__file__).resolve().parents[1]
 STAND_IN = "localhost/fraud-test/python:3.11-slim-bookworm"
@@ -188,8 +191,8 @@ for place in ("/", "/app", "/app/fraud_pkg", "/etc/fraud", "/run/secrets/fraud",
 
 def test_life_of_a_pod(image, tmp_path):
     """Started, not ready without a bundle, ready with one, alive under load, unable to write, ended by SIGTERM."""
-    with servers.redis(tmp_path) as ledger:
-        pod = Pod(manifests(), {"fraud-api-keys": {"api-keys": f"shop:{KEY}\n"}, "fraud-ledger": {"url": ledger, "password": ""}}, tmp_path, servers.free_port())
+    with servers.redis(tmp_path) as store:
+        pod = Pod(manifests(), {"fraud-api-keys": {"api-keys": f"shop:{KEY}\n"}, "fraud-store": {"url": store, "password": ""}}, tmp_path, servers.free_port())
         with started(pod, image) as (process, inside), httpx.Client(base_url=pod.url, headers={"X-API-Key": KEY}, timeout=10) as client:
             assert pod.probe("liveness") and not pod.probe("readiness")
             example_bundle(pod.models / "champion")
@@ -229,7 +232,7 @@ def test_life_of_a_pod(image, tmp_path):
 def test_image_as_docker_sees_it(image):
     """User, command, health check, labels, and a size that shows when something large slips in."""
     facts = inspect(image)
-    assert facts["User"] == "10001:10001" and facts["Config"]["Cmd"] == ["python", "-m", "fraud_pkg.api"] and not facts["Config"].get("Entrypoint")
+    assert facts["User"] == "10001:10001" and facts["Config"]["Cmd"] == ["python", "-m", "fraud_pkg.serve.api"] and not facts["Config"].get("Entrypoint")
     assert facts["Healthcheck"]["Test"][0] == "CMD" and facts["Config"]["Labels"]["org.opencontainers.image.version"] == "test"
     own = facts["Size"] - inspect(base_image())["Size"]
     print(f"{facts['Size'] / 1e6:.0f} MB, {own / 1e6:.0f} MB of it above the base image")
@@ -280,7 +283,7 @@ def test_compose_file_is_valid():
     assert all(port.startswith("127.0.0.1:") for service in compose().values() for port in service.get("ports", ()))
 
 
-def test_compose_ledger_starts_as_declared(tmp_path):
+def test_compose_store_starts_as_declared(tmp_path):
     """Redis takes the command line, keeps what it was told over a restart, and answers its health check."""
     service, port = compose()["redis"], servers.free_port()
     server, *options = [str(tmp_path) if word == "/data" else word for word in service["command"]]
@@ -303,8 +306,8 @@ def test_compose_consumers_find_what_they_need(name):
     service, kafka, environ = services[name], services["kafka"], {key: str(value) for key, value in services[name]["environment"].items()}
     settings = load_settings(environ=environ | {"FRAUD_ROOT": str(PROJECT)})  # as in the image; refuses unknown keys
     assert all(settings.origins[key.removeprefix("FRAUD_").lower().replace("_", ".", 1)] == f"environment {key}" for key in environ)
-    assert service["command"] == ["python", "-m", "fraud_pkg.stream", *CONSUMERS[name]] and "./settings.ini:/app/settings.ini:ro" in service["volumes"]
-    assert settings.ledger.url == services["api"]["environment"]["FRAUD_LEDGER_URL"] and client_options(settings.stream, environ)["security_protocol"] == "PLAINTEXT"
+    assert service["command"] == ["python", "-m", "fraud_pkg.stream.worker", *CONSUMERS[name]] and "./settings.ini:/app/settings.ini:ro" in service["volumes"]
+    assert settings.store.url == services["api"]["environment"]["FRAUD_STORE_URL"] and client_options(settings.stream, environ)["security_protocol"] == "PLAINTEXT"
     [broker] = settings.stream.bootstrap_servers
     assert broker == dict(listener.split("://") for listener in kafka["environment"]["KAFKA_ADVERTISED_LISTENERS"].split(","))["INSIDE"]
     for server in ("redis", "kafka", "prometheus"):

@@ -20,10 +20,10 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from test_k8s import PROJECT, container, mebibytes, of_kind, selected, validate
 
-from fraud_pkg.jobs import compile_jobs, write_targets
-from fraud_pkg.schedule import LONGEST, command, with_needs
-from fraud_pkg.schedule import PROJECT as PLACE
-from fraud_pkg.settings import load_settings
+from fraud_pkg.pipeline.compile import compile_jobs, write_targets
+from fraud_pkg.pipeline.schedule import LONGEST, command, with_needs
+from fraud_pkg.pipeline.schedule import PROJECT as PLACE
+from fraud_pkg.core.settings import load_settings
 
 render, checkov = test_k8s.render, test_k8s.checkov  # fixtures
 BIN = Path(sys.executable).parent
@@ -74,7 +74,7 @@ def test_every_job_has_its_cron_job(objects):
         assert run["activeDeadlineSeconds"] == sum(one.deadline for one in together) and run["backoffLimit"] == job.retries
         assert run["podFailurePolicy"] and run["template"]["spec"]["restartPolicy"] == "Never"  # which the policy wants
         assert mebibytes(main["resources"]["limits"]["memory"]) == max(mebibytes(one.resources.memory) for one in together)
-        assert main["command"] == ["python", "-m", "fraud_pkg.schedule", *command(job)]
+        assert main["command"] == ["python", "-m", "fraud_pkg.pipeline.schedule", *command(job)]
 
 
 @every_overlay
@@ -185,7 +185,7 @@ def small_image(folder: Path) -> Path:
     stage = """
 from unittest import mock
 from fraud_pkg import scoring
-from fraud_pkg.settings import load_settings
+from fraud_pkg.core.settings import load_settings
 
 def write(folder, trained, calibration, thresholds, metrics, *rest, write=scoring.write_bundle):
     return write(folder, trained, calibration, thresholds, {"average_precision": {"value": 0.5}}, *rest)  # as the pipeline's bundles have it
@@ -194,7 +194,7 @@ with mock.patch.object(scoring, "write_bundle", write):
     scoring.example_bundle(load_settings().models_dir / "champion")
 print("trained")
 """
-    watch = "import time\nfrom fraud_pkg.settings import load_settings, staging_dir\n" \
+    watch = "import time\nfrom fraud_pkg.core.settings import load_settings\nfrom fraud_pkg.core.files import staging_dir\n" \
             "with staging_dir(load_settings().reports_dir / 'watch'):\n    print('watching', flush=True)\n    time.sleep(60)"
     fronts = {"train": "outputs: [models/champion]", "watch": "stage: false\nschedule: 7 * * * *\noutputs: [reports/watch]"}
     for name, code in {"train": stage, "watch": watch}.items():
@@ -310,7 +310,7 @@ def test_workflow_scripts_run(tmp_path, asked):
     assert run("Settings").returncode == 0
     assert (tmp_path / "env").read_text().splitlines() == ["FRAUD_PIPELINE_PUSH=false", "FRAUD_TRAIN_TRIALS=3", "AWS_REGION=eu-central-1"]
     done, wanted = run("Run"), [job for job in JOBS if asked in (job.name, job.schedule)]
-    assert [line.removeprefix("-m fraud_pkg.schedule ").split() for line in done.stdout.splitlines()] == [command(job) for job in wanted]
+    assert [line.removeprefix("-m fraud_pkg.pipeline.schedule ").split() for line in done.stdout.splitlines()] == [command(job) for job in wanted]
     assert done.returncode == (0 if wanted else 1)
 
 

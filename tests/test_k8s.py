@@ -23,20 +23,26 @@ import yaml
 from kafka import KafkaProducer
 from tools import environment
 
-from fraud_pkg.ledger import Event, LedgerError, open_ledger
-from fraud_pkg.scoring import EXAMPLE, OPEN, example_bundle, load_keys
-from fraud_pkg.settings import Settings, load_settings
-from fraud_pkg.stream import LAST_WAIT, Health, StreamMetrics, client_options
+from fraud_pkg.store.open import open_store
+from fraud_pkg.store.tiles import StoreError, Transaction
+from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.auth import load_keys
+from fraud_pkg.serve.service import OPEN
+from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.core.settings import Settings, load_settings
+from fraud_pkg.stream.health import Health, StreamMetrics
+from fraud_pkg.stream.kafka import client_options
+from fraud_pkg.stream.worker import LAST_WAIT
 
 PROJECT = Path(__file__).resolve().parents[1]
 VERSION = "1.32"  # of Kubernetes
 OVERLAYS = ("base", "overlays/minikube", "overlays/production")
-WITH_COMPONENTS = ("overlays/minikube", "overlays/production")  # once more, with a canary, the other policy for a ledger that is away, and KEDA
+WITH_COMPONENTS = ("overlays/minikube", "overlays/production")  # once more, with a canary, the other policy for a store that is away, and KEDA
 OPTIONAL = ("canary", "degrade", "keda")
 RENDERED = [(name, ()) for name in OVERLAYS] + [(name, OPTIONAL) for name in WITH_COMPONENTS]
 every_overlay = pytest.mark.parametrize("overlay, components", RENDERED, ids=[" ".join((name, *more)) for name, more in RENDERED])
 # What the Secrets hold, by name: `k8s/minikube.sh` makes the first two, docs/kubernetes.md says how.
-MINIKUBE_SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-ledger": {"url", "password"}}
+MINIKUBE_SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-store": {"url", "password"}}
 SECRETS = MINIKUBE_SECRETS | {"fraud-kafka": {"user", "password"}}
 CONSUMERS = {"fraud-stream", "fraud-stream-labels"}
 SERVERS = {"fraud-redis", "fraud-kafka", "fraud-pushgateway"}
@@ -327,7 +333,7 @@ def test_least_privilege(render, overlay, components):
             assert repository == "fraud-api@sha256" if overlay.endswith("production") else (repository, tag) == ("fraud-api", version)
 
 
-SECRET_VALUES = {("fraud-ledger", "url"): "redis://:secret@fraud-redis:6379/0", ("fraud-kafka", "user"): "fraud", ("fraud-kafka", "password"): "secret"}
+SECRET_VALUES = {("fraud-store", "url"): "redis://:secret@fraud-redis:6379/0", ("fraud-kafka", "user"): "fraud", ("fraud-kafka", "password"): "secret"}
 
 
 def declared_environment(template: dict, secrets: dict[tuple[str, str], str] = SECRET_VALUES) -> dict[str, str]:
@@ -363,7 +369,7 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
         settings, others = declared_settings(template, objects, tmp_path)
         assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE"}
-        assert settings.serve.host == "0.0.0.0" and settings.ledger.url.startswith("redis://")
+        assert settings.serve.host == "0.0.0.0" and settings.store.url.startswith("redis://")
         assert [(port["name"], port["containerPort"]) for port in main["ports"]] == [("http", settings.serve.port)]
         assert Path(environ["FRAUD_API_KEYS_FILE"]) == Path(mounts["api-keys"], "api-keys")
         wanted = "challenger" if name.endswith("canary") else "champion"
@@ -374,9 +380,9 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         probes = declared_probes(main)
         assert probes["liveness"] == ("/healthz", "http")  # never about Redis
         expected = ("degrade", "/readyz", "/healthz") if components else ("fail", "/healthz", "/readyz")
-        assert (settings.serve.on_ledger_error, probes["startup"][0], probes["readiness"][0]) == expected
+        assert (settings.serve.on_store_error, probes["startup"][0], probes["readiness"][0]) == expected
         assert all(("GET", path) in OPEN for path, _ in probes.values())  # a probe has no key
-        assert all(main[f"{probe}Probe"]["timeoutSeconds"] > settings.ledger.timeout for probe, (path, _) in probes.items() if path == "/readyz")
+        assert all(main[f"{probe}Probe"]["timeoutSeconds"] > settings.store.timeout for probe, (path, _) in probes.items() if path == "/readyz")
 
 
 @every_overlay
@@ -394,9 +400,9 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
             assert stream.bootstrap_servers == tuple(f"BROKER-{number}:9096" for number in (1, 2, 3)) and stream.replication == 3
         else:
             assert set(stream.bootstrap_servers) <= services and stream.replication == 1
-        assert settings.ledger.url.startswith("redis://") and not stream.via  # many share it
+        assert settings.store.url.startswith("redis://") and not stream.via  # many share it
         assert stream.host == "0.0.0.0" and [(port["name"], port["containerPort"]) for port in main["ports"]] == [("metrics", stream.port)]
-        assert main["command"] == ["python", "-m", "fraud_pkg.stream", *(["labels"] if name.endswith("labels") else [])]
+        assert main["command"] == ["python", "-m", "fraud_pkg.stream.worker", *(["labels"] if name.endswith("labels") else [])]
         if name == "fraud-stream":
             mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
             assert settings.serve.bundle == ("s3://BUCKET/champion" if production else f"{mounts['models']}/champion")
@@ -433,7 +439,7 @@ def mebibytes(quantity: str) -> int:
 
 
 def test_redis_as_declared(render, tmp_path):
-    """The ledger's own configuration and command on a real Redis: it wants the password, answers its probes, and forgets nothing when it is killed."""
+    """The store's own configuration and command on a real Redis: it wants the password, answers its probes, and forgets nothing when it is killed."""
     objects = render("overlays/minikube")
     server = servers.program("redis-server", "redis-server")
     main, password, port = container(workloads(objects)["fraud-redis"]), "0123456789abcdef", servers.free_port()
@@ -454,17 +460,17 @@ def test_redis_as_declared(render, tmp_path):
         command = ["redis-cli", "-p", str(port), "info", "persistence"]
         return subprocess.run(command, env=os.environ | {"REDISCLI_AUTH": password}, capture_output=True, text=True, check=True).stdout.split()
 
-    def ledger(key: str = password):
-        return open_ledger(f"redis://:{key}@{servers.HOST}:{port}/0", 1000, 1)
+    def store(key: str = password):
+        return open_store(f"redis://:{key}@{servers.HOST}:{port}/0", 1000, 1)
 
     assert probe("livenessProbe") and probe("readinessProbe")
     with servers.running(command, lambda: probe("readinessProbe") == 0, tmp_path / "redis.log") as process:
         assert (probe("livenessProbe"), probe("livenessProbe", "wrong"), probe("readinessProbe", "wrong")) == (0, 0, 1)
-        with pytest.raises(LedgerError, match=r"(?i)password|auth"):
-            ledger("wrong").ping()
+        with pytest.raises(StoreError, match=r"(?i)password|auth"):
+            store("wrong").ping()
         assert password not in Path(f"/proc/{process.pid}/cmdline").read_text()
-        events = [Event(f"t{number}", 10, f"C{number}", "M1", 100) for number in range(100)]
-        assert all(ledger().record(events))
+        events = [Transaction(f"t{number}", 10, f"C{number}", "M1", 100) for number in range(100)]
+        assert all(store().record(events))
         end = time.monotonic() + 10
         while not {"aof_buffer_length:0", "aof_pending_bio_fsync:0"} <= set(persistence()):  # what `everysec` promises
             assert time.monotonic() < end
@@ -472,7 +478,7 @@ def test_redis_as_declared(render, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     with servers.running(command, lambda: probe("readinessProbe") == 0, tmp_path / "redis.log"):
-        assert not any(ledger().record(events))  # it knows them all
+        assert not any(store().record(events))  # it knows them all
 
 
 def moved(text: str, places: dict[str, str]) -> str:
@@ -523,15 +529,15 @@ def until(condition, seconds: float) -> None:
 
 
 def test_stream_as_declared(render, tmp_path):
-    """Both consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding what is sent, with the shared ledger, and ended by SIGTERM."""
+    """Both consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding what is sent, with the shared store, and ended by SIGTERM."""
     objects = render("overlays/minikube")
     example_bundle(tmp_path / "models/champion")
     with contextlib.ExitStack() as running:
-        ledger, broker = running.enter_context(servers.redis(tmp_path)), running.enter_context(broker_as_declared(objects, tmp_path))
+        store, broker = running.enter_context(servers.redis(tmp_path)), running.enter_context(broker_as_declared(objects, tmp_path))
         processes, urls = {}, {}
         for name, template in consumers(objects).items():
             port, settings = servers.free_port(), declared_settings(template, objects, tmp_path)[0]
-            environ = declared_environment(template, {("fraud-ledger", "url"): ledger})
+            environ = declared_environment(template, {("fraud-store", "url"): store})
             environ |= {"FRAUD_ROOT": str(tmp_path), "FRAUD_STREAM_HOST": servers.HOST, "FRAUD_STREAM_PORT": str(port),
                         "FRAUD_SERVE_BUNDLE": environ["FRAUD_SERVE_BUNDLE"].replace("/models", str(tmp_path / "models")),
                         "FRAUD_STREAM_BOOTSTRAP_SERVERS": moved(environ["FRAUD_STREAM_BOOTSTRAP_SERVERS"], {"fraud-kafka.fraud.svc:19092": broker})}
@@ -550,7 +556,7 @@ def test_stream_as_declared(render, tmp_path):
         with contextlib.closing(KafkaProducer(bootstrap_servers=broker)) as producer:
             producer.send(settings.stream.transactions, json.dumps(EXAMPLE).encode()).get(timeout=10)
         until(lambda: 'fraud_stream_messages_total{outcome="decided"} 1.0' in httpx.get(f"{urls['fraud-stream']}/metrics").text, 10)
-        assert EXAMPLE["transaction_id"] in open_ledger(ledger, 1000, 1).read([], [EXAMPLE["transaction_id"]], 0).recorded
+        assert EXAMPLE["transaction_id"] in open_store(store, 1000, 1).read([], [EXAMPLE["transaction_id"]], 0).recorded
         for name, process in processes.items():
             peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
             assert peak < mebibytes(container(workloads(objects)[name])["resources"]["limits"]["memory"]), f"{name}: {peak:.0f} MiB"
@@ -673,8 +679,8 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert {name: set(secret["stringData"]) for name, secret in secrets.items()} == MINIKUBE_SECRETS
     for secret in secrets.values():
         kubernetes_validate.validate(secret, VERSION, strict=True)
-    ledger = secrets["fraud-ledger"]["stringData"]
-    assert ledger["url"] == f"redis://:{ledger['password']}@fraud-redis:6379/0" and len(ledger["password"]) == 48
+    store = secrets["fraud-store"]["stringData"]
+    assert store["url"] == f"redis://:{store['password']}@fraud-redis:6379/0" and len(store["password"]) == 48
     (tmp_path / "keys").write_text(secrets["fraud-api-keys"]["stringData"]["api-keys"])
     [key] = load_keys({"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}).values()
 
@@ -683,7 +689,7 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     port = servers.free_port()
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "FRAUD_ROOT": str(PROJECT), "FRAUD_SERVE_PORT": str(port), "FRAUD_SERVE_BUNDLE": str(here / "node/champion"),
                "FRAUD_SERVE_RELOAD_SECONDS": "0.1", "FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}
-    with servers.running([sys.executable, "-m", "fraud_pkg.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, tmp_path / "api.log", env=environ):
+    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, tmp_path / "api.log", env=environ):
         done = minikube(port)
         assert done.returncode == 0, done.stdout + done.stderr
         end = time.monotonic() + 10
@@ -695,7 +701,7 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert answer["transaction_id"] == EXAMPLE["transaction_id"] and answer["decision"] in ("allow", "review", "block")
     assert {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in MINIKUBE_SECRETS} == secrets
     said = done.stdout + done.stderr
-    assert not any(value in said for value in (key.decode(), ledger["password"])) and "Again, and from your own programs" in said
+    assert not any(value in said for value in (key.decode(), store["password"])) and "Again, and from your own programs" in said
 
     log = (here / "log").read_text().splitlines()
     assert log[:2] == ["status", "start --cni=calico --addons=metrics-server"] and "addons enable metrics-server" in log

@@ -18,9 +18,12 @@ import servers
 from openapi import conforms
 from test_serve import api
 
-from fraud_pkg.deploy import runtime
-from fraud_pkg.ledger import Event, MemoryLedger, create_table, save
-from fraud_pkg.scoring import EXAMPLE, example_bundle
+from fraud_pkg.serve.lambda_package import runtime
+from fraud_pkg.store.dynamodb import create_table
+from fraud_pkg.store.memory import MemoryStore, save_snapshot
+from fraud_pkg.store.tiles import Transaction
+from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.wire import EXAMPLE
 
 KEYS, KEY = "shop:0123456789abcdef", {"X-API-Key": "0123456789abcdef"}
 RETENTION = 720 + 168
@@ -73,7 +76,7 @@ def test_deployed_as_declared(project):
     """Function, role, table, routes and limits are those of .chalice/config.json, and nothing more."""
     found, stage = configuration("dev"), project.json("chalice_app/.chalice/config.json")["stages"]["dev"]
     assert (found["MemorySize"], found["Timeout"], found["Handler"]) == (stage["lambda_memory_size"], 10, "app.app")
-    assert found["Environment"]["Variables"]["FRAUD_LEDGER_URL"] == "dynamodb://fraud-ledger-dev"
+    assert found["Environment"]["Variables"]["FRAUD_STORE_URL"] == "dynamodb://fraud-store-dev"
     assert "KEYS" not in {name for name, value in found["Environment"]["Variables"].items() if KEYS in value}
     assert boto3.client("lambda").get_function_concurrency(FunctionName="fraud-dev")["ReservedConcurrentExecutions"] == stage["reserved_concurrency"]
     iam, role = boto3.client("iam"), found["Role"].rsplit("/", 1)[-1]
@@ -84,13 +87,13 @@ def test_deployed_as_declared(project):
     (made,) = (item for item in gateway.get_rest_apis()["items"] if item["name"] == "fraud")
     routes = {item["path"]: set(item.get("resourceMethods", {})) for item in gateway.get_resources(restApiId=made["id"], limit=100)["items"]}
     assert {path: methods for path, methods in routes.items() if methods} == {path: {method} for path, method in lambda_runtime.ROUTES.items()}
-    assert boto3.client("dynamodb").describe_table(TableName="fraud-ledger-dev")["Table"]["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST"
+    assert boto3.client("dynamodb").describe_table(TableName="fraud-store-dev")["Table"]["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST"
     assert fetched(project, "dev").stat().st_size < 30_000_000
-    assert "https://" in project.printed and "The ledger's table is new" in project.printed
+    assert "https://" in project.printed and "The store's table is new" in project.printed
 
 
-def test_answers_with_its_own_ledger(function):
-    """As deployed: keys from Systems Manager, the ledger in DynamoDB, one line of JSON for each request."""
+def test_answers_with_its_own_store(function):
+    """As deployed: keys from Systems Manager, the store in DynamoDB, one line of JSON for each request."""
     with function() as running, lambda_runtime.gateway(running) as url:
         assert httpx.get(f"{url}/healthz").json() == {"status": "alive"} and httpx.get(f"{url}/readyz").json()["status"] == "ready"
         assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 401
@@ -98,7 +101,7 @@ def test_answers_with_its_own_ledger(function):
         assert first.status_code == 200 and first.content == again.content and first.json()["history"] is True
         told = httpx.post(f"{url}/feedback", json={"labels": [{"transaction_id": EXAMPLE["transaction_id"], "is_fraud": True}]}, headers=KEY)
         assert told.json() == {"recorded": 1, "unknown": []}
-    item = boto3.client("dynamodb").get_item(TableName="fraud-ledger-dev", Key={"key": {"S": f"t#{EXAMPLE['transaction_id']}"}, "day": {"N": "0"}})["Item"]
+    item = boto3.client("dynamodb").get_item(TableName="fraud-store-dev", Key={"key": {"S": f"t#{EXAMPLE['transaction_id']}"}, "day": {"N": "0"}})["Item"]
     assert item["fraud"] == {"BOOL": True}
 
 
@@ -119,13 +122,13 @@ def live(row: dict, prefix: str) -> dict:
 
 @pytest.fixture(scope="module")
 def day(finished, tmp_path_factory) -> tuple[list[dict], Path]:
-    """Ten thousand transactions, and a snapshot of a ledger that remembers the ten thousand before them with their frauds."""
+    """Ten thousand transactions, and a snapshot of a store that remembers the ten thousand before them with their frauds."""
     raw = pq.read_table(next((finished.root / "data/raw").glob("*.parquet"))).slice(40_000, 20_000).to_pylist()
     before, now = raw[:10_000], raw[10_000:]
-    ledger, place = MemoryLedger(RETENTION), tmp_path_factory.mktemp("ledger") / "snapshot.npz"
-    ledger.record([Event(str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in before])
-    ledger.label({str(row["tx_id"]): True for row in before if row["isFraud"]})
-    save(ledger, place)
+    store, place = MemoryStore(RETENTION), tmp_path_factory.mktemp("store") / "snapshot.npz"
+    store.record([Transaction(str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in before])
+    store.label({str(row["tx_id"]): True for row in before if row["isFraud"]})
+    save_snapshot(store, place)
     return [live(row, "") for row in now], place
 
 
@@ -144,10 +147,10 @@ def as_requests(transactions: list[dict], batch: int) -> list[tuple[str, str, by
 
 
 def test_ten_thousand_bodies_are_byte_equal(project, function, day, tmp_path):
-    """The same ledger to start from, half of the transactions one by one, half in batches, reasons for each."""
+    """The same store to start from, half of the transactions one by one, half in batches, reasons for each."""
     transactions, snapshot = day
-    with function(FRAUD_LEDGER_URL=f"memory://{snapshot}", FRAUD_SERVE_EXPLAIN="all") as running, lambda_runtime.gateway(running) as here, \
-            api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, ledger__url=f"memory://{snapshot}", serve__explain="all") as (there, _):
+    with function(FRAUD_STORE_URL=f"memory://{snapshot}", FRAUD_SERVE_EXPLAIN="all") as running, lambda_runtime.gateway(running) as here, \
+            api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, store__url=f"memory://{snapshot}", serve__explain="all") as (there, _):
         requests = as_requests(transactions[:5_000], 1) + as_requests(transactions[5_000:], 100)
         assert differences(requests, here, there) == []
         model = httpx.get(f"{there}/model", headers=KEY).json()
@@ -161,7 +164,7 @@ def test_bodies_are_byte_equal_with_dynamodb(project, function, day, tmp_path):
     transactions, _ = day
     create_table("other")
     with function() as running, lambda_runtime.gateway(running) as here, \
-            api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, ledger__url="dynamodb://other", ledger__timeout=5) as (there, _):
+            api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, store__url="dynamodb://other", store__timeout=5) as (there, _):
         assert differences(as_requests(transactions[:40], 1) + as_requests(transactions[40:240], 50), here, there) == []
 
 
@@ -174,7 +177,7 @@ BAD = [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b"{}", json.dumps({**E
 
 def test_bad_input_gets_the_same_answer(project, function):
     """A 4xx that names field and reason, from both doors alike, and both go on."""
-    with function(FRAUD_LEDGER_URL="memory://") as running, lambda_runtime.gateway(running) as here, \
+    with function(FRAUD_STORE_URL="memory://") as running, lambda_runtime.gateway(running) as here, \
             api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (there, _):
         requests = [("POST", path, body) for path in ("/predict", "/predict/batch", "/feedback") for body in BAD]
         assert differences(requests, here, there) == []
@@ -187,7 +190,7 @@ def test_bad_input_gets_the_same_answer(project, function):
 
 def test_does_what_the_other_door_documents(project, function, tmp_path):
     """One document for both. API Gateway answers 403 before the function where a service answers 405."""
-    with function(FRAUD_LEDGER_URL="memory://") as running, lambda_runtime.gateway(running) as here, \
+    with function(FRAUD_STORE_URL="memory://") as running, lambda_runtime.gateway(running) as here, \
             api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (there, _):
         document = httpx.get(f"{there}/openapi.json").json()
         del document["paths"]["/history"]  # the console's, which only the service has
@@ -195,12 +198,12 @@ def test_does_what_the_other_door_documents(project, function, tmp_path):
         conforms(str(tmp_path / "openapi.json"), here, KEY["X-API-Key"], "unsupported_method")
 
 
-def test_ledger_away(function, tmp_path):
+def test_store_away(function, tmp_path):
     """A table that does not exist: 503, or an answer that says that it does without."""
-    with function(FRAUD_LEDGER_URL="dynamodb://nowhere") as running, lambda_runtime.gateway(running) as url:
+    with function(FRAUD_STORE_URL="dynamodb://nowhere") as running, lambda_runtime.gateway(running) as url:
         answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=KEY)
-        assert (answer.status_code, answer.json()["problems"][0]["field"]) == (503, "ledger") and httpx.get(f"{url}/readyz").status_code == 503
-    with function(FRAUD_LEDGER_URL="dynamodb://nowhere", FRAUD_SERVE_ON_LEDGER_ERROR="degrade") as running, lambda_runtime.gateway(running) as url:
+        assert (answer.status_code, answer.json()["problems"][0]["field"]) == (503, "store") and httpx.get(f"{url}/readyz").status_code == 503
+    with function(FRAUD_STORE_URL="dynamodb://nowhere", FRAUD_SERVE_ON_STORE_ERROR="degrade") as running, lambda_runtime.gateway(running) as url:
         answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=KEY)
         assert (answer.status_code, answer.json()["history"]) == (200, False)
         time.sleep(0.2)
@@ -208,7 +211,7 @@ def test_ledger_away(function, tmp_path):
 
 
 def test_largest_batch_within_the_timeout(function, day):
-    """The most transactions that a stage takes in one request, with its ledger in DynamoDB."""
+    """The most transactions that a stage takes in one request, with its store in DynamoDB."""
     transactions, _ = day
     with function() as running, lambda_runtime.gateway(running) as url:
         began = time.monotonic()
@@ -220,7 +223,7 @@ def test_redeploy_second_stage_and_removal(project):
     """A new champion changes the package, an equal one does not; prod stands beside dev; what is removed leaves its data."""
     before = configuration("dev")["CodeSha256"]
     again = project.fraud("deploy", "lambda", "--stage", "dev").stdout
-    assert configuration("dev")["CodeSha256"] == before and "The ledger's table is new" not in again
+    assert configuration("dev")["CodeSha256"] == before and "The store's table is new" not in again
     example_bundle(project.root / "models/champion")
     project.fraud("deploy", "lambda", "--stage", "dev")
     assert configuration("dev")["CodeSha256"] != before
@@ -229,7 +232,7 @@ def test_redeploy_second_stage_and_removal(project):
     project.fraud("deploy", "remove", "--stage", "dev")
     names = {function["FunctionName"] for function in boto3.client("lambda").list_functions()["Functions"]}
     assert names == {"fraud-prod"} and len(boto3.client("apigateway").get_rest_apis()["items"]) == 1
-    assert set(boto3.client("dynamodb").list_tables()["TableNames"]) >= {"fraud-ledger-dev", "fraud-ledger-prod"}
+    assert set(boto3.client("dynamodb").list_tables()["TableNames"]) >= {"fraud-store-dev", "fraud-store-prod"}
 
 
 def test_champion_from_a_bucket(project, aws, tmp_path):
@@ -239,7 +242,7 @@ def test_champion_from_a_bucket(project, aws, tmp_path):
     project.fraud("deploy", "package", str(tmp_path / "out"), "--stage", "dev", "--bundle-url", "s3://fraud-models-test/dev")
     folder = lambda_runtime.unpack(tmp_path / "out/deployment.zip", tmp_path)
     assert not list((tmp_path / "task").rglob("model.onnx"))
-    environ = {**aws, "FRAUD_LEDGER_URL": "memory://", "FRAUD_API_KEYS": KEYS}
+    environ = {**aws, "FRAUD_STORE_URL": "memory://", "FRAUD_API_KEYS": KEYS}
     with lambda_runtime.instance(folder, environ, tmp_path / "log") as running, lambda_runtime.gateway(running) as url:
         assert httpx.get(f"{url}/model", headers=KEY).json()["version"] == project.json("models/champion/manifest.json")["version"]
     (key,) = (item["Key"] for item in s3.list_objects_v2(Bucket="fraud-models-test")["Contents"] if item["Key"].endswith("model.onnx"))

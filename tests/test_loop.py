@@ -19,10 +19,10 @@ import servers
 from conftest import Workspace
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from fraud_pkg.acquire import read_decisions
-from fraud_pkg.feeds import label_message, transaction_messages
-from fraud_pkg.settings import Simulate
-from fraud_pkg.simulate import simulate
+from fraud_pkg.data.lake import read_decisions
+from fraud_pkg.stream.replay import label_message, transaction_messages
+from fraud_pkg.core.settings import Simulate
+from fraud_pkg.data.simulate import simulate
 
 BASE, CALM, DRIFTED, DELAY = 44, 14, 24, 48  # days of the champion's log, without drift, with drift; hours until labels are known
 NEW = "structuring"
@@ -74,10 +74,10 @@ class Live:
             assert time.monotonic() < end, self.log.read_text()[-4000:]
             time.sleep(0.2)
 
-    def look(self, heal: bool = False) -> dict:
+    def check(self, retrain: bool = False) -> dict:
         """What the sink has by now, judged."""
         self.project.fraud("stream", "sink", "--until-end")
-        self.project.fraud("watch", *(["--heal"] if heal else []))
+        self.project.fraud("watch", *(["--retrain"] if retrain else []))
         return self.project.json("reports/watch/verdict.json")
 
     def recall(self, scenario: str, first_day: int, end_day: int) -> float:
@@ -124,18 +124,18 @@ def live(request, workspace, tmp_path):
 
 def test_drift_is_seen_learned_and_taken_back(live, capsys):
     first = live.champion_at(live.url)
-    live.send(0, BASE)  # the ledger learns who is who, as it would from the log
+    live.send(0, BASE)  # the store learns who is who, as it would from the log
     live.send(BASE, BASE + CALM // 2)
-    looks = [live.look()]
+    looks = [live.check()]
     live.send(BASE + CALM // 2, BASE + CALM)
-    looks.append(live.look())
+    looks.append(live.check())
     assert [look["verdict"] for look in looks] == ["healthy"] * 2, [look["reasons"] for look in looks]
     assert not any(check["alarm"] for look in looks for check in look["checks"])
 
     drift = BASE + CALM
     within = DELAY // 24 + 3 + 1  # windows: until labels are known, then three bad ones, and the one that is not over
     live.send(drift, drift + within)
-    alarmed = live.look()
+    alarmed = live.check()
     assert alarmed["verdict"] == "retrain" and next(c for c in alarmed["checks"] if c["check"] == "recall")["alarm"], alarmed["reasons"]
     assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in servers.fetch(f"{live.gateway}/metrics")
 
@@ -144,14 +144,14 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
         later = min(day + (LEARNED - within if not tried else 2), drift + DRIFTED - AFTER)
         live.send(day, later)
         day = later
-        live.look(heal=True)
+        live.check(retrain=True)
         tried = [json.loads(line) for line in (live.project.root / "reports/watch/history.jsonl").read_text().splitlines() if '"retraining"' in line]
     assert tried[-1]["promoted"], [t["gate"]["reasons"] for t in tried]
     second = tried[-1]["after"]
     live._wait(lambda: live.champion_at(live.url) == second, seconds=10)
 
     live.send(day, day + AFTER)
-    recovered = live.look()
+    recovered = live.check()
     assert recovered["champion"] == second and recovered["verdict"] != "unknown", recovered["reasons"]
     checks = {check["check"]: check for check in recovered["checks"]}
     assert checks["recall"]["judged"] >= 2 and not checks["recall"]["alarm"], checks

@@ -10,10 +10,12 @@ import servers
 import storage
 from test_serve import api
 
-from fraud_pkg.bundle import bundle_mark, fetch_bundle, load_bundle
-from fraud_pkg.registry import RegistryError, promote, rollback
-from fraud_pkg.scores import load_test
-from fraud_pkg.settings import Settings, load_settings
+from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.model.locations import bundle_mark, fetch_bundle
+from fraud_pkg.core.errors import RegistryError
+from fraud_pkg.model.registry import promote, rollback
+from fraud_pkg.train.samples import load_test
+from fraud_pkg.core.settings import Settings, load_settings
 
 
 def settings_of(space, **overrides) -> Settings:

@@ -21,9 +21,10 @@ import yaml
 from kafka import KafkaProducer
 
 from fraud_pkg.cli import app
-from fraud_pkg.live import push
-from fraud_pkg.scoring import EXAMPLE, example_bundle
-from fraud_pkg.settings import load_settings
+from fraud_pkg.monitor.live import push_figures
+from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.core.settings import load_settings
 
 PROJECT = Path(__file__).resolve().parents[1]
 MONITORING = PROJECT / "k8s/monitoring"
@@ -194,7 +195,7 @@ def bad_monitor(folder: Path, pushgateway: str) -> None:
     """A look of the monitor that asks for a new model, pushed as `fraud watch` pushes it."""
     checks = [{"check": name, "value": 0.3, "threshold": 0.2, "bad": 3, "judged": 5} for name in ("features", "score", "recall", "precision")]
     found = {"verdict": "retrain", "checks": checks, "age_days": 3000, "labels_used": 7, "windows": [{"labelled": True, "average_precision": 0.4}]}
-    push(found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={}))
+    push_figures(found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={}))
 
 
 @contextlib.contextmanager
@@ -240,7 +241,7 @@ def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str)
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory) -> Iterator[System]:
-    """Two services (one without its ledger), a consumer and a sink on a broker, the monitor's figures, and who watches them; alerts wait for nothing."""
+    """Two services (one without its store), a consumer and a sink on a broker, the monitor's figures, and who watches them; alerts wait for nothing."""
     folder, told = tmp_path_factory.mktemp("system"), []
     (folder / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
     (folder / "rules").mkdir()
@@ -253,7 +254,7 @@ def system(tmp_path_factory) -> Iterator[System]:
         broker, pushed, hooks = enter(servers.kafka(folder)), enter(servers.pushgateway(folder)), enter(receivers(told))
         manager = enter(servers.alertmanager(folder, re.sub(r"group_wait: \w+", "group_wait: 1s", resolved(hooks))))
         stream = {"stream__bootstrap_servers": broker, "stream__partitions": 1}
-        away = {"ledger__url": f"redis://{servers.HOST}:{servers.free_port()}/0", "ledger__timeout": 0.2, "serve__on_ledger_error": "degrade"}
+        away = {"store__url": f"redis://{servers.HOST}:{servers.free_port()}/0", "store__timeout": 0.2, "serve__on_store_error": "degrade"}
         ports = {"fraud-api": [enter(fraud(folder, "serve")), enter(fraud(folder, "serve", **away))],
                  "fraud-stream": [enter(fraud(folder, "stream", "score", **stream))], "fraud-sink": [enter(fraud(folder, "stream", "sink", **stream))]}
         bad_monitor(folder, pushed)
@@ -346,6 +347,6 @@ def test_people_are_told(system):
 
     def muted() -> bool:
         alerts = httpx.get(f"{system.alertmanager}/api/v2/alerts").json()
-        return any(alert["labels"]["alertname"] == "FraudLedgerErrors" and alert["status"]["inhibitedBy"] for alert in alerts)
+        return any(alert["labels"]["alertname"] == "FraudStoreErrors" and alert["status"]["inhibitedBy"] for alert in alerts)
 
-    until(muted, "FraudLedgerErrors is not muted")
+    until(muted, "FraudStoreErrors is not muted")

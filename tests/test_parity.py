@@ -13,19 +13,23 @@ from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fraud_pkg.engines import local_history
-from fraud_pkg.features import feature_names, matrix
-from fraud_pkg.ledger import Event, create_table, open_ledger
-from fraud_pkg.scoring import Transaction, look_back, own_features
+from fraud_pkg.features.local import local_history
+from fraud_pkg.features.definitions import feature_names
+from fraud_pkg.features.kernel import matrix
+from fraud_pkg.store.dynamodb import create_table
+from fraud_pkg.store.open import open_store
+from fraud_pkg.store.tiles import Transaction
+from fraud_pkg.serve.scorer import look_back, request_features
+from fraud_pkg.serve.wire import TransactionRequest
 
 WINDOWS = (1, 24, 168, 720)
 NAMES = feature_names(WINDOWS)
 fresh = itertools.count()  # accounts that no example used before
 
 
-def live(row: dict) -> Transaction:
+def live(row: dict) -> TransactionRequest:
     """A row of the raw table as its sender would have sent it."""
-    return Transaction(transaction_id=str(row["tx_id"]), step=row["step"], type=row["type"], amount=row["amount"], nameOrig=row["nameOrig"],
+    return TransactionRequest(transaction_id=str(row["tx_id"]), step=row["step"], type=row["type"], amount=row["amount"], nameOrig=row["nameOrig"],
                        oldbalanceOrg=row["oldbalanceOrg"], nameDest=row["nameDest"], oldbalanceDest=row["oldbalanceDest"])
 
 
@@ -36,17 +40,17 @@ def requests(rows: list[dict], batch: int) -> Iterator[list[dict]]:
         yield from (hour[i: i + batch] for i in range(0, len(hour), batch))
 
 
-def replay(rows: list[dict], ledger, label_delay: int, batch: int) -> np.ndarray:
+def replay(rows: list[dict], store, label_delay: int, batch: int) -> np.ndarray:
     """Online features of all rows, in requests of `batch`; what was fraud becomes known when the label delay is over."""
     found, waiting = [], []
     for part in requests(rows, batch):
         while waiting and waiting[0]["step"] <= part[0]["step"] - label_delay:
-            assert ledger.label({str(waiting.pop(0)["tx_id"]): True}) == []
+            assert store.label({str(waiting.pop(0)["tx_id"]): True}) == []
         transactions = [live(row) for row in part]
-        events = [Event(t.transaction_id, t.step, t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions]
-        reading = ledger.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
-        found.append(matrix(own_features(transactions, events), look_back(events, reading, WINDOWS, label_delay)))
-        assert all(ledger.record(events))
+        events = [Transaction(t.transaction_id, t.step, t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions]
+        reading = store.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
+        found.append(matrix(request_features(transactions, events), look_back(events, reading, WINDOWS, label_delay)))
+        assert all(store.record(events))
         waiting += [row for row in part if row["isFraud"]]
     return np.vstack(found)
 
@@ -54,8 +58,8 @@ def replay(rows: list[dict], ledger, label_delay: int, batch: int) -> np.ndarray
 def check(root, rows: int, label_delay: int, url: str, batch: int) -> None:
     folder = root / "data/features"
     raw = pq.read_table(next((root / "data/raw").glob("*.parquet"))).slice(0, rows).to_pylist()
-    ledger = open_ledger(url, max(WINDOWS) + label_delay, timeout=10)
-    online = replay(raw, ledger, label_delay, batch)
+    store = open_store(url, max(WINDOWS) + label_delay, timeout=10)
+    online = replay(raw, store, label_delay, batch)
     parts = [pq.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
     names = [name for name in parts[0].column_names if name in NAMES]
     offline = np.column_stack([np.concatenate([part[name].to_numpy() for part in parts])[:rows] for name in names])
@@ -99,8 +103,8 @@ def table(tmp_path, monkeypatch) -> str:
     with servers.moto(tmp_path) as environ:
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        create_table("ledger")
-        yield "dynamodb://ledger"
+        create_table("store")
+        yield "dynamodb://store"
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +156,15 @@ def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
     rows = [{"tx_id": i, "step": step, "type": "TRANSFER", "amount": cents / 100, "nameOrig": prefix + orig, "oldbalanceOrg": 5.0, "nameDest": prefix + dest, "oldbalanceDest": None,
              "isFraud": int(fraud), "known": step + min(late, delay)} for i, (step, orig, dest, cents, fraud, late) in enumerate(sorted(drawn, key=lambda one: one[0]))]
     raw = pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in (("tx_id", pa.int64()), ("step", pa.int32()), ("amount", pa.float64()), ("nameOrig", pa.string()), ("nameDest", pa.string()), ("isFraud", pa.int8()))})
-    ledger = open_ledger("memory://" if place == "memory" else request.getfixturevalue("redis_url"), max(windows) + delay, timeout=10)
+    store = open_store("memory://" if place == "memory" else request.getfixturevalue("redis_url"), max(windows) + delay, timeout=10)
     online, waiting = [], []
     for part in requests(rows, cuts):
         due = [row for row in waiting if row["known"] <= part[0]["step"]]
         waiting = [row for row in waiting if row not in due]
-        ledger.label({prefix + str(row["tx_id"]): True for row in due})
-        events = [Event(prefix + str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in part]
-        reading = ledger.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
+        store.label({prefix + str(row["tx_id"]): True for row in due})
+        events = [Transaction(prefix + str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in part]
+        reading = store.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
         online.append(look_back(events, reading, windows, delay))
-        assert all(ledger.record(events))
+        assert all(store.record(events))
         waiting += [row for row in part if row["isFraud"]]
     np.testing.assert_array_equal(np.vstack(online), local_history(raw, windows, delay, threads=1).sides())

@@ -17,7 +17,8 @@ import pytest
 import servers
 from openapi import conforms
 
-from fraud_pkg.scoring import EXAMPLE, example_bundle
+from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.wire import EXAMPLE
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +31,7 @@ def api(folder: Path, ready: bool = True, variables: dict[str, str] | None = Non
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
     environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(PROJECT), "PYTHONPATH": str(PROJECT)} | (variables or {})
     url = f"http://{servers.HOST}:{port}"
-    with servers.running([sys.executable, "-m", "fraud_pkg.api"], lambda: servers.status(f"{url}/{'readyz' if ready else 'healthz'}") == 200, folder / "api.log", env=environ) as process:
+    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], lambda: servers.status(f"{url}/{'readyz' if ready else 'healthz'}") == 200, folder / "api.log", env=environ) as process:
         yield url, process
 
 
@@ -141,18 +142,18 @@ def test_keys(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["fail", "degrade"])
-def test_ledger_away(tmp_path, policy):
+def test_store_away(tmp_path, policy):
     """Redis goes and comes back; in between the answer is 503, or one that says that it does without."""
     example_bundle(tmp_path / "champion")
     port = servers.free_port()
-    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, ledger__url=redis_url, ledger__timeout=0.3, serve__on_ledger_error=policy) as (url, _):
+    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, store__url=redis_url, store__timeout=0.3, serve__on_store_error=policy) as (url, _):
         assert httpx.post(f"{url}/predict", json=transaction(1)).json()["history"] is True
         subprocess.run(["redis-cli", "-p", str(port), "shutdown", "nosave"], check=False)
         away = httpx.post(f"{url}/predict", json=transaction(2))
         metrics = httpx.get(f"{url}/metrics").text
-        assert "fraud_ledger_errors_total 1.0" in metrics
+        assert "fraud_store_errors_total 1.0" in metrics
         if policy == "fail":
-            assert (away.status_code, away.json()["problems"][0]["field"]) == (503, "ledger")
+            assert (away.status_code, away.json()["problems"][0]["field"]) == (503, "store")
         else:
             assert (away.status_code, away.json()["history"]) == (200, False) and "fraud_degraded_decisions_total 1.0" in metrics
         assert servers.status(f"{url}/healthz") == 200 and servers.status(f"{url}/readyz") == 503
@@ -184,11 +185,11 @@ def test_does_what_its_document_says(tmp_path):
         conforms(f"{url}/openapi.json", url, key)
 
 
-def test_hung_ledger_keeps_no_probe_waiting(tmp_path):
+def test_hung_store_keeps_no_probe_waiting(tmp_path):
     """Redis is there and says nothing, and decisions pile up: the process is alive, and says what it counts."""
     example_bundle(tmp_path / "champion")
     port = servers.free_port()
-    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, ledger__url=redis_url, ledger__timeout=0.5) as (url, _):
+    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, store__url=redis_url, store__timeout=0.5) as (url, _):
         pid = int(next(line for line in subprocess.run(["redis-cli", "-p", str(port), "info", "server"], capture_output=True, text=True).stdout.splitlines() if line.startswith("process_id")).split(":")[1])
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -235,11 +236,11 @@ def test_moments_at_the_end_of_the_calendar(tmp_path):
 
 
 def test_a_step_far_ahead_erases_nobody(tmp_path):
-    """A unix time in `step`, say: it is refused, and the ledger still knows everybody."""
+    """A unix time in `step`, say: it is refused, and the store still knows everybody."""
     example_bundle(tmp_path / "champion")
     with servers.redis(tmp_path) as redis_url:
         for place in (redis_url, "memory://"):
-            with api(tmp_path, ledger__url=place) as (url, _):
+            with api(tmp_path, store__url=place) as (url, _):
                 assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
                 far = httpx.post(f"{url}/predict", json=transaction(2, step=9_000_000))
                 assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "step")
@@ -249,10 +250,10 @@ def test_a_step_far_ahead_erases_nobody(tmp_path):
 def test_a_snapshot_that_cannot_be_written_is_no_good_end(tmp_path):
     """Whoever stops the service learns that its memory was not kept."""
     example_bundle(tmp_path / "champion")
-    (tmp_path / "ledger").mkdir()
-    with api(tmp_path, ledger__url=f"memory://{tmp_path}/ledger/kept.npz") as (url, process):
+    (tmp_path / "store").mkdir()
+    with api(tmp_path, store__url=f"memory://{tmp_path}/store/kept.npz") as (url, process):
         assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
-        (tmp_path / "ledger").rmdir()
+        (tmp_path / "store").rmdir()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 1
     assert "the snapshot was not written" in (tmp_path / "api.log").read_text()

@@ -9,8 +9,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from browser import DESKTOP, PHONE, browser, visit  # noqa: F401
 
-from fraud_pkg.bundle import load_bundle
-from fraud_pkg.report import PAGES
+from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.report.pages import PAGES
 
 LOOKS = {"light": (DESKTOP, False), "dark": (DESKTOP, True), "phone": (PHONE, False)}
 RICHEST = ("index", "champion")  # a phone shows axe nothing new on the others

@@ -24,24 +24,26 @@ import pytest
 import servers
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
-from fraud_pkg.acquire import acquire
-from fraud_pkg.bundle import load_bundle
-from fraud_pkg.engines import build_features
-from fraud_pkg.evaluate import DECISIONS, decide
-from fraud_pkg.feeds import label_message, transaction_messages
-from fraud_pkg.journal import JournaledLedger, SteppingRedis
-from fraud_pkg.ledger import Event, MemoryLedger
-from fraud_pkg.scores import enter, load_periods
-from fraud_pkg.scoring import EXAMPLE
-from fraud_pkg.settings import load_settings
-from fraud_pkg.stream import DECISIONS as DECISION_FORMAT
-from fraud_pkg.stream import TRANSACTIONS, read_record
-from fraud_pkg.xgboost import train_xgboost
+from fraud_pkg.data.acquire import acquire
+from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.features.table import build_features
+from fraud_pkg.core.policy import DECISIONS, decide
+from fraud_pkg.stream.replay import label_message, transaction_messages
+from fraud_pkg.store.journal import JournaledStore, RedisOutboxStore
+from fraud_pkg.store.memory import MemoryStore
+from fraud_pkg.store.tiles import Transaction
+from fraud_pkg.model.bakeoff import evaluate_contender
+from fraud_pkg.train.samples import load_periods
+from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.core.settings import load_settings
+from fraud_pkg.stream.messages import DECISION_FORMAT
+from fraud_pkg.stream.messages import TRANSACTION_FORMAT, read_record
+from fraud_pkg.train.xgboost import train_xgboost
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROWS, RETENTION = 100_000, 720 + 168
 SESSION = 6 if "FRAUD_STREAM_BOOTSTRAP_SERVERS" in os.environ else 1  # seconds; the least that a broker takes unless it is told otherwise, and what ours takes
-DAYS = 28  # within the retention: nothing is forgotten, so that ledgers can be compared as a whole
+DAYS = 28  # within the retention: nothing is forgotten, so that stores can be compared as a whole
 
 
 class Broker:
@@ -98,7 +100,7 @@ def world(tmp_path_factory) -> World:
     table = pq.read_table(learning.data_dir / "raw" / acquire(learning)["file"])
     build_features(learning)
     periods = load_periods(learning)
-    enter(train_xgboost(periods.train, periods.validation, learning, tell=lambda line: None), periods, learning)
+    evaluate_contender(train_xgboost(periods.train, periods.validation, learning, tell=lambda line: None), periods, learning)
     quiet = root / "quiet.parquet"
     pq.write_table(table.set_column(table.column_names.index("isFraud"), "isFraud", pa.array(np.zeros(len(table), np.int8))), quiet)
     batch = settings(data__source=str(quiet), paths__data="batch")
@@ -210,21 +212,21 @@ def metric(process: subprocess.Popen, name: str, **labels: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line) and all(w in line for w in wanted))
 
 
-def events_of(table: pa.Table) -> list[Event]:
-    return [Event(str(r["tx_id"]), r["step"], r["nameOrig"], r["nameDest"], round(r["amount"] * 100)) for r in table.select(["tx_id", "step", "nameOrig", "nameDest", "amount"]).to_pylist()]
+def events_of(table: pa.Table) -> list[Transaction]:
+    return [Transaction(str(r["tx_id"]), r["step"], r["nameOrig"], r["nameDest"], round(r["amount"] * 100)) for r in table.select(["tx_id", "step", "nameOrig", "nameDest", "amount"]).to_pylist()]
 
 
-def everything(ledger: MemoryLedger) -> dict:
-    """A memory ledger as it is."""
-    return {account: history.rows() for account, history in ledger._accounts.items()}, ledger._events, ledger._frauds
+def everything(store: MemoryStore) -> dict:
+    """A memory store as it is."""
+    return {account: history.rows() for account, history in store._accounts.items()}, store._events, store._frauds
 
 
-def expected_ledger(table: pa.Table, frauds: bool) -> MemoryLedger:
-    ledger = MemoryLedger(RETENTION)
-    ledger.record(events_of(table))
+def expected_store(table: pa.Table, frauds: bool) -> MemoryStore:
+    store = MemoryStore(RETENTION)
+    store.record(events_of(table))
     if frauds:
-        ledger.label({str(i): True for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True) if fraud})
-    return ledger
+        store.label({str(i): True for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True) if fraud})
+    return store
 
 
 def once(decisions: list) -> dict[str, bytes]:
@@ -266,9 +268,9 @@ def test_every_decision_is_that_of_batch_scoring(uninterrupted, world):
     check_decisions(once(uninterrupted.decisions), world, ROWS)
     keys = dict(zip(map(str, world.table["tx_id"].to_pylist()), world.table["nameOrig"].to_pylist(), strict=True))
     assert all(keys[read_record(r.value)["transaction_id"]].encode() == r.key for r in uninterrupted.decisions[:1000])
-    ledger = JournaledLedger(uninterrupted.case.folder / "data/stream", RETENTION)
-    assert everything(ledger) == everything(expected_ledger(world.table, frauds=False))
-    ledger.close()
+    store = JournaledStore(uninterrupted.case.folder / "data/stream", RETENTION)
+    assert everything(store) == everything(expected_store(world.table, frauds=False))
+    store.close()
 
 
 def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command: str = "score", **more) -> int:
@@ -288,7 +290,7 @@ def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command:
 
 
 def test_killed_twenty_times(case, uninterrupted, world):
-    """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the same ledger."""
+    """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the same store."""
     made = case(stream__batch=100, stream__transactions=uninterrupted.case.topic("transactions"), stream__labels=uninterrupted.case.topic("labels"))
     made.fraud("redrive", "--dry-run")  # makes the topics
     seed = int.from_bytes(os.urandom(4), "big")
@@ -300,22 +302,22 @@ def test_killed_twenty_times(case, uninterrupted, world):
     decisions = made.read("decisions")
     print(f"{busy} of 20 kills in the middle of work, {len(decisions) - ROWS} decisions repeated")
     assert once(decisions) == once(uninterrupted.decisions)
-    ledger = JournaledLedger(made.folder / "data/stream", RETENTION)
-    assert everything(ledger) == everything(expected_ledger(world.table, frauds=False))
-    ledger.close()
+    store = JournaledStore(made.folder / "data/stream", RETENTION)
+    assert everything(store) == everything(expected_store(world.table, frauds=False))
+    store.close()
 
 
-def redis_ledger(url: str, table: pa.Table) -> tuple[dict, set]:
+def redis_store(url: str, table: pa.Table) -> tuple[dict, set]:
     """Histories and recorded transactions of everybody in `table`."""
-    ledger, accounts = SteppingRedis(url, RETENTION, 10), sorted(set(table["nameOrig"].to_pylist()) | set(table["nameDest"].to_pylist()))
-    reading = ledger.read(accounts, map(str, table["tx_id"].to_pylist()), int(max(table["step"].to_pylist())))
-    ledger.close()
+    store, accounts = RedisOutboxStore(url, RETENTION, 10), sorted(set(table["nameOrig"].to_pylist()) | set(table["nameDest"].to_pylist()))
+    reading = store.read(accounts, map(str, table["tx_id"].to_pylist()), int(max(table["step"].to_pylist())))
+    store.close()
     return {account: history.rows() for account, history in reading.histories.items() if history.hours}, set(reading.recorded)
 
 
-def test_killed_with_a_shared_ledger(case, world, redis_url):
+def test_killed_with_a_shared_store(case, world, redis_url):
     """Redis, three partitions, labels in a process of their own, two scorers and a labeller that are killed."""
-    made, table = case(stream__partitions=3, stream__batch=100, ledger__url=redis_url.replace("/0", "/1")), world.table.slice(0, 40_000)
+    made, table = case(stream__partitions=3, stream__batch=100, store__url=redis_url.replace("/0", "/1")), world.table.slice(0, 40_000)
     source = made.folder / "source.parquet"
     pq.write_table(table, source)
     frauds = sum(table["isFraud"].to_pylist())
@@ -337,8 +339,8 @@ def test_killed_with_a_shared_ledger(case, world, redis_url):
             time.sleep(1.5)
     found = once(made.read("decisions"))
     assert found.keys() == set(map(str, table["tx_id"].to_pylist()))
-    histories, recorded = redis_ledger(made.settings["ledger.url"], table)
-    expected = expected_ledger(table, frauds=True)
+    histories, recorded = redis_store(made.settings["store.url"], table)
+    expected = expected_store(table, frauds=True)
     assert recorded == found.keys() and histories == {account: history.rows() for account, history in expected._accounts.items()}
     assert sum(row[-1] for rows in histories.values() for row in rows) == 2 * frauds
 
@@ -358,7 +360,7 @@ def test_broker_goes_away_and_comes_back(case, world, broker):
 
 def test_consumers_join_and_leave(case, world, redis_url):
     """Up to three share the work, and the partitions change hands while messages flow; each is decided once, and each account's in their order."""
-    made, rows = case(stream__partitions=6, stream__batch=50, ledger__url=redis_url.replace("/0", "/2")), 30_000
+    made, rows = case(stream__partitions=6, stream__batch=50, store__url=redis_url.replace("/0", "/2")), 30_000
     made.fraud("redrive", "--dry-run")  # makes the topics
     source = made.start("produce", str(world.quiet), "--limit", str(rows), "--rate", "1500")
     with made.running("score") as first:
@@ -372,32 +374,32 @@ def test_consumers_join_and_leave(case, world, redis_url):
     decisions = made.read("decisions")
     found = once(decisions)
     assert found.keys() == set(map(str, world.table["tx_id"].to_pylist()[:rows]))
-    histories, recorded = redis_ledger(made.settings["ledger.url"], world.table.slice(0, rows))
-    assert recorded == found.keys() and histories == {a: h.rows() for a, h in expected_ledger(world.table.slice(0, rows), frauds=False)._accounts.items()}
+    histories, recorded = redis_store(made.settings["store.url"], world.table.slice(0, rows))
+    assert recorded == found.keys() and histories == {a: h.rows() for a, h in expected_store(world.table.slice(0, rows), frauds=False)._accounts.items()}
     order: dict[bytes, list[int]] = defaultdict(list)
     for record in decisions:
         order[record.key].append(int(read_record(record.value)["transaction_id"]))
     assert all(list(dict.fromkeys(numbers)) == sorted(set(numbers)) for numbers in order.values())
 
 
-def test_a_memory_ledger_is_not_shared(case, world):
+def test_a_memory_store_is_not_shared(case, world):
     made = case(stream__partitions=2)
     made.fraud("produce", str(world.quiet), "--limit", "1000")
     with made.running("score") as process:
         made.until(lambda: metric(process, "fraud_stream_messages_total") == 1000, process=process)
         beside = made.fraud("score", ok=False)
-        assert beside.returncode == 1 and "another consumer keeps its memory ledger here" in beside.stderr
+        assert beside.returncode == 1 and "another consumer keeps its memory store here" in beside.stderr
         elsewhere = made.fraud("score", ok=False, stream__state="data/elsewhere")
-        assert elsewhere.returncode == 1 and "a memory ledger must see them all; several consumers need [ledger] url = redis://" in elsewhere.stderr
+        assert elsewhere.returncode == 1 and "a memory store must see them all; several consumers need [store] url = redis://" in elsewhere.stderr
         labeller = made.fraud("labels", ok=False, stream__state="data/elsewhere")
-        assert labeller.returncode == 1 and "a memory ledger lives in `fraud stream score`" in labeller.stderr
+        assert labeller.returncode == 1 and "a memory store lives in `fraud stream score`" in labeller.stderr
         made.fraud("produce", str(world.quiet), "--limit", "1000", "--prefix", "again-")
         made.until(lambda: metric(process, "fraud_stream_messages_total") == 2000, process=process)
 
 
 POISON = {
     "empty": [None, b""],
-    "encoding": [b"{", b"[" * 100_000, b"\xff\xfe\x00", b"not json", TRANSACTIONS.write(EXAMPLE)[:-4], TRANSACTIONS.write(EXAMPLE) + b"\x00"],
+    "encoding": [b"{", b"[" * 100_000, b"\xff\xfe\x00", b"not json", TRANSACTION_FORMAT.write(EXAMPLE)[:-4], TRANSACTION_FORMAT.write(EXAMPLE) + b"\x00"],
     "schema": [json.dumps({"schema": 2, **EXAMPLE}).encode(), json.dumps({"schema": "1", **EXAMPLE}).encode(), b"\xc3\x01" + bytes(8) + b"x", DECISION_FORMAT.head + b"x"],
     "contract": [b"[]", b"null", b"{}", json.dumps({"schema": 1, **EXAMPLE, "amount": -5}).encode(), json.dumps({"schema": 1, **EXAMPLE, "amount": 1e300}).encode(), json.dumps({"schema": 1, **EXAMPLE, "extra": 1}).encode(),
                  json.dumps({"schema": 1, **EXAMPLE, "timestamp": "2026-01-05T10:00:00Z"}).encode(), json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "far", "step": 20_000}).encode(),
@@ -457,11 +459,11 @@ def test_dead_letters_come_back_when_what_was_wrong_is_mended(case, world):
 
 @contextlib.contextmanager
 def api(folder: Path, bundle: Path, port: int) -> Iterator[subprocess.Popen]:
-    """The service with a memory ledger that survives a friendly stop."""
+    """The service with a memory store that survives a friendly stop."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    given = {"serve.port": port, "serve.bundle": bundle, "ledger.url": f"memory://{folder}/ledger.npz"}
+    given = {"serve.port": port, "serve.bundle": bundle, "store.url": f"memory://{folder}/store.npz"}
     environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(PROJECT), "PYTHONPATH": str(PROJECT), "FRAUD_API_KEYS": "stream:0123456789abcdef"}
-    with servers.running([sys.executable, "-m", "fraud_pkg.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, folder / "api.log", env=environ) as process:
+    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, folder / "api.log", env=environ) as process:
         yield process
 
 
@@ -567,11 +569,11 @@ def test_a_topic_that_was_made_anew(case, world):
         made.until(lambda: made.topic("transactions") not in admin.list_topics())
     made.fraud("produce", str(world.quiet), "--limit", "10")
     refused = made.fraud("score", ok=False)
-    assert refused.returncode == 1 and "the ledger is at 500, the topic ends at 10; it was made anew" in refused.stderr
+    assert refused.returncode == 1 and "the store is at 500, the topic ends at 10; it was made anew" in refused.stderr
 
 
 def test_replay_at_a_rate_with_labels(case, world):
-    """Labels follow label_delay hours after their transactions, and reach the memory ledger."""
+    """Labels follow label_delay hours after their transactions, and reach the memory store."""
     made, table = case(features__label_delay=24), world.table
     source, rows = made.folder / "source.parquet", 12_000
     pq.write_table(table.slice(0, rows), source)
@@ -587,6 +589,6 @@ def test_replay_at_a_rate_with_labels(case, world):
     with made.running("score") as process:
         made.until(lambda: servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 200, process=process)
         time.sleep(2)
-    ledger = JournaledLedger(made.folder / "data/stream", RETENTION)
-    assert ledger._frauds == known
-    ledger.close()
+    store = JournaledStore(made.folder / "data/stream", RETENTION)
+    assert store._frauds == known
+    store.close()

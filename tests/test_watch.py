@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from fraud_pkg.acquire import acquire
-from fraud_pkg.bundle import load_bundle
-from fraud_pkg.engines import build_features
-from fraud_pkg.evaluate import Period, load_sample, split_periods
-from fraud_pkg.live import Reference, Window, chance, count_bad, judge_window
-from fraud_pkg.scores import Periods, enter
-from fraud_pkg.settings import load_settings
-from fraud_pkg.xgboost import train_xgboost
+from fraud_pkg.data.acquire import acquire
+from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.features.table import build_features
+from fraud_pkg.train.samples import Period, load_sample, split_periods
+from fraud_pkg.monitor.live import DecisionWindow, Reference, chance, count_bad, judge_window
+from fraud_pkg.model.bakeoff import evaluate_contender
+from fraud_pkg.train.samples import Periods
+from fraud_pkg.core.settings import load_settings
+from fraud_pkg.train.xgboost import train_xgboost
 
 PROJECT = Path(__file__).resolve().parents[1]
 LEARNED, WATCHED = 90, 200  # days
@@ -29,12 +30,12 @@ def judged(tmp_path_factory) -> tuple[list[dict], Reference]:
     samples = {name: load_sample(folder, period, made["features"]) for name, period in periods.items()}
     data = json.loads((folder / "manifest.json").read_text())
     learned = Periods(**samples, data={key: data[key] for key in ("fingerprint", "rows", "source", "epoch", "windows", "label_delay")})
-    enter(train_xgboost(learned.train, learned.validation, settings, tell=lambda line: None), learned, settings)
+    evaluate_contender(train_xgboost(learned.train, learned.validation, settings, tell=lambda line: None), learned, settings)
     bundle = load_bundle(settings.models_dir / "xgboost")
     reference = Reference(bundle, settings.monitor)
     live = load_sample(folder, Period("live", 24 * LEARNED, 24 * (LEARNED + WATCHED)), made["features"])
     p, x, day = bundle.probability(live.select(bundle.manifest.features)), live.select(reference.names), live.step // 24
-    windows = [Window(24 * d, 24 * d + 24, x[day == d], p[day == d], live.y[day == d] == 1) for d in range(LEARNED, LEARNED + WATCHED)]
+    windows = [DecisionWindow(24 * d, 24 * d + 24, x[day == d], p[day == d], live.y[day == d] == 1) for d in range(LEARNED, LEARNED + WATCHED)]
     return [judge_window(window, reference) for window in windows], reference
 
 

@@ -168,7 +168,7 @@ def test_the_comment_stays_in_its_block(tmp_path):
 
 def test_pre_commit(hooks, clone, tmp_path):
     """Every hook on a clean clone: over every file but the notebooks, which are large, and over one of these."""
-    files = [file for file in run("git", "ls-files", cwd=clone).stdout.splitlines() if not file.endswith(".ipynb") or file == "nbs/05_features.ipynb"]
+    files = [file for file in run("git", "ls-files", cwd=clone).stdout.splitlines() if not file.endswith(".ipynb") or file == "nbs/features/01_kernel.ipynb"]
     environ = os.environ | {"PRE_COMMIT_HOME": str(tmp_path), "PYTHONPATH": str(clone)}
     done = run(hooks / "pre-commit", "run", "--color", "never", "--files", *files, cwd=clone, env=environ, ok=False)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -244,9 +244,10 @@ def test_buckets_are_closed(client, account):
     assert account[1]["FRAUD_CHAMPION_URL"] == "s3://fraud-models-acme/champion"
 
 
-def test_ledger_is_the_one_the_package_makes(client):
-    """Key and time to live are those of `create_table`, and the ledger takes it as it is."""
-    from fraud_pkg.ledger import create_table, open_ledger
+def test_store_is_the_one_the_package_makes(client):
+    """Key and time to live are those of `create_table`, and the store takes it as it is."""
+    from fraud_pkg.store.dynamodb import create_table
+    from fraud_pkg.store.open import open_store
 
     create_table("made")
     dynamodb = client("dynamodb")
@@ -256,8 +257,8 @@ def test_ledger_is_the_one_the_package_makes(client):
         keys = [sorted(map(str, found[part])) for part in ("KeySchema", "AttributeDefinitions")]
         return keys, found["BillingModeSummary"]["BillingMode"], life["TimeToLiveStatus"], life["AttributeName"]
     for stage in ("dev", "prod"):
-        assert shape(f"fraud-ledger-{stage}") == shape("made")
-        open_ledger(f"dynamodb://fraud-ledger-{stage}", 720, 5).ping()
+        assert shape(f"fraud-store-{stage}") == shape("made")
+        open_store(f"dynamodb://fraud-store-{stage}", 720, 5).ping()
 
 
 def test_functions_can_log(client):
@@ -484,7 +485,7 @@ def test_release_notes(tmp_path):
 
 def test_links_of_pages():
     linked = script("site").linked
-    assert linked('<a href="nbs/05_features.ipynb">') == '<a href="nbs/05_features.html">'
+    assert linked('<a href="nbs/features/01_kernel.ipynb">') == '<a href="nbs/features/01_kernel.html">'
     assert linked('<a href="docs/decisions/README.md">') == '<a href="docs/decisions/index.html">'
     assert linked('<a href="https://example.org/x.md">') == '<a href="https://example.org/x.md">'
 

@@ -1,4 +1,4 @@
-# What has to outlive every deployment: models, the data of DVC, the ledgers.
+# What has to outlive every deployment: models, the data of DVC, the stores.
 
 module "bucket" {
   for_each = toset(["models", "dvc"])
@@ -6,10 +6,10 @@ module "bucket" {
   name     = "fraud-${each.value}-${var.name}"
 }
 
-# As fraud_pkg.ledger.create_table makes it.
-resource "aws_dynamodb_table" "ledger" {
+# As fraud_pkg.store.create_table makes it.
+resource "aws_dynamodb_table" "store" {
   for_each                    = var.stages
-  name                        = "fraud-ledger-${each.value}"
+  name                        = "fraud-store-${each.value}"
   billing_mode                = "PAY_PER_REQUEST"
   hash_key                    = "key"
   range_key                   = "day"
