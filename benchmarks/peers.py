@@ -59,7 +59,7 @@ def endpoint(kind: str, place: str):
         async def predict() -> dict: return CONSTANT
     elif kind == "typed":
         @app.post("/predict")
-        async def predict(transaction: Transaction) -> Decided: return CONSTANT
+        async def predict(transaction: TransactionRequest) -> DecisionResponse: return CONSTANT
     else:
         answer = scorer(place)
 

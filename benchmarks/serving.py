@@ -109,7 +109,7 @@ def trained(settings: Settings) -> Path:
 
     build_features(settings)
     periods = load_periods(settings)
-    enter(train_xgboost(periods.train, periods.validation, settings, tell=say), periods, settings)
+    evaluate_contender(train_xgboost(periods.train, periods.validation, settings, tell=say), periods, settings)
     return settings.models_dir / "xgboost"
 
 
