@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench lab export pictures lock minikube image clean
+.PHONY: help setup run check test test-long bench lab export pictures lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -20,13 +20,19 @@ export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 run: $(READY)  ## the pipeline: what has changed and what depends on it (ARGS="--set train.trials=20")
 	@fraud run $(ARGS)
 
-test: $(READY)  ## every test
+check: $(READY)  ## before a commit, in three minutes: formatting, lint, types, generated files, what the change touches
+	@bash tests/check.sh
+
+test: $(READY)  ## every test but the long ones; lists first what it needs, and at the end what it left out
 	@bash tests/run.sh
+
+test-long: $(READY)  ## the long ones: real data at full size, loops on several seeds, the jobs image
+	@bash tests/run.sh --long
 
 BENCHMARKS = serving streaming features train scale
 # The Fraud Detection Handbook's transactions, where they are: make bench HANDBOOK=transactions.parquet

@@ -44,10 +44,44 @@ def pytest_xdist_make_scheduler(config, log) -> LoadFileScheduling | None:
     return ByGroup(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """The longest groups begin, so that none is waited for at the end."""
+LONG = pytest.StashKey[dict[str, str]]()  # tests that are left to `make test-long`, with the reason
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--long", action="store_true", help="also the tests that `make test` leaves to `make test-long`")
+
+
+def pytest_configure(config) -> None:
+    config.stash[LONG] = {}
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Long tests are left out unless asked for; the longest groups begin, so that none is waited for at the end."""
+    long = {item: mark for item in items if (mark := item.get_closest_marker("long"))}
+    if not config.getoption("long"):
+        config.stash[LONG] |= {item.nodeid: mark.kwargs["reason"] for item, mark in long.items()}
+        items[:] = [item for item in items if item not in long]
     rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(group(item.path.name), len(FIRST)))
+
+
+def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["long"] = session.config.stash[LONG]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash[LONG] |= getattr(node, "workeroutput", {}).get("long", {})
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Nothing is left out without a word."""
+    left = config.stash[LONG]
+    if left:
+        terminalreporter.section(f"left to make test-long: {len(left)}")
+    for test, reason in sorted(left.items()):
+        terminalreporter.line(f"{test}: {reason}")
 
 
 @dataclass
