@@ -24,7 +24,17 @@ THREADS = 2
 
 def compared_names(windows: Sequence[int]) -> list[str]:
     """The features that everybody computes: all of the transaction, and of both accounts flows, fraud shares and hours since seen."""
-    own = ["amount", *(f"type_{name}" for name in TYPES), "hour_of_day", "day_of_week", "orig_balance", "dest_balance", "amount_to_balance", "empties_account", "dest_is_merchant"]
+    own = [
+        "amount",
+        *(f"type_{name}" for name in TYPES),
+        "hour_of_day",
+        "day_of_week",
+        "orig_balance",
+        "dest_balance",
+        "amount_to_balance",
+        "empties_account",
+        "dest_is_merchant",
+    ]
     sides = [f"{side}_{name}" for side in ("orig", "dest") for name in side_names(windows)]
     return [*own, *sides, "dest_is_new"]
 
@@ -37,12 +47,25 @@ def side_names(windows: Sequence[int]) -> list[str]:
 
 # The peers. Each reads the raw Parquet file and writes one file with tx_id and the compared features as float32.
 
+
 def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: int) -> None:
     """Running totals over events sorted by account and time; where windows begin is found by merging the sorted keys (`join_asof`)."""
     import polars as pl
 
-    tx = pl.read_parquet(raw, columns=["tx_id", "step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest", "isFraud"]).with_columns(
-        cents=(pl.col("amount") * 100).round().cast(pl.Int64))
+    tx = pl.read_parquet(
+        raw,
+        columns=[
+            "tx_id",
+            "step",
+            "type",
+            "amount",
+            "nameOrig",
+            "oldbalanceOrg",
+            "nameDest",
+            "oldbalanceDest",
+            "isFraud",
+        ],
+    ).with_columns(cents=(pl.col("amount") * 100).round().cast(pl.Int64))
     sorted_events = polars_events(tx)
     histories = polars_histories(sorted_events, windows, label_delay)
     sides = {}
@@ -51,12 +74,23 @@ def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: in
         sides[name] = rows.rename({column: f"{name}_{column}" for column in rows.columns})
     balance = (pl.col("oldbalanceOrg") * 100).round()
     own = tx.select(
-        "tx_id", pl.col("cents").truediv(100).alias("amount"), *((pl.col("type") == name).fill_null(False).alias(f"type_{name}") for name in TYPES),
-        (pl.col("step") % 24).alias("hour_of_day"), (pl.col("step") // 24 % 7).alias("day_of_week"), pl.col("oldbalanceOrg").alias("orig_balance"), pl.col("oldbalanceDest").alias("dest_balance"),
-        pl.when(balance != 0).then(pl.col("cents") / balance).alias("amount_to_balance"), (pl.col("cents") == balance).alias("empties_account"),
-        pl.col("nameDest").str.starts_with("M").alias("dest_is_merchant"))
-    table = pl.concat([own, sides["orig"], sides["dest"]], how="horizontal").with_columns(dest_is_new=pl.col("dest_hours_since_seen").is_null())
-    table.select("tx_id", pl.col(compared_names(windows)).cast(pl.Float32)).write_parquet(target, compression="lz4", statistics=False)
+        "tx_id",
+        pl.col("cents").truediv(100).alias("amount"),
+        *((pl.col("type") == name).fill_null(False).alias(f"type_{name}") for name in TYPES),
+        (pl.col("step") % 24).alias("hour_of_day"),
+        (pl.col("step") // 24 % 7).alias("day_of_week"),
+        pl.col("oldbalanceOrg").alias("orig_balance"),
+        pl.col("oldbalanceDest").alias("dest_balance"),
+        pl.when(balance != 0).then(pl.col("cents") / balance).alias("amount_to_balance"),
+        (pl.col("cents") == balance).alias("empties_account"),
+        pl.col("nameDest").str.starts_with("M").alias("dest_is_merchant"),
+    )
+    table = pl.concat([own, sides["orig"], sides["dest"]], how="horizontal").with_columns(
+        dest_is_new=pl.col("dest_hours_since_seen").is_null()
+    )
+    table.select("tx_id", pl.col(compared_names(windows)).cast(pl.Float32)).write_parquet(
+        target, compression="lz4", statistics=False
+    )
 
 
 def polars_events(tx):
@@ -65,12 +99,24 @@ def polars_events(tx):
 
     codes = pl.concat([tx["nameOrig"], tx["nameDest"]], rechunk=True).cast(pl.Categorical).to_physical()
     longest = int(tx["step"].max()) + 1
-    events = pl.concat([
-        tx.select(code=codes[side * len(tx): (side + 1) * len(tx)].cast(pl.Int64), row=pl.int_range(pl.len(), dtype=pl.Int64), side=pl.lit(side, pl.Int64), step=pl.col("step").cast(pl.Int64), cents="cents",
-                  fraud=pl.col("isFraud").cast(pl.Int64)) for side in (0, 1)])
+    events = pl.concat(
+        [
+            tx.select(
+                code=codes[side * len(tx) : (side + 1) * len(tx)].cast(pl.Int64),
+                row=pl.int_range(pl.len(), dtype=pl.Int64),
+                side=pl.lit(side, pl.Int64),
+                step=pl.col("step").cast(pl.Int64),
+                cents="cents",
+                fraud=pl.col("isFraud").cast(pl.Int64),
+            )
+            for side in (0, 1)
+        ]
+    )
     bits = len(tx).bit_length()
     events = events.with_columns(order=(pl.col("code") * 2**bits + pl.col("row")) * 2 + pl.col("side")).sort("order")
-    return events.select("side", "row", "step", "cents", "fraud", key=pl.col("code") * (longest + 10_000) + pl.col("step"), code="code")
+    return events.select(
+        "side", "row", "step", "cents", "fraud", key=pl.col("code") * (longest + 10_000) + pl.col("step"), code="code"
+    )
 
 
 def polars_histories(events, windows: Sequence[int], label_delay: int):
@@ -79,9 +125,21 @@ def polars_histories(events, windows: Sequence[int], label_delay: int):
 
     out, cents = pl.col("side") == 0, pl.col("cents")
     events = events.with_columns(
-        place=pl.int_range(pl.len(), dtype=pl.Int64), out=out.cast(pl.Int64).cum_sum() - out.cast(pl.Int64), sent=(cents * out).cum_sum() - cents * out, moved=cents.cum_sum() - cents,
-        frauds=pl.col("fraud").cum_sum() - pl.col("fraud"))
-    end = pl.DataFrame({"place": [len(events)], "out": [events["out"][-1] + int(events["side"][-1] == 0)], "sent": [0], "moved": [0], "frauds": [events["frauds"][-1] + events["fraud"][-1]]})
+        place=pl.int_range(pl.len(), dtype=pl.Int64),
+        out=out.cast(pl.Int64).cum_sum() - out.cast(pl.Int64),
+        sent=(cents * out).cum_sum() - cents * out,
+        moved=cents.cum_sum() - cents,
+        frauds=pl.col("fraud").cum_sum() - pl.col("fraud"),
+    )
+    end = pl.DataFrame(
+        {
+            "place": [len(events)],
+            "out": [events["out"][-1] + int(events["side"][-1] == 0)],
+            "sent": [0],
+            "moved": [0],
+            "frauds": [events["frauds"][-1] + events["fraud"][-1]],
+        }
+    )
     totals = pl.concat([events.select("place", "out", "sent", "moved", "frauds"), end])
     itself = ((pl.col("code") == pl.col("code").shift(1)) & (pl.col("row") == pl.col("row").shift(1))).fill_null(False)
     last = events.select(place=pl.col("place") - itself)["place"]
@@ -100,19 +158,29 @@ def polars_histories(events, windows: Sequence[int], label_delay: int):
     for window in windows:
         begin = totals.select(pl.all().gather(first_after(window)))
         past = now - begin
-        flows = own.hstack(past).lazy().with_columns(back=pl.col("place") - pl.col("out"), received=pl.col("moved") - pl.col("sent"))
+        flows = (
+            own.hstack(past)
+            .lazy()
+            .with_columns(back=pl.col("place") - pl.col("out"), received=pl.col("moved") - pl.col("sent"))
+        )
         found = []
         for direction, count, total in (("out", "out", "sent"), ("in", "back", "received")):
             mean = divided(pl.col(total), pl.col(count))
-            found += [pl.col(count).cast(pl.Float32).alias(f"{direction}_count_{window}h"), (pl.col(total) / 100).cast(pl.Float32).alias(f"{direction}_sum_{window}h"),
-                      (mean / 100).cast(pl.Float32).alias(f"{direction}_mean_{window}h"), divided(pl.col("cents"), mean).cast(pl.Float32).alias(f"{direction}_ratio_{window}h")]
+            found += [
+                pl.col(count).cast(pl.Float32).alias(f"{direction}_count_{window}h"),
+                (pl.col(total) / 100).cast(pl.Float32).alias(f"{direction}_sum_{window}h"),
+                (mean / 100).cast(pl.Float32).alias(f"{direction}_mean_{window}h"),
+                divided(pl.col("cents"), mean).cast(pl.Float32).alias(f"{direction}_ratio_{window}h"),
+            ]
         columns.append(flows.select(found).collect())
         if window == max(windows):
             seen = begin["place"] < last
     known = totals.select(pl.col("place", "frauds").gather(first_after(label_delay)))
     for window in windows:
         past = known - totals.select(pl.col("place", "frauds").gather(first_after(label_delay + window)))
-        columns.append(past.select(divided(pl.col("frauds"), pl.col("place")).cast(pl.Float32).alias(f"fraud_share_{window}h")))
+        columns.append(
+            past.select(divided(pl.col("frauds"), pl.col("place")).cast(pl.Float32).alias(f"fraud_share_{window}h"))
+        )
     since = pl.DataFrame({"hours": events["step"] - events["step"].gather((last - 1).clip(0)), "seen": seen})
     columns.append(since.select(pl.when("seen").then("hours").cast(pl.Float32).alias("hours_since_seen")))
     return pl.concat([events.select("side", "row"), *columns], how="horizontal")
@@ -122,23 +190,41 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
     """Window functions with RANGE frames over the steps of an account; the frames hold the whole of the own step, so what came later in it is taken off again."""
     import duckdb
 
-    frames = ["later AS (PARTITION BY account, step ORDER BY tx_id RANGE BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)",
-              "before AS (PARTITION BY account ORDER BY step, tx_id RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP)"]
+    frames = [
+        "later AS (PARTITION BY account, step ORDER BY tx_id RANGE BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)",
+        "before AS (PARTITION BY account ORDER BY step, tx_id RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP)",
+    ]
     sums = {"n": "count(*)", "o": "sum(o)", "s": "sum(cents)", "so": "sum(cents * o)"}
-    counted = [f"{what} OVER later AS later_{name}" for name, what in sums.items()] + ["last_value(step) OVER before AS seen"]
+    counted = [f"{what} OVER later AS later_{name}" for name, what in sums.items()] + [
+        "last_value(step) OVER before AS seen"
+    ]
     shown = [f"CASE WHEN step - seen < {max(windows)} THEN step - seen END AS hours_since_seen"]
     for window in windows:
-        frames += [f"w{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {window - 1} PRECEDING AND CURRENT ROW)",
-                   f"d{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {label_delay + window - 1} PRECEDING AND {label_delay} PRECEDING)"]
+        frames += [
+            f"w{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {window - 1} PRECEDING AND CURRENT ROW)",
+            f"d{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {label_delay + window - 1} PRECEDING AND {label_delay} PRECEDING)",
+        ]
         counted += [f"{what} OVER w{window} - {what} OVER later AS {name}{window}" for name, what in sums.items()]
         counted += [f"count(*) OVER d{window} AS dn{window}, sum(fraud) OVER d{window} AS df{window}"]
-        for direction, count, total in (("out", f"o{window}", f"so{window}"), ("in", f"(n{window} - o{window})", f"(s{window} - so{window})")):
+        for direction, count, total in (
+            ("out", f"o{window}", f"so{window}"),
+            ("in", f"(n{window} - o{window})", f"(s{window} - so{window})"),
+        ):
             mean = f"({total} / nullif({count}, 0))"
-            shown += [f"{count} AS {direction}_count_{window}h", f"{total} / 100 AS {direction}_sum_{window}h", f"{mean} / 100 AS {direction}_mean_{window}h", f"cents / nullif({mean}, 0) AS {direction}_ratio_{window}h"]
+            shown += [
+                f"{count} AS {direction}_count_{window}h",
+                f"{total} / 100 AS {direction}_sum_{window}h",
+                f"{mean} / 100 AS {direction}_mean_{window}h",
+                f"cents / nullif({mean}, 0) AS {direction}_ratio_{window}h",
+            ]
         shown += [f"df{window} / nullif(dn{window}, 0) AS fraud_share_{window}h"]
     types = ", ".join(f"coalesce(type = '{name}', false)::FLOAT AS type_{name}" for name in TYPES)
-    both = ", ".join(f"{side}.{name}::FLOAT AS {side}_{name}" for side in ("orig", "dest") for name in side_names(windows))
-    with duckdb.connect(config={"threads": THREADS, "temp_directory": str(target.parent / "spill"), "preserve_insertion_order": "false"}) as database:
+    both = ", ".join(
+        f"{side}.{name}::FLOAT AS {side}_{name}" for side in ("orig", "dest") for name in side_names(windows)
+    )
+    with duckdb.connect(
+        config={"threads": THREADS, "temp_directory": str(target.parent / "spill"), "preserve_insertion_order": "false"}
+    ) as database:
         database.execute(f"""
             CREATE TEMP VIEW tx AS SELECT *, round(amount * 100) AS cents, round(oldbalanceOrg * 100) AS balance FROM read_parquet('{raw}');
             CREATE TEMP VIEW events AS
@@ -155,6 +241,7 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
 
 # The common script of the tutorials: it reads CSV, looks for types, and computes nothing that needs an account's past.
 
+
 def common_script(csv: Path, target: Path, memory: str) -> None:
     """CSV with `inferSchema`, one-hot types, logarithms, Parquet."""
     from pyspark.ml import Pipeline
@@ -163,20 +250,39 @@ def common_script(csv: Path, target: Path, memory: str) -> None:
     from pyspark.sql import functions as F
 
     os.environ |= {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
-    spark = (SparkSession.builder.master(f"local[{THREADS}]").config("spark.driver.memory", memory).config("spark.ui.enabled", "false").config("spark.log.level", "ERROR")
-             .config("spark.driver.host", "127.0.0.1").config("spark.driver.bindAddress", "127.0.0.1").getOrCreate())
+    spark = (
+        SparkSession.builder.master(f"local[{THREADS}]")
+        .config("spark.driver.memory", memory)
+        .config("spark.ui.enabled", "false")
+        .config("spark.log.level", "ERROR")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .getOrCreate()
+    )
     log = spark.read.csv(str(csv), header=True, inferSchema=True)
     money = ["amount", "oldbalanceOrg", "newbalanceOrig", "oldbalanceDest", "newbalanceDest"]
     log = log.withColumns({f"log_{name}": F.log1p(name) for name in money} | {"hour": F.col("step") % 24})
-    encoders = Pipeline(stages=[StringIndexer(inputCol="type", outputCol="type_index"), OneHotEncoder(inputCol="type_index", outputCol="type_onehot")])
+    encoders = Pipeline(
+        stages=[
+            StringIndexer(inputCol="type", outputCol="type_index"),
+            OneHotEncoder(inputCol="type_index", outputCol="type_onehot"),
+        ]
+    )
     encoders.fit(log).transform(log).write.parquet(str(target))
     spark.stop()
 
 
 # Ours, and everybody's turn.
 
+
 def overrides(engine: str, folder: Path, memory: str) -> dict[str, str]:
-    return {"paths.data": str(folder), "features.engine": engine, "features.threads": THREADS, "features.spark_master": f"local[{THREADS}]", "features.spark_memory": memory}
+    return {
+        "paths.data": str(folder),
+        "features.engine": engine,
+        "features.threads": THREADS,
+        "features.spark_master": f"local[{THREADS}]",
+        "features.spark_memory": memory,
+    }
 
 
 def ours(engine: str, folder: Path, memory: str) -> None:
@@ -191,7 +297,11 @@ def make_log(folder: Path, rows: int, preset: str) -> Path:
     from fraud_pkg.data.acquire import acquire
 
     days = {"paysim": 30.96, "hard": 90}[preset]
-    settings = load_settings(file=PROJECT / "settings.ini", environ={}, cli={"paths.data": str(folder), "simulate.rows": rows, "simulate.preset": preset, "simulate.days": days})
+    settings = load_settings(
+        file=PROJECT / "settings.ini",
+        environ={},
+        cli={"paths.data": str(folder), "simulate.rows": rows, "simulate.preset": preset, "simulate.days": days},
+    )
     return folder / "raw" / acquire(settings)["file"]
 
 
@@ -219,7 +329,19 @@ def as_csv(raw: Path, target: Path) -> None:
     import pyarrow.csv as pc
     import pyarrow.parquet as pq
 
-    names = ["step", "type", "amount", "nameOrig", "oldbalanceOrg", "newbalanceOrig", "nameDest", "oldbalanceDest", "newbalanceDest", "isFraud", "isFlaggedFraud"]
+    names = [
+        "step",
+        "type",
+        "amount",
+        "nameOrig",
+        "oldbalanceOrg",
+        "newbalanceOrig",
+        "nameDest",
+        "oldbalanceDest",
+        "newbalanceDest",
+        "isFraud",
+        "isFlaggedFraud",
+    ]
     pc.write_csv(pq.read_table(raw, columns=names), target)
 
 
@@ -235,7 +357,9 @@ def contend(name: str, folder: Path, memory: str) -> None:
     elif name == "common":
         common_script(folder / "log.csv", folder / "common.parquet", memory)
     else:
-        {"polars": with_polars, "duckdb": with_duckdb}[name](raw, folder / f"{name}.parquet", chosen.windows, chosen.label_delay)
+        {"polars": with_polars, "duckdb": with_duckdb}[name](
+            raw, folder / f"{name}.parquet", chosen.windows, chosen.label_delay
+        )
 
 
 def take_turns(folder: Path, names: Sequence[str], rounds: int, memory: str) -> dict[str, list[Measured]]:
@@ -248,7 +372,11 @@ def take_turns(folder: Path, names: Sequence[str], rounds: int, memory: str) -> 
             run = measured([sys.executable, __file__, "--contender", name, "--folder", str(folder), "--memory", memory])
             runs[name].append(run)
             say(f"{name}: {run.seconds:.1f} s, {run.cpu:.1f} s of processor, {run.peak:.2f} GiB")
-            if turn == 0 and name in ("polars", "duckdb") and (found := differences(folder, folder / f"{name}.parquet", chosen.windows)):
+            if (
+                turn == 0
+                and name in ("polars", "duckdb")
+                and (found := differences(folder, folder / f"{name}.parquet", chosen.windows))
+            ):
                 raise RuntimeError(f"{name} computes other values: {found}")
     return runs
 
@@ -257,18 +385,50 @@ def ratio(results: dict[str, dict[str, float]], what: str, one: str, other: str)
     return f"{results[other][what] / results[one][what]:.2f}" if one in results and other in results else ""
 
 
-WHAT = {"local": "engine `local`: all features", "spark": "engine `spark`: all features", "polars": "Polars: the compared features", "duckdb": "DuckDB: the compared features",
-        "common": "the common Spark script: no history"}
+WHAT = {
+    "local": "engine `local`: all features",
+    "spark": "engine `spark`: all features",
+    "polars": "Polars: the compared features",
+    "duckdb": "DuckDB: the compared features",
+    "common": "the common Spark script: no history",
+}
 
 
 def tables(results: dict[str, dict[str, float]], rows: int, preset: str, features: int, compared: int) -> list[dict]:
     """Results for people."""
-    lines = [[WHAT[name], f"{one['seconds']:.1f} ({one['least']:.1f} to {one['most']:.1f})", f"{one['cpu']:.1f}", f"{one['peak']:.2f}", ratio(results, "seconds", "local", name), ratio(results, "cpu", "local", name),
-              ratio(results, "seconds", "common", name)] for name, one in results.items()]
-    equal = f"; the {compared} that Polars and DuckDB compute are equal, bit for bit" if {"polars", "duckdb"} & results.keys() else ""
-    return [{"title": f"Features of {rows:,} transactions (preset {preset})",
-             "note": f"Whole processes, from a Parquet log (the common script: from CSV) to Parquet features, {THREADS} threads. Ours writes {features} features and the keys{equal}.",
-             "columns": ["", "seconds: median (least to most)", "processor seconds", "peak GiB", "seconds / local", "processor / local", "seconds / common script"], "rows": lines}]
+    lines = [
+        [
+            WHAT[name],
+            f"{one['seconds']:.1f} ({one['least']:.1f} to {one['most']:.1f})",
+            f"{one['cpu']:.1f}",
+            f"{one['peak']:.2f}",
+            ratio(results, "seconds", "local", name),
+            ratio(results, "cpu", "local", name),
+            ratio(results, "seconds", "common", name),
+        ]
+        for name, one in results.items()
+    ]
+    equal = (
+        f"; the {compared} that Polars and DuckDB compute are equal, bit for bit"
+        if {"polars", "duckdb"} & results.keys()
+        else ""
+    )
+    return [
+        {
+            "title": f"Features of {rows:,} transactions (preset {preset})",
+            "note": f"Whole processes, from a Parquet log (the common script: from CSV) to Parquet features, {THREADS} threads. Ours writes {features} features and the keys{equal}.",
+            "columns": [
+                "",
+                "seconds: median (least to most)",
+                "processor seconds",
+                "peak GiB",
+                "seconds / local",
+                "processor / local",
+                "seconds / common script",
+            ],
+            "rows": lines,
+        }
+    ]
 
 
 def main() -> None:
@@ -295,7 +455,11 @@ def main() -> None:
         say(f"{rows:,} transactions are there")
         results = {name: summary(runs) for name, runs in take_turns(folder, given.only, rounds, given.memory).items()}
         windows = load_settings(file=PROJECT / "settings.ini", environ={}, cli={}).features.windows
-        write_json(given.json, began, tables(results, rows, given.preset, len(feature_names(windows)), len(compared_names(windows))))
+        write_json(
+            given.json,
+            began,
+            tables(results, rows, given.preset, len(feature_names(windows)), len(compared_names(windows))),
+        )
 
 
 if __name__ == "__main__":

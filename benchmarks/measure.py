@@ -18,10 +18,11 @@ import psutil
 @dataclass(frozen=True)
 class Measured:
     """One run of a program."""
+
     seconds: float  # from the start of the process to its end
-    cpu: float      # seconds of all cores, its descendants' too: what remains comparable where others want the machine
-    peak: float     # GiB, the largest sum of what it and its descendants had in memory
-    printed: str    # its last line
+    cpu: float  # seconds of all cores, its descendants' too: what remains comparable where others want the machine
+    peak: float  # GiB, the largest sum of what it and its descendants had in memory
+    printed: str  # its last line
 
 
 def looked_at(process: psutil.Process, cpu: dict[int, float]) -> int:
@@ -65,7 +66,13 @@ def measured(command: Sequence[str], environ: dict[str, str] | None = None, ever
 def summary(runs: Sequence[Measured]) -> dict[str, float]:
     """Median, least and largest seconds, median cpu, and the largest peak."""
     seconds = [run.seconds for run in runs]
-    return {"seconds": median(seconds), "least": min(seconds), "most": max(seconds), "cpu": median(run.cpu for run in runs), "peak": max(run.peak for run in runs)}
+    return {
+        "seconds": median(seconds),
+        "least": min(seconds),
+        "most": max(seconds),
+        "cpu": median(run.cpu for run in runs),
+        "peak": max(run.peak for run in runs),
+    }
 
 
 def write_json(place: Path | None, began: dict, tables: list[dict]) -> None:
@@ -79,20 +86,32 @@ def write_json(place: Path | None, began: dict, tables: list[dict]) -> None:
 def markdown(table: dict) -> str:
     """A table of results as Markdown."""
     lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-    return "\n".join([f"**{table['title']}**", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), "", table["note"]])
+    return "\n".join(
+        [f"**{table['title']}**", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), "", table["note"]]
+    )
 
 
 def processor() -> str:
     """The processor as Linux calls it."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine() -> dict:
     """What figures depend on; `load` is that of the minute before, so anything above 0.5 was somebody else."""
-    return {"processor": processor(), "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30), "system": platform.platform(terse=True),
-            "python": sys.version.split()[0], "load": round(os.getloadavg()[0], 1)}
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": platform.platform(terse=True),
+        "python": sys.version.split()[0],
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def say(text: str) -> None:

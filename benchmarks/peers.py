@@ -9,8 +9,16 @@ import time
 from functools import cache
 
 COLUMNS = ("type", "amount", "oldbalanceOrg", "oldbalanceDest", "hour")
-CONSTANT = {"transaction_id": "a-1001", "fraud_probability": 0.001234567, "decision": "allow", "thresholds": {"review": 0.1, "block": 0.5},
-            "rule": None, "reasons": [], "history": True, "model": "0123456789ab"}
+CONSTANT = {
+    "transaction_id": "a-1001",
+    "fraud_probability": 0.001234567,
+    "decision": "allow",
+    "thresholds": {"review": 0.1, "block": 0.5},
+    "rule": None,
+    "reasons": [],
+    "history": True,
+    "model": "0123456789ab",
+}
 
 
 def columns(transaction: dict) -> dict:
@@ -27,7 +35,12 @@ def train(transactions: list[dict], frauds: list[int], trees: int, place: str) -
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    encoded = ColumnTransformer([("type", OneHotEncoder(handle_unknown="ignore", sparse_output=False), ["type"]), ("numbers", StandardScaler(), list(COLUMNS[1:]))])
+    encoded = ColumnTransformer(
+        [
+            ("type", OneHotEncoder(handle_unknown="ignore", sparse_output=False), ["type"]),
+            ("numbers", StandardScaler(), list(COLUMNS[1:])),
+        ]
+    )
     model = make_pipeline(encoded, HistGradientBoostingClassifier(max_iter=trees, early_stopping=False, random_state=7))
     joblib.dump(model.fit(pd.DataFrame(map(columns, transactions)), frauds), place)
 
@@ -42,7 +55,11 @@ def scorer(place: str):
 
     def answer(transaction: dict) -> dict:
         p = float(model.predict_proba(pd.DataFrame([columns(transaction)]))[0, 1])
-        return {"transaction_id": transaction["transaction_id"], "fraud_probability": p, "decision": "block" if p >= 0.5 else "allow"}
+        return {
+            "transaction_id": transaction["transaction_id"],
+            "fraud_probability": p,
+            "decision": "block" if p >= 0.5 else "allow",
+        }
 
     return answer
 
@@ -55,22 +72,33 @@ def endpoint(kind: str, place: str):
 
     app = FastAPI()
     if kind == "constant":
+
         @app.post("/predict")
-        async def predict() -> dict: return CONSTANT
+        async def predict() -> dict:
+            return CONSTANT
     elif kind == "typed":
+
         @app.post("/predict")
-        async def predict(transaction: TransactionRequest) -> DecisionResponse: return CONSTANT
+        async def predict(transaction: TransactionRequest) -> DecisionResponse:
+            return CONSTANT
     else:
         answer = scorer(place)
 
         @app.post("/predict")
-        async def predict(transaction: dict) -> dict: return answer(transaction)
+        async def predict(transaction: dict) -> dict:
+            return answer(transaction)
+
     return app
 
 
 def reply(content: dict) -> dict:
     """What API Gateway takes from a function."""
-    return {"statusCode": 200, "headers": {"Content-Type": "application/json"}, "multiValueHeaders": {}, "body": json.dumps(content)}
+    return {
+        "statusCode": 200,
+        "headers": {"Content-Type": "application/json"},
+        "multiValueHeaders": {},
+        "body": json.dumps(content),
+    }
 
 
 def constant(event: dict, context) -> dict:
@@ -97,4 +125,13 @@ if __name__ == "__main__":
     import uvicorn
 
     kind, port, *place = sys.argv[1:]
-    uvicorn.run(endpoint(kind, *place or [""]), host="127.0.0.1", port=int(port), http="httptools", loop="uvloop", access_log=False, log_config=None, server_header=False)
+    uvicorn.run(
+        endpoint(kind, *place or [""]),
+        host="127.0.0.1",
+        port=int(port),
+        http="httptools",
+        loop="uvloop",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+    )

@@ -35,7 +35,11 @@ def widen(town: Path, target: Path, rows: int) -> None:
         for first, end in zip(ends[:-1], ends[1:], strict=True):
             day = pa.concat_tables([_of_town(log.slice(first, end - first), number) for number in range(towns)])
             day = day.take(np.argsort(day["step"].to_numpy(), kind="stable"))
-            day = day.set_column(day.column_names.index("tx_id"), log.schema.field("tx_id"), pa.array(np.arange(written, written + len(day)), log.schema.field("tx_id").type))
+            day = day.set_column(
+                day.column_names.index("tx_id"),
+                log.schema.field("tx_id"),
+                pa.array(np.arange(written, written + len(day)), log.schema.field("tx_id").type),
+            )
             file.write_table(day)
             written += len(day)
     (target / "raw/manifest.json").write_text(json.dumps(manifest | {"rows": written}), encoding="utf-8")
@@ -44,7 +48,11 @@ def widen(town: Path, target: Path, rows: int) -> None:
 def _of_town(log: pa.Table, number: int) -> pa.Table:
     """The log with the town's number at the end of all account names."""
     for name in ("nameOrig", "nameDest"):
-        log = log.set_column(log.column_names.index(name), log.schema.field(name), pc.binary_join_element_wise(log[name], str(number), "t"))
+        log = log.set_column(
+            log.column_names.index(name),
+            log.schema.field(name),
+            pc.binary_join_element_wise(log[name], str(number), "t"),
+        )
     return log
 
 
@@ -80,16 +88,51 @@ def growth(results: dict[str, dict[int, Measured]]) -> dict:
             continue
         constant, slope, exponent = fitted([(rows, one.cpu) for rows, one in sizes.items()])
         hours = (constant + slope * BILLION / 1e6) / 3600
-        lines.append([name, f"{min(sizes) / 1e6:g} to {max(sizes) / 1e6:g}", f"{constant:.1f} + {slope:.2f} n", f"{exponent:.2f}", f"{hours:.1f}", f"{hours / 64:.2f}" if name == "features spark" else ""])
-    return {"title": "Growth", "note": "n in millions. Predicted, not measured: a billion transactions at the fitted line, and on a cluster of 64 such cores, if work spreads evenly over accounts, no account holds more than a "
-            "task's memory, and shuffles over the network keep up with the cores. The other jobs run in one process: their memory grows with n, so a billion means sampling accounts (data.sample_size).",
-            "columns": ["job", "measured, million", "processor seconds", "exponent, larger half", "1,000 million: core hours", "hours on 64 cores"], "rows": lines}
+        lines.append(
+            [
+                name,
+                f"{min(sizes) / 1e6:g} to {max(sizes) / 1e6:g}",
+                f"{constant:.1f} + {slope:.2f} n",
+                f"{exponent:.2f}",
+                f"{hours:.1f}",
+                f"{hours / 64:.2f}" if name == "features spark" else "",
+            ]
+        )
+    return {
+        "title": "Growth",
+        "note": "n in millions. Predicted, not measured: a billion transactions at the fitted line, and on a cluster of 64 such cores, if work spreads evenly over accounts, no account holds more than a "
+        "task's memory, and shuffles over the network keep up with the cores. The other jobs run in one process: their memory grows with n, so a billion means sampling accounts (data.sample_size).",
+        "columns": [
+            "job",
+            "measured, million",
+            "processor seconds",
+            "exponent, larger half",
+            "1,000 million: core hours",
+            "hours on 64 cores",
+        ],
+        "rows": lines,
+    }
 
 
 def report(results: dict[str, dict[int, Measured]], left_out: Sequence[str]) -> list[dict]:
-    lines = [[f"{rows / 1e6:g}", name, f"{one.seconds:.1f}", f"{one.cpu:.1f}", f"{one.peak:.2f}"] for name, sizes in results.items() for rows, one in sizes.items()]
-    note = f"One run each, hard log of 90 days; Spark's driver has {MEMORY} at every size. Logs above {TOWN / 1e6:g} million are many towns of that size. " + " ".join(left_out)
-    return [{"title": "Time and memory by number of transactions", "note": note.strip(), "columns": ["million", "job", "seconds", "processor seconds", "peak GiB"], "rows": lines}, growth(results)]
+    lines = [
+        [f"{rows / 1e6:g}", name, f"{one.seconds:.1f}", f"{one.cpu:.1f}", f"{one.peak:.2f}"]
+        for name, sizes in results.items()
+        for rows, one in sizes.items()
+    ]
+    note = (
+        f"One run each, hard log of 90 days; Spark's driver has {MEMORY} at every size. Logs above {TOWN / 1e6:g} million are many towns of that size. "
+        + " ".join(left_out)
+    )
+    return [
+        {
+            "title": "Time and memory by number of transactions",
+            "note": note.strip(),
+            "columns": ["million", "job", "seconds", "processor seconds", "peak GiB"],
+            "rows": lines,
+        },
+        growth(results),
+    ]
 
 
 def all_sizes(sizes: Sequence[int], limit: float, keep: Callable) -> None:
@@ -109,8 +152,12 @@ def all_sizes(sizes: Sequence[int], limit: float, keep: Callable) -> None:
             for name in JOBS:
                 before = max(results[name], default=None)
                 needed = results[name][before].peak * rows / before if before and name != "features spark" else 0
-                if needed > limit or (name in ("acquire", "train_xgboost") and any(one.startswith(name) for one in left_out)):
-                    left_out.append(f"{name} at {rows / 1e6:g} million was left out: it would need about {needed:.0f} GiB.")
+                if needed > limit or (
+                    name in ("acquire", "train_xgboost") and any(one.startswith(name) for one in left_out)
+                ):
+                    left_out.append(
+                        f"{name} at {rows / 1e6:g} million was left out: it would need about {needed:.0f} GiB."
+                    )
                     continue
                 results[name][rows] = job(name, folder, rows)
                 say(f"{rows:,} {name}: {results[name][rows].seconds:.1f} s, {results[name][rows].peak:.2f} GiB")

@@ -31,26 +31,39 @@ import servers  # noqa: E402
 from measure import machine, say, write_json  # noqa: E402
 
 from fraud_pkg.model.bundle import MODEL, load_bundle  # noqa: E402
-from fraud_pkg.store.dynamodb import create_table; from fraud_pkg.store.memory import MemoryStore, save_snapshot; from fraud_pkg.store.open import open_store; from fraud_pkg.store.tiles import OnlineStore, Transaction  # noqa: E402
-from fraud_pkg.serve.scorer import Scorer; from fraud_pkg.serve.service import Service  # noqa: E402
-from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
+from fraud_pkg.store.dynamodb import create_table
+from fraud_pkg.store.memory import MemoryStore, save_snapshot
+from fraud_pkg.store.open import open_store
+from fraud_pkg.store.tiles import OnlineStore, Transaction  # noqa: E402
+from fraud_pkg.serve.scorer import Scorer
+from fraud_pkg.serve.service import Service  # noqa: E402
+from fraud_pkg.core.errors import FraudError
+from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
 
 KEY = "a-key-for-this-run"
 KEYS = {"FRAUD_API_KEYS": f"benchmark:{KEY}"}
 HEADERS = {"content-type": "application/json", "x-api-key": KEY}
-COLUMNS = ("type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")  # of a live transaction, beside id and step
+COLUMNS = (
+    "type",
+    "amount",
+    "nameOrig",
+    "oldbalanceOrg",
+    "nameDest",
+    "oldbalanceDest",
+)  # of a live transaction, beside id and step
 PARTS = ("process", "http", "lambda")
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much is measured."""
-    rows: int         # transactions that are simulated: history, training, and a stream of live ones
-    trees: int        # at most, where a bundle has to be trained
-    rounds: int       # in each of which everybody has a turn
-    slow_calls: int   # of a peer, in a round
-    seconds: int      # of load, in a round
-    starts: int       # of a Lambda instance
+
+    rows: int  # transactions that are simulated: history, training, and a stream of live ones
+    trees: int  # at most, where a bundle has to be trained
+    rounds: int  # in each of which everybody has a turn
+    slow_calls: int  # of a peer, in a round
+    seconds: int  # of load, in a round
+    starts: int  # of a Lambda instance
     invocations: int  # of a warm one
 
 
@@ -61,6 +74,7 @@ QUICK = Plan(rows=20_000, trees=60, rounds=1, slow_calls=40, seconds=1, starts=3
 @dataclass(frozen=True)
 class Row:
     """A line of the table: ours beside one peer; the first figure of each decides."""
+
     what: str
     ours: dict[str, float]
     peer: str = ""
@@ -79,17 +93,19 @@ class Row:
 @dataclass(frozen=True)
 class World:
     """What everybody decides about."""
-    root: Path          # of settings.ini and of everything that is made
+
+    root: Path  # of settings.ini and of everything that is made
     settings: Settings
     bundle: Path
-    source: str         # of the bundle, in words
-    snapshot: Path      # the store at the moment when the live stream begins
+    source: str  # of the bundle, in words
+    snapshot: Path  # the store at the moment when the live stream begins
     past: list[dict]
     stream: list[dict]  # live transactions, without ids
-    pipeline: Path      # scikit-learn's
+    pipeline: Path  # scikit-learn's
 
 
 # The world: simulated accounts, a bundle, a store that remembers.
+
 
 def simulated(settings: Settings) -> list[dict]:
     """Transactions in their order."""
@@ -118,7 +134,14 @@ def live_through(store: OnlineStore, past: list[dict], label_delay: int) -> Onli
     now = past[-1]["step"]
     kept = [row for row in past if row["step"] > now - store.retention]
     for i in range(0, len(kept), 1000):
-        store.record([Transaction(f"p-{row['tx_id']}", row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in kept[i: i + 1000]])
+        store.record(
+            [
+                Transaction(
+                    f"p-{row['tx_id']}", row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)
+                )
+                for row in kept[i : i + 1000]
+            ]
+        )
     store.label({f"p-{row['tx_id']}": True for row in kept if row["isFraud"] and row["step"] <= now - label_delay})
     return store
 
@@ -127,8 +150,15 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
     """Simulates, trains what has to be trained, and lets the store live through the past."""
     bundle = load_bundle(given) if given else None
     shutil.copy(PROJECT / "settings.ini", root)
-    overrides = {"simulate.rows": plan.rows, "simulate.days": 60, "simulate.fraud_rate": 0.01, "features.engine": "local", "xgboost.rounds": plan.trees, "evaluate.resamples": 20,
-                 "monitor.reference_rows": 5000}
+    overrides = {
+        "simulate.rows": plan.rows,
+        "simulate.days": 60,
+        "simulate.fraud_rate": 0.01,
+        "features.engine": "local",
+        "xgboost.rounds": plan.trees,
+        "evaluate.resamples": 20,
+        "monitor.reference_rows": 5000,
+    }
     settings = load_settings(cli=overrides, file=root / "settings.ini", environ={})
     say(f"simulating {plan.rows:,} transactions")
     rows = simulated(settings)
@@ -137,7 +167,10 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
         bundle = load_bundle(trained(settings))
     manifest, begin = bundle.manifest, rows[-1]["step"] - settings.split.test_hours
     past, future = [row for row in rows if row["step"] <= begin], [row for row in rows if row["step"] > begin]
-    save_snapshot(live_through(MemoryStore(max(manifest.windows) + manifest.label_delay), past, manifest.label_delay), root / "store.npz")
+    save_snapshot(
+        live_through(MemoryStore(max(manifest.windows) + manifest.label_delay), past, manifest.label_delay),
+        root / "store.npz",
+    )
     say("training the scikit-learn pipeline")
     peers.train(past, [row["isFraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
     origin = f"from {given}" if given else f"trained by this program on {plan.rows:,} simulated transactions"
@@ -149,10 +182,11 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
 def in_turns(stream: list[dict], rounds: int) -> Iterator[list[dict]]:
     """The stream in so many consecutive pieces: time goes on from round to round, and every transaction is new."""
     size = len(stream) // rounds
-    yield from (stream[i * size: (i + 1) * size] for i in range(rounds))
+    yield from (stream[i * size : (i + 1) * size] for i in range(rounds))
 
 
 # Figures.
+
 
 def spread(nanoseconds: Iterable[int]) -> dict[str, float]:
     """Median and 99th percentile in microseconds."""
@@ -181,6 +215,7 @@ def alert(decision: dict) -> str:
 
 # In process.
 
+
 def bodies(piece: list[dict], run: str) -> list[bytes]:
     return [json.dumps({"transaction_id": f"{run}-{i}", **row}).encode() for i, row in enumerate(piece)]
 
@@ -199,8 +234,13 @@ def pyfunc(world: World):
     import onnx
 
     place = world.root / "pyfunc"
-    mlflow.onnx.save_model(onnx.load(world.bundle / MODEL), place, pip_requirements=["onnxruntime"], onnx_execution_providers=["CPUExecutionProvider"],
-                           onnx_session_options={"intra_op_num_threads": 1, "inter_op_num_threads": 1})
+    mlflow.onnx.save_model(
+        onnx.load(world.bundle / MODEL),
+        place,
+        pip_requirements=["onnxruntime"],
+        onnx_execution_providers=["CPUExecutionProvider"],
+        onnx_session_options={"intra_op_num_threads": 1, "inter_op_num_threads": 1},
+    )
     return mlflow.pyfunc.load_model(str(place))
 
 
@@ -220,7 +260,9 @@ def from_json(model) -> Callable[[bytes], bytes]:
     import pandas as pd
 
     def answer(body: bytes) -> bytes:
-        return json.dumps({"fraud_probability": float(np.ravel(model.predict(pd.DataFrame([json.loads(body)], dtype=np.float32)))[0])}).encode()
+        return json.dumps(
+            {"fraud_probability": float(np.ravel(model.predict(pd.DataFrame([json.loads(body)], dtype=np.float32)))[0])}
+        ).encode()
 
     return answer
 
@@ -230,42 +272,74 @@ def in_process(world: World, plan: Plan, redis_url: str) -> list[Row]:
     import pandas as pd
 
     say("in process")
-    memory, redis, mlflow, sklearn = opened(world, f"memory://{world.snapshot}"), opened(world, redis_url), pyfunc(world), peers.scorer(str(world.pipeline))
+    memory, redis, mlflow, sklearn = (
+        opened(world, f"memory://{world.snapshot}"),
+        opened(world, redis_url),
+        pyfunc(world),
+        peers.scorer(str(world.pipeline)),
+    )
     live_through(redis.store, world.past, memory.scorer.manifest.label_delay)
-    bundle, names, ours, shared, kept = memory.scorer.bundle, memory.scorer.manifest.features, {}, {}, {name: [] for name in ("alone", "pyfunc alone", "pyfunc", "sklearn")}
+    bundle, names, ours, shared, kept = (
+        memory.scorer.bundle,
+        memory.scorer.manifest.features,
+        {},
+        {},
+        {name: [] for name in ("alone", "pyfunc alone", "pyfunc", "sklearn")},
+    )
 
     def keep(name: str, call: Callable, arguments: Iterable) -> None:
         kept[name] += [spent for spent, _ in timed(call, arguments)]
 
     for number, piece in enumerate(in_turns(world.stream, plan.rounds)):
         features = decide(memory, piece, f"m{number}", ours)
-        decide(redis, piece[:len(piece) // 2], f"r{number}", shared)
-        few = features[:plan.slow_calls]
+        decide(redis, piece[: len(piece) // 2], f"r{number}", shared)
+        few = features[: plan.slow_calls]
         frames = [pd.DataFrame(x, columns=names) for x in few]
         keep("alone", bundle.probability, features)
         keep("pyfunc alone", mlflow.predict, frames)
         keep("pyfunc", from_json(mlflow), [frame.iloc[0].to_json().encode() for frame in frames])
-        keep("sklearn", lambda body: json.dumps(sklearn(json.loads(body))).encode(), bodies(piece[:plan.slow_calls], "s"))
+        keep(
+            "sklearn",
+            lambda body: json.dumps(sklearn(json.loads(body))).encode(),
+            bodies(piece[: plan.slow_calls], "s"),
+        )
     figures = {name: spread(times) for name, times in kept.items()}
     rows = [*decision_rows("memory", ours, figures, 200), *decision_rows("Redis", shared, figures, None)]
-    return [*rows, Row("the model alone, features given", figures["alone"], "mlflow pyfunc, same model, data frame given", figures["pyfunc alone"])]
+    return [
+        *rows,
+        Row(
+            "the model alone, features given",
+            figures["alone"],
+            "mlflow pyfunc, same model, data frame given",
+            figures["pyfunc alone"],
+        ),
+    ]
 
 
-def decision_rows(place: str, times: dict[str, list[int]], peer: dict[str, dict[str, float]], most: float | None) -> list[Row]:
+def decision_rows(
+    place: str, times: dict[str, list[int]], peer: dict[str, dict[str, float]], most: float | None
+) -> list[Row]:
     """Decisions with one store: all of the stream, and by what was decided; `most` is the aim in microseconds."""
     every = [spent for kind in times.values() for spent in kind]
-    kinds = {f"decision, all ({len(times['alert']) / len(every):.0%} alerts)": every, "decision, allow": times["allow"], "decision, alert, with reasons": times["alert"]}
+    kinds = {
+        f"decision, all ({len(times['alert']) / len(every):.0%} alerts)": every,
+        "decision, allow": times["allow"],
+        "decision, alert, with reasons": times["alert"],
+    }
     rows = []
     for what, spent in kinds.items():
         found = spread(spent)
         judged = {"aim": f"< {most:.0f} us", "met": found["p50"] < most} if most else {}
-        rows.append(Row(f"{what}; {place} store", found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged))
+        rows.append(
+            Row(f"{what}; {place} store", found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged)
+        )
         if spent is every:
             rows.append(Row(f"{what}; {place} store", found, "scikit-learn pipeline, no history", peer["sklearn"]))
     return rows
 
 
 # HTTP.
+
 
 def clean(**more: str) -> dict[str, str]:
     """This environment without settings of ours."""
@@ -281,6 +355,7 @@ def pinned(cpu: int, *command: str) -> list[str]:
 @dataclass
 class Endpoint:
     """A server that runs, and how much of the stream it has had."""
+
     port: int
     process: psutil.Process
     sent: int = 0
@@ -295,19 +370,43 @@ class Endpoint:
 def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
     """Our service and the peers, each a process with one worker."""
     root, ports = world.root, {name: servers.free_port() for name in ("ours", "constant", "typed", "sklearn")}
-    environ = clean(**KEYS, PYTHONPATH=str(PROJECT), FRAUD_ROOT=str(root), FRAUD_SERVE_PORT=str(ports["ours"]), FRAUD_SERVE_BUNDLE=str(world.bundle),
-                    FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}")  # a copy: the service writes it when it ends
-    commands = {"ours": ["-m", "fraud_pkg.serve.api"], **{name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)] for name in ("constant", "typed", "sklearn")}}
+    environ = clean(
+        **KEYS,
+        PYTHONPATH=str(PROJECT),
+        FRAUD_ROOT=str(root),
+        FRAUD_SERVE_PORT=str(ports["ours"]),
+        FRAUD_SERVE_BUNDLE=str(world.bundle),
+        FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}",
+    )  # a copy: the service writes it when it ends
+    commands = {
+        "ours": ["-m", "fraud_pkg.serve.api"],
+        **{
+            name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)]
+            for name in ("constant", "typed", "sklearn")
+        },
+    }
     with contextlib.ExitStack() as stack:
-        started = {name: stack.enter_context(servers.running(pinned(0, sys.executable, *command), servers.answers(ports[name]), root / f"{name}.log", seconds=60, env=environ))
-                   for name, command in commands.items()}
+        started = {
+            name: stack.enter_context(
+                servers.running(
+                    pinned(0, sys.executable, *command),
+                    servers.answers(ports[name]),
+                    root / f"{name}.log",
+                    seconds=60,
+                    env=environ,
+                )
+            )
+            for name, command in commands.items()
+        }
         yield {name: Endpoint(ports[name], psutil.Process(process.pid)) for name, process in started.items()}
 
 
 def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
     """Requests per second, median and 99th percentile in microseconds, processor time of one; raises `FraudError` unless all are answered with 200."""
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
-    command = pinned(-1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", str(lines), str(endpoint.sent), KEY)
+    command = pinned(
+        -1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", str(lines), str(endpoint.sent), KEY
+    )
     before = endpoint.cpu()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -316,7 +415,12 @@ def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dic
     if found["failed"]:
         raise FraudError(f"wrk: {found['failed']} of {found['requests']} requests to port {endpoint.port} failed")
     endpoint.sent += found["requests"] + connections  # those in flight at the end were sent too
-    return {"per_second": found["requests"] / found["seconds"], "p50": found["p50"], "p99": found["p99"], "cpu": (endpoint.cpu() - before) / found["requests"] * 1e6}
+    return {
+        "per_second": found["requests"] / found["seconds"],
+        "p50": found["p50"],
+        "p99": found["p99"],
+        "cpu": (endpoint.cpu() - before) / found["requests"] * 1e6,
+    }
 
 
 def turn(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
@@ -328,34 +432,56 @@ def turn(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dic
 def alerts(port: int) -> float:
     """The share of alerts among a service's decisions so far."""
     with urllib.request.urlopen(f"http://{servers.HOST}:{port}/metrics") as response:
-        counts = {kind: float(count) for kind, count in re.findall(r'fraud_decisions_total{decision="(\w+)"} (\S+)', response.read().decode())}
+        counts = {
+            kind: float(count)
+            for kind, count in re.findall(r'fraud_decisions_total{decision="(\w+)"} (\S+)', response.read().decode())
+        }
     return 1 - counts["allow"] / sum(counts.values())
 
 
 def over_http(world: World, plan: Plan) -> list[Row]:
     """The twin and its peers under the same load, in turns."""
     lines = world.root / "stream.txt"
-    lines.write_text("".join(f"{row['step']}\t{json.dumps({name: row[name] for name in COLUMNS})[1:]}\n" for row in world.stream), encoding="utf-8")
-    labels = {"constant": "FastAPI, a constant", "typed": "FastAPI, a constant, request and answer typed", "sklearn": "scikit-learn pipeline behind FastAPI"}
+    lines.write_text(
+        "".join(f"{row['step']}\t{json.dumps({name: row[name] for name in COLUMNS})[1:]}\n" for row in world.stream),
+        encoding="utf-8",
+    )
+    labels = {
+        "constant": "FastAPI, a constant",
+        "typed": "FastAPI, a constant, request and answer typed",
+        "sklearn": "scikit-learn pipeline behind FastAPI",
+    }
     rows = []
     with endpoints(world) as found:
         for connections in (1, 32):
             what = f"HTTP, {connections} connection{'s' * (connections > 1)}"
             say(what)
-            rounds = [{name: turn(endpoint, lines, connections, plan.seconds) for name, endpoint in found.items()} for _ in range(plan.rounds)]
+            rounds = [
+                {name: turn(endpoint, lines, connections, plan.seconds) for name, endpoint in found.items()}
+                for _ in range(plan.rounds)
+            ]
             figures = {name: middle([one[name] for one in rounds]) for name in found}
             ours = figures.pop("ours")
             reached = ours["per_second"] >= 0.6 * figures["constant"]["per_second"]
-            rows += [Row(what, ours, labels[name], figure, *((">= 0.60", reached) if name == "constant" else ())) for name, figure in figures.items()]
+            rows += [
+                Row(what, ours, labels[name], figure, *((">= 0.60", reached) if name == "constant" else ()))
+                for name, figure in figures.items()
+            ]
         say(f"  {found['ours'].sent:,} decisions, {alerts(found['ours'].port):.0%} of them alerts")
     return rows
 
 
 # Lambda.
 
+
 def event(row: dict, run: str) -> dict:
     """A transaction as API Gateway passes it on."""
-    return lambda_runtime.event("POST", "/predict", {"Content-Type": "application/json", "X-API-Key": KEY}, json.dumps({"transaction_id": run, **row}).encode())
+    return lambda_runtime.event(
+        "POST",
+        "/predict",
+        {"Content-Type": "application/json", "X-API-Key": KEY},
+        json.dumps({"transaction_id": run, **row}).encode(),
+    )
 
 
 @contextlib.contextmanager
@@ -367,7 +493,9 @@ def instance(folder: Path, environ: dict[str, str]) -> Iterator[lambda_runtime.F
             function.server.handle_error = lambda *_: None  # an instance that is stopped resets its connection
             yield function
     except queue.Empty:
-        raise FraudError(f"no answer from the function; it said: {(log.read_text().splitlines() or ['nothing'])[-1][:300]}") from None
+        raise FraudError(
+            f"no answer from the function; it said: {(log.read_text().splitlines() or ['nothing'])[-1][:300]}"
+        ) from None
 
 
 def answered(function: lambda_runtime.Function, row: dict, run: str) -> dict:
@@ -384,7 +512,11 @@ def packed(world: World) -> Path:
 
     say("packing the Lambda")
     project = world.root / "project"
-    shutil.copytree(PROJECT / "chalice_app", project / "chalice_app", ignore=shutil.ignore_patterns("vendor", "deployments", "deployed", "__pycache__"))
+    shutil.copytree(
+        PROJECT / "chalice_app",
+        project / "chalice_app",
+        ignore=shutil.ignore_patterns("vendor", "deployments", "deployed", "__pycache__"),
+    )
     shutil.copytree(world.bundle, project / "models/champion")
     settings = load_settings(cli={}, file=shutil.copy(PROJECT / "settings.ini", project), environ={})
     with mock.patch.dict(os.environ, servers.AWS):  # chalice wants a region, though nothing goes there
@@ -397,7 +529,10 @@ def function_of(peer: str, world: World, provided: Path) -> Path:
     folder = world.root / f"lambda-{peer}"
     (folder / "task").mkdir(parents=True)
     shutil.copy(HERE / "peers.py", folder / "task")
-    (folder / "task/app.py").write_text(f"import sys\n\nsys.path.append({str(Path(np.__file__).parents[1])!r})\nfrom peers import {peer} as app\n", encoding="utf-8")
+    (folder / "task/app.py").write_text(
+        f"import sys\n\nsys.path.append({str(Path(np.__file__).parents[1])!r})\nfrom peers import {peer} as app\n",
+        encoding="utf-8",
+    )
     (folder / "provided").symlink_to(provided)
     return folder
 
@@ -432,8 +567,17 @@ def cold_rows(folders: dict[str, Path], environ: dict[str, str], world: World, p
         for name, folder in folders.items():
             found[name].append(cold_start(folder, environ, world.stream[0]))
     figures = {name: {"p50_ms": median(times), "worst_ms": max(times)} for name, times in found.items()}
-    return [Row("Lambda, cold start", figures["ours"], "a handler that returns a constant", figures["constant"], "< 600 ms", figures["ours"]["p50_ms"] < 600),
-            Row("Lambda, cold start", figures["ours"], "scikit-learn pipeline in a handler", figures["pipeline"])]
+    return [
+        Row(
+            "Lambda, cold start",
+            figures["ours"],
+            "a handler that returns a constant",
+            figures["constant"],
+            "< 600 ms",
+            figures["ours"]["p50_ms"] < 600,
+        ),
+        Row("Lambda, cold start", figures["ours"], "scikit-learn pipeline in a handler", figures["pipeline"]),
+    ]
 
 
 def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, plan: Plan) -> list[Row]:
@@ -443,13 +587,22 @@ def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, pla
     with instance(ours, lived) as function, instance(peer, lived) as other:
         for one in (function, other):
             answered(one, world.stream[0], "first")
-        for number, piece in enumerate(in_turns(world.stream[1:1 + plan.invocations], plan.rounds)):
+        for number, piece in enumerate(in_turns(world.stream[1 : 1 + plan.invocations], plan.rounds)):
             for decision, nanoseconds in warm(function, piece, f"l{number}"):
                 spent.setdefault(alert(decision), []).append(nanoseconds)
-            theirs += [nanoseconds for _, nanoseconds in warm(other, piece[:plan.slow_calls], f"l{number}")]
+            theirs += [nanoseconds for _, nanoseconds in warm(other, piece[: plan.slow_calls], f"l{number}")]
     figures = {kind: spread(times) for kind, times in spent.items()}
-    return [Row(f"Lambda, warm handler, {words}; memory store", figures[kind], "scikit-learn pipeline in a handler", spread(theirs), "< 300 us", figures[kind]["p50"] < 300)
-            for kind, words in (("allow", "allow"), ("alert", "alert, with reasons"))]
+    return [
+        Row(
+            f"Lambda, warm handler, {words}; memory store",
+            figures[kind],
+            "scikit-learn pipeline in a handler",
+            spread(theirs),
+            "< 300 us",
+            figures[kind]["p50"] < 300,
+        )
+        for kind, words in (("allow", "allow"), ("alert", "alert, with reasons"))
+    ]
 
 
 def dynamodb_row(ours: Path, environ: dict[str, str], world: World) -> Row:
@@ -469,13 +622,20 @@ def in_lambda(world: World, plan: Plan) -> list[Row]:
     """The package as it is deployed, driven by AWS' own runtime client."""
     ours = packed(world)
     peer = {name: function_of(name, world, ours / "provided") for name in ("constant", "pipeline")}
-    environ = {**KEYS, "FRAUD_STORE_URL": "memory://", "FRAUD_SERVE_RELOAD_SECONDS": "60", "PEER_MODEL": str(world.pipeline), "OMP_NUM_THREADS": "1"}
+    environ = {
+        **KEYS,
+        "FRAUD_STORE_URL": "memory://",
+        "FRAUD_SERVE_RELOAD_SECONDS": "60",
+        "PEER_MODEL": str(world.pipeline),
+        "OMP_NUM_THREADS": "1",
+    }
     cold = cold_rows({"ours": ours, **peer}, environ, world, plan)
     ours, pipeline = with_clock(ours), with_clock(peer["pipeline"])
     return [*cold, *warm_rows(ours, pipeline, environ, world, plan), dynamodb_row(ours, environ, world)]
 
 
 # The table.
+
 
 def text(figures: dict[str, float] | None) -> str:
     """Figures for people."""
@@ -492,7 +652,17 @@ def table(rows: list[Row], source: str) -> dict:
     """Ours and the peer's side by side."""
     head = ("what", "ours", "peer", "peer's", "ours / peer", "aim")
     verdict = {None: "", True: "met", False: "MISSED"}
-    lines = [[row.what, text(row.ours), row.peer, text(row.theirs), f"{row.ratio:.2f}" if row.theirs else "", f"{row.aim} {verdict[row.met]}".strip()] for row in rows]
+    lines = [
+        [
+            row.what,
+            text(row.ours),
+            row.peer,
+            text(row.theirs),
+            f"{row.ratio:.2f}" if row.theirs else "",
+            f"{row.aim} {verdict[row.met]}".strip(),
+        ]
+        for row in rows
+    ]
     return {"title": "Decisions", "note": f"Model: {source}.", "columns": list(head), "rows": lines}
 
 
@@ -500,14 +670,23 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less of everything, about a minute: to see that it runs")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there too")
-    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="the model; otherwise models/champion, or one trained here when there is none")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FOLDER",
+        help="the model; otherwise models/champion, or one trained here when there is none",
+    )
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
     return parser.parse_args()
 
 
 def needed(parts: Iterable[str]) -> None:
     """Ends with one line when a program is missing."""
-    for part, program, package in (("process", "redis-server", "redis-server"), ("http", "wrk", "wrk"), ("http", "taskset", "util-linux")):
+    for part, program, package in (
+        ("process", "redis-server", "redis-server"),
+        ("http", "wrk", "wrk"),
+        ("http", "taskset", "util-linux"),
+    ):
         if part in parts and not shutil.which(program):
             sys.exit(f"error: {program} is not installed: sudo apt-get install {package}")
 

@@ -62,6 +62,7 @@ def per_second(address: str, topic: str, count: int, process: subprocess.Popen, 
 
 # The peers: the least that a consumer can do, and what is usually done.
 
+
 def peer_copy(address: str, source: str, target: str) -> None:
     """A bare kafka-python loop: what it consumes it produces, acknowledged by all replicas before the position is committed."""
     loop(address, source, target, lambda records: [(record.key, record.value) for record in records])
@@ -84,7 +85,14 @@ def peer_http(address: str, source: str, target: str, port: str) -> None:
 
 
 def loop(address: str, source: str, target: str, work: Callable) -> None:
-    consumer = KafkaConsumer(bootstrap_servers=address, group_id=f"{target}-group", enable_auto_commit=False, auto_offset_reset="earliest", max_poll_records=500, max_partition_fetch_bytes=4 << 20)
+    consumer = KafkaConsumer(
+        bootstrap_servers=address,
+        group_id=f"{target}-group",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        max_poll_records=500,
+        max_partition_fetch_bytes=4 << 20,
+    )
     consumer.subscribe([source])
     producer = KafkaProducer(bootstrap_servers=address, acks="all", linger_ms=5, batch_size=1 << 18)
     while True:
@@ -96,10 +104,24 @@ def loop(address: str, source: str, target: str, work: Callable) -> None:
 
 # Ours.
 
+
 def environ_of(world: World, address: str, name: str, **more: str) -> dict[str, str]:
-    settings = {"stream.bootstrap_servers": address, "stream.transactions": TOPIC, "stream.decisions": f"{TOPIC}-{name}", "stream.labels": f"labels-{name}", "stream.group": f"{GROUP}-{name}", "stream.partitions": 1,
-                "stream.port": 0, "stream.state": f"stream-{name}", "serve.bundle": world.bundle} | {key.replace("__", "."): value for key, value in more.items()}
-    return clean(PYTHONPATH=str(PROJECT), FRAUD_ROOT=str(world.root), FRAUD_SET=json.dumps({key: str(value) for key, value in settings.items()}))
+    settings = {
+        "stream.bootstrap_servers": address,
+        "stream.transactions": TOPIC,
+        "stream.decisions": f"{TOPIC}-{name}",
+        "stream.labels": f"labels-{name}",
+        "stream.group": f"{GROUP}-{name}",
+        "stream.partitions": 1,
+        "stream.port": 0,
+        "stream.state": f"stream-{name}",
+        "serve.bundle": world.bundle,
+    } | {key.replace("__", "."): value for key, value in more.items()}
+    return clean(
+        PYTHONPATH=str(PROJECT),
+        FRAUD_ROOT=str(world.root),
+        FRAUD_SET=json.dumps({key: str(value) for key, value in settings.items()}),
+    )
 
 
 @contextlib.contextmanager
@@ -115,31 +137,60 @@ def process_of(command: list[str], environ: dict[str, str], log: Path) -> Iterat
 
 @contextlib.contextmanager
 def ours(world: World, address: str, name: str, **more: str) -> Iterator[subprocess.Popen]:
-    with process_of([sys.executable, "-m", "fraud_pkg.stream.worker"], environ_of(world, address, name, **more), world.root / f"{name}.log") as process:
+    with process_of(
+        [sys.executable, "-m", "fraud_pkg.stream.worker"],
+        environ_of(world, address, name, **more),
+        world.root / f"{name}.log",
+    ) as process:
         yield process
 
 
 @contextlib.contextmanager
 def peer(world: World, address: str, name: str, *arguments: str) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, str(HERE / "streaming.py"), "--peer", name.split("-")[0], address, TOPIC, f"{TOPIC}-{name}", *arguments]
-    with process_of(command, clean(PYTHONPATH=f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}"), world.root / f"{name}.log") as process:
+    command = [
+        sys.executable,
+        str(HERE / "streaming.py"),
+        "--peer",
+        name.split("-")[0],
+        address,
+        TOPIC,
+        f"{TOPIC}-{name}",
+        *arguments,
+    ]
+    with process_of(
+        command, clean(PYTHONPATH=f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}"), world.root / f"{name}.log"
+    ) as process:
         yield process
 
 
 def topics(world: World, address: str, name: str) -> None:
     """Makes the topics of a consumer."""
-    settings = load_settings(cli=json.loads(environ_of(world, address, name)["FRAUD_SET"]), file=world.root / "settings.ini", environ={})
+    settings = load_settings(
+        cli=json.loads(environ_of(world, address, name)["FRAUD_SET"]), file=world.root / "settings.ini", environ={}
+    )
     make_topics(settings.stream, {})
 
 
 def throughput(world: World, address: str, redis: str, count: int, rounds: int) -> dict[str, list[float]]:
     """Transactions per second of each, in turns, on the same messages."""
-    environ = clean(**KEYS, PYTHONPATH=str(PROJECT), FRAUD_ROOT=str(world.root), FRAUD_SERVE_PORT=str(servers.free_port()), FRAUD_SERVE_BUNDLE=str(world.bundle),
-                    FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}")
+    environ = clean(
+        **KEYS,
+        PYTHONPATH=str(PROJECT),
+        FRAUD_ROOT=str(world.root),
+        FRAUD_SERVE_PORT=str(servers.free_port()),
+        FRAUD_SERVE_BUNDLE=str(world.bundle),
+        FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}",
+    )
     port = environ["FRAUD_SERVE_PORT"]
     label_delay = load_settings(cli={}, file=world.root / "settings.ini", environ={}).features.label_delay
     found: dict[str, list[float]] = {"memory store": [], "Redis store": [], "copy": [], "http": []}
-    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], servers.answers(int(port)), world.root / "api.log", seconds=60, env=environ):
+    with servers.running(
+        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        servers.answers(int(port)),
+        world.root / "api.log",
+        seconds=60,
+        env=environ,
+    ):
         for number in range(rounds):
             for what in found:
                 say(f"round {number + 1}: {what}")
@@ -155,7 +206,9 @@ def throughput(world: World, address: str, redis: str, count: int, rounds: int) 
                 else:
                     running = peer(world, address, name, *([port] if what == "http" else []))
                 with running as process:
-                    found[what].append(per_second(address, f"{TOPIC}-{name}", size, process, world.root / f"{name}.log"))
+                    found[what].append(
+                        per_second(address, f"{TOPIC}-{name}", size, process, world.root / f"{name}.log")
+                    )
     return found
 
 
@@ -164,7 +217,9 @@ def latency(world: World, address: str, rate: int, seconds: int) -> dict[str, fl
     say(f"latency at {rate} transactions a second")
     name, sent, spent = "latency", {}, []
     topics(world, address, name)
-    with ours(world, address, name, store__url=f"memory://{world.snapshot}", stream__transactions="transactions-live") as process:
+    with ours(
+        world, address, name, store__url=f"memory://{world.snapshot}", stream__transactions="transactions-live"
+    ) as process:
         with contextlib.closing(KafkaConsumer(bootstrap_servers=address)) as reader:
             target = TopicPartition(f"{TOPIC}-{name}", 0)
             reader.assign([target])
@@ -202,12 +257,31 @@ def latency(world: World, address: str, rate: int, seconds: int) -> dict[str, fl
 
 def table(figures: dict[str, list[float]], late: dict[str, float], rate: int, source: str) -> dict:
     middle = {name: float(np.median(found)) for name, found in figures.items()}
-    labels = {"memory store": "one consumer, memory store with its journal", "Redis store": "one consumer, Redis store", "copy": "peer: consume and produce, nothing else (the ceiling)",
-              "http": "peer: one HTTP request per message to the service, memory store"}
-    lines = [[label, f"{middle[name]:,.0f} ({', '.join(f'{found:,.0f}' for found in figures[name])})", f"{middle[name] / middle['copy']:.2f}", f"{middle[name] / middle['http']:.2f}"] for name, label in labels.items()]
-    note = (f"Model: {source}. Aim: at least 5,000 transactions/s with the memory store: {'met' if middle['memory store'] >= 5000 else 'missed'}. "
-            f"Produced to decided at {rate} transactions/s: median {late['p50_ms']:.1f} ms, p99 {late['p99_ms']:.1f} ms, worst {late['worst_ms']:.0f} ms.")
-    return {"title": "The stream", "note": note, "columns": ["", "transactions/s: median (rounds)", "of the ceiling", "of one request per message"], "rows": lines}
+    labels = {
+        "memory store": "one consumer, memory store with its journal",
+        "Redis store": "one consumer, Redis store",
+        "copy": "peer: consume and produce, nothing else (the ceiling)",
+        "http": "peer: one HTTP request per message to the service, memory store",
+    }
+    lines = [
+        [
+            label,
+            f"{middle[name]:,.0f} ({', '.join(f'{found:,.0f}' for found in figures[name])})",
+            f"{middle[name] / middle['copy']:.2f}",
+            f"{middle[name] / middle['http']:.2f}",
+        ]
+        for name, label in labels.items()
+    ]
+    note = (
+        f"Model: {source}. Aim: at least 5,000 transactions/s with the memory store: {'met' if middle['memory store'] >= 5000 else 'missed'}. "
+        f"Produced to decided at {rate} transactions/s: median {late['p50_ms']:.1f} ms, p99 {late['p99_ms']:.1f} ms, worst {late['worst_ms']:.0f} ms."
+    )
+    return {
+        "title": "The stream",
+        "note": note,
+        "columns": ["", "transactions/s: median (rounds)", "of the ceiling", "of one request per message"],
+        "rows": lines,
+    }
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ def read(file: Path) -> dict:
     """A benchmark's machine and tables; raises `SystemExit` for a file that has none."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if not {"machine", "tables"} <= content.keys():
-        sys.exit(f"error: {file.name}: expected machine and tables, as the programs in benchmarks/ write them with --json")
+        sys.exit(
+            f"error: {file.name}: expected machine and tables, as the programs in benchmarks/ write them with --json"
+        )
     return content
 
 
@@ -27,19 +29,39 @@ def together(files: Sequence[Path]) -> dict:
         sys.exit("error: nothing was measured")
     machines = [{key: value for key, value in one["machine"].items() if key != "load"} for one in found]
     if any(one != machines[0] for one in machines):
-        sys.exit("error: these results are of different machines: " + ", ".join(file.name for file in files if file.is_file()))
-    tables = [table | {"note": f"{table['note']} Load at the start: {one['machine']['load']}."} for one in found for table in one["tables"]]
+        sys.exit(
+            "error: these results are of different machines: "
+            + ", ".join(file.name for file in files if file.is_file())
+        )
+    tables = [
+        table | {"note": f"{table['note']} Load at the start: {one['machine']['load']}."}
+        for one in found
+        for table in one["tables"]
+    ]
     return {"machine": machines[0], "tables": tables}
 
 
 # What the README shows: in words (empty: the table's title), the table, our row, and the peers: in a table of decisions by name, elsewhere with their rows.
-DECISIONS = (("a decision in process, request to answer", "decision, all", ("mlflow pyfunc, same model, features given",)),
-             ("decisions over HTTP, 32 connections", "HTTP, 32", ("scikit-learn pipeline behind FastAPI", "FastAPI, a constant, request and answer typed")),
-             ("Lambda, cold start", "Lambda, cold", ("scikit-learn pipeline in a handler",)))
-OTHERS = (("the stream, one consumer", "The stream", "one consumer, memory", {"one HTTP request per message": "peer: one HTTP"}),
-          ("", "Features of", "engine `local`", {"Polars": "Polars", "DuckDB": "DuckDB"}),
-          ("the same on Spark", "Features of", "engine `spark`", {"the common Spark script, without history": "the common"}),
-          ("", "Training on", "ours", {"`XGBClassifier.fit`": "`XGB"}))
+DECISIONS = (
+    ("a decision in process, request to answer", "decision, all", ("mlflow pyfunc, same model, features given",)),
+    (
+        "decisions over HTTP, 32 connections",
+        "HTTP, 32",
+        ("scikit-learn pipeline behind FastAPI", "FastAPI, a constant, request and answer typed"),
+    ),
+    ("Lambda, cold start", "Lambda, cold", ("scikit-learn pipeline in a handler",)),
+)
+OTHERS = (
+    (
+        "the stream, one consumer",
+        "The stream",
+        "one consumer, memory",
+        {"one HTTP request per message": "peer: one HTTP"},
+    ),
+    ("", "Features of", "engine `local`", {"Polars": "Polars", "DuckDB": "DuckDB"}),
+    ("the same on Spark", "Features of", "engine `spark`", {"the common Spark script, without history": "the common"}),
+    ("", "Training on", "ours", {"`XGBClassifier.fit`": "`XGB"}),
+)
 
 
 def first(cell: str) -> str:
@@ -67,7 +89,11 @@ def headlines(results: dict) -> str:
             line(what, first(found[0][1]), {name: theirs[name] for name in peers})
     for what, title, start, peers in OTHERS:
         for table in (one for one in results["tables"] if one["title"].startswith(title)):
-            line(what or table["title"].lower(), figure(table, start), {name: figure(table, peer) for name, peer in peers.items()})
+            line(
+                what or table["title"].lower(),
+                figure(table, start),
+                {name: figure(table, peer) for name, peer in peers.items()},
+            )
     return "\n".join(["| | here | beside it |", "|---|---|---|", *lines])
 
 

@@ -22,7 +22,12 @@ HELD_OUT = 72  # hours of validation and of test, so that nearly all is training
 
 def chosen(folder: Path) -> Settings:
     """The settings of both contenders."""
-    given = {"paths.data": str(folder), "split.test_hours": HELD_OUT, "split.validation_hours": HELD_OUT, "train.threads": THREADS}
+    given = {
+        "paths.data": str(folder),
+        "split.test_hours": HELD_OUT,
+        "split.validation_hours": HELD_OUT,
+        "train.threads": THREADS,
+    }
     return load_settings(file=PROJECT / "settings.ini", environ={}, cli=given)
 
 
@@ -34,7 +39,10 @@ def periods(settings: Settings) -> tuple[list[str], Period, Period]:
 
 
 def parameters(settings: Settings) -> dict:
-    return {key: getattr(settings.xgboost, key) for key in TREE_KEYS} | {"seed": settings.train.seed, "nthread": THREADS}
+    return {key: getattr(settings.xgboost, key) for key in TREE_KEYS} | {
+        "seed": settings.train.seed,
+        "nthread": THREADS,
+    }
 
 
 def from_parquet(settings: Settings, trees: int) -> dict:
@@ -45,7 +53,10 @@ def from_parquet(settings: Settings, trees: int) -> dict:
     with tempfile.TemporaryDirectory(dir=settings.data_dir) as scratch:
         data = matrices(train, validation, names, THREADS, Path(scratch))
         boosted = boost(data, parameters(settings) | {"base_score": data.base_rate}, trees)
-        return {"rows": len(train), "average_precision": average_precision(validation.y, boosted.booster.predict(data.validation))}
+        return {
+            "rows": len(train),
+            "average_precision": average_precision(validation.y, boosted.booster.predict(data.validation)),
+        }
 
 
 def from_frame(settings: Settings, trees: int) -> dict:
@@ -56,17 +67,32 @@ def from_frame(settings: Settings, trees: int) -> dict:
     names, *both = periods(settings)
 
     def frame(period: Period) -> pd.DataFrame:
-        return pd.read_parquet(sorted((settings.data_dir / "features").glob("part-*.parquet")), columns=[*names, "isFraud"], filters=[("step", ">=", period.first_step), ("step", "<", period.end_step)])
+        return pd.read_parquet(
+            sorted((settings.data_dir / "features").glob("part-*.parquet")),
+            columns=[*names, "isFraud"],
+            filters=[("step", ">=", period.first_step), ("step", "<", period.end_step)],
+        )
 
     train, validation = map(frame, both)
-    own = {"random_state" if key == "seed" else "n_jobs" if key == "nthread" else key: value for key, value in parameters(settings).items()}
+    own = {
+        "random_state" if key == "seed" else "n_jobs" if key == "nthread" else key: value
+        for key, value in parameters(settings).items()
+    }
     model = xgboost.XGBClassifier(n_estimators=trees, eval_metric="aucpr", **own)
     model.fit(train[names], train["isFraud"], eval_set=[(validation[names], validation["isFraud"])], verbose=False)
-    return {"rows": len(train), "average_precision": average_precision(validation["isFraud"].to_numpy(), model.predict_proba(validation[names])[:, 1])}
+    return {
+        "rows": len(train),
+        "average_precision": average_precision(
+            validation["isFraud"].to_numpy(), model.predict_proba(validation[names])[:, 1]
+        ),
+    }
 
 
 CONTENDERS = {"ours": from_parquet, "frame": from_frame}
-WHAT = {"ours": "ours: Parquet, one float32 matrix, quantile histograms in files", "frame": "`XGBClassifier.fit` on a data frame"}
+WHAT = {
+    "ours": "ours: Parquet, one float32 matrix, quantile histograms in files",
+    "frame": "`XGBClassifier.fit` on a data frame",
+}
 
 
 def train_once(name: str, folder: Path, trees: int) -> Measured:
@@ -74,11 +100,36 @@ def train_once(name: str, folder: Path, trees: int) -> Measured:
 
 
 def table(runs: dict[str, list[Measured]], trees: int, features: int) -> dict:
-    results, said = {name: summary(some) for name, some in runs.items()}, {name: json.loads(some[0].printed) for name, some in runs.items()}
-    lines = [[WHAT[name], f"{one['seconds']:.1f} ({one['least']:.1f} to {one['most']:.1f})", f"{one['cpu']:.1f}", f"{one['peak']:.2f}", f"{said[name]['average_precision']:.4f}",
-              f"{one['seconds'] / results['ours']['seconds']:.2f}", f"{one['peak'] / results['ours']['peak']:.2f}"] for name, one in results.items()]
-    return {"title": f"Training on {said['ours']['rows']:,} transactions, {features} features, {trees} trees", "note": f"Whole processes, from the feature table (Parquet) to trees, {THREADS} threads, the average precision of three days after each tree.",
-            "columns": ["", "seconds: median (least to most)", "processor seconds", "peak GiB", "average precision", "seconds / ours", "peak / ours"], "rows": lines}
+    results, said = (
+        {name: summary(some) for name, some in runs.items()},
+        {name: json.loads(some[0].printed) for name, some in runs.items()},
+    )
+    lines = [
+        [
+            WHAT[name],
+            f"{one['seconds']:.1f} ({one['least']:.1f} to {one['most']:.1f})",
+            f"{one['cpu']:.1f}",
+            f"{one['peak']:.2f}",
+            f"{said[name]['average_precision']:.4f}",
+            f"{one['seconds'] / results['ours']['seconds']:.2f}",
+            f"{one['peak'] / results['ours']['peak']:.2f}",
+        ]
+        for name, one in results.items()
+    ]
+    return {
+        "title": f"Training on {said['ours']['rows']:,} transactions, {features} features, {trees} trees",
+        "note": f"Whole processes, from the feature table (Parquet) to trees, {THREADS} threads, the average precision of three days after each tree.",
+        "columns": [
+            "",
+            "seconds: median (least to most)",
+            "processor seconds",
+            "peak GiB",
+            "average precision",
+            "seconds / ours",
+            "peak / ours",
+        ],
+        "rows": lines,
+    }
 
 
 def main() -> None:
@@ -94,7 +145,9 @@ def main() -> None:
     if given.contender:
         print(json.dumps(CONTENDERS[given.contender](chosen(given.folder), given.trees)))
         return
-    rows, trees, rounds, began = (60_000, 10, 1, machine()) if given.quick else (given.rows, given.trees, given.rounds, machine())
+    rows, trees, rounds, began = (
+        (60_000, 10, 1, machine()) if given.quick else (given.rows, given.trees, given.rounds, machine())
+    )
     runs: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

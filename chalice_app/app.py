@@ -9,7 +9,14 @@ from pathlib import Path
 from chalice import Chalice, Response
 
 app = Chalice(app_name="fraud")
-ROUTES = {"/predict": "POST", "/predict/batch": "POST", "/feedback": "POST", "/model": "GET", "/healthz": "GET", "/readyz": "GET"}
+ROUTES = {
+    "/predict": "POST",
+    "/predict/batch": "POST",
+    "/feedback": "POST",
+    "/model": "GET",
+    "/healthz": "GET",
+    "/readyz": "GET",
+}
 
 
 @cache
@@ -20,7 +27,9 @@ def doors():
     from fraud_pkg.core.settings import load_settings
 
     log_json_lines()
-    service, watcher = open_service(load_settings(file=Path(__file__).with_name("settings.ini")), os.environ, public=True)
+    service, watcher = open_service(
+        load_settings(file=Path(__file__).with_name("settings.ini")), os.environ, public=True
+    )
     watcher.look()
     return service, watcher
 
@@ -34,7 +43,9 @@ def answer(request, _):
     watcher.look_if_due()
     began = time.perf_counter()
     found = service.answer(request.method, request.path, request.headers, request.raw_body)
-    fields = request_fields(request.method, request.path, found, time.perf_counter() - began) | {"request_id": request.lambda_context.aws_request_id}
+    fields = request_fields(request.method, request.path, found, time.perf_counter() - began) | {
+        "request_id": request.lambda_context.aws_request_id
+    }
     logging.getLogger("fraud_pkg").info("request", extra={"fields": cloudwatch(fields, time.time())})
     return Response(found.body.decode(), status_code=found.status, headers={"Content-Type": "application/json"})
 

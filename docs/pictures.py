@@ -20,9 +20,13 @@ TARGET = ROOT / "docs/pictures"
 WIDE = (1280, 860)
 # name: page, what is brought to the top, size, dark
 REPORT = {
-    "report": ("index.html", None, WIDE, False), "report-where-it-fails": ("index.html", "#fails", WIDE, True),
-    "champion-curves": ("champion.html", "#curves", WIDE, False), "champion-mistakes": ("champion.html", "#false-alarms", WIDE, True),
-    "bake-off": ("bakeoff.html", "#measures", WIDE, False), "report-phone": ("index.html", None, PHONE, True)}
+    "report": ("index.html", None, WIDE, False),
+    "report-where-it-fails": ("index.html", "#fails", WIDE, True),
+    "champion-curves": ("champion.html", "#curves", WIDE, False),
+    "champion-mistakes": ("champion.html", "#false-alarms", WIDE, True),
+    "bake-off": ("bakeoff.html", "#measures", WIDE, False),
+    "report-phone": ("index.html", None, PHONE, True),
+}
 FIELDS = ("step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
 SENT = 20_000  # payments before the picture of the console, so that accounts have a history
 
@@ -45,16 +49,31 @@ def send(url: str, folder: Path) -> None:
     table = pq.read_table(sorted((folder / "data/raw").glob("*.parquet")), columns=["tx_id", *FIELDS])
     rows = table.slice(max(0, len(table) - SENT)).to_pylist()
     for first in range(0, len(rows), 1000):
-        batch = [{"transaction_id": f"tx-{row.pop('tx_id')}", **{key: value for key, value in row.items() if value is not None}} for row in rows[first:first + 1000]]
-        request = urllib.request.Request(f"{url}/predict/batch", json.dumps({"transactions": batch}).encode(), {"Content-Type": "application/json"})
+        batch = [
+            {
+                "transaction_id": f"tx-{row.pop('tx_id')}",
+                **{key: value for key, value in row.items() if value is not None},
+            }
+            for row in rows[first : first + 1000]
+        ]
+        request = urllib.request.Request(
+            f"{url}/predict/batch", json.dumps({"transactions": batch}).encode(), {"Content-Type": "application/json"}
+        )
         urllib.request.urlopen(request, timeout=60).read()
 
 
 def console(browser, folder: Path) -> None:
     """A service of its own, with the champion of the run."""
     port = servers.free_port()
-    url, environ, command = f"http://127.0.0.1:{port}", os.environ | {"FRAUD_SERVE_PORT": str(port)}, [sys.executable, "-m", "fraud_pkg.cli", "serve"]
-    with tempfile.TemporaryDirectory() as scratch, servers.running(command, servers.answers(port), Path(scratch) / "log", cwd=folder, env=environ):
+    url, environ, command = (
+        f"http://127.0.0.1:{port}",
+        os.environ | {"FRAUD_SERVE_PORT": str(port)},
+        [sys.executable, "-m", "fraud_pkg.cli", "serve"],
+    )
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        servers.running(command, servers.answers(port), Path(scratch) / "log", cwd=folder, env=environ),
+    ):
         send(url, folder)
         with visit(browser, url, WIDE) as seen:
             for harmless in ("allow", "review"):

@@ -15,14 +15,35 @@ WINGS = ("core", "store", "features", "data", "train", "model", "serve", "stream
 
 def exported(notebook: Path) -> tuple[str | None, str, list[str]]:
     """The module's name, its one-line summary, and the source of its exported cells."""
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
+    cells = [
+        (cell["cell_type"], "".join(cell["source"]))
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    ]
     name = next((text.split()[2] for _, text in cells if text.startswith("#| default_exp")), None)
-    summary = next((line[1:].strip() for kind, text in cells if kind == "markdown" for line in text.splitlines() if line.startswith(">")), "")
-    return name, summary, [text for kind, text in cells if kind == "code" and any(line.split("--")[0].strip() in ("#| export", "#|export") for line in text.splitlines()[:3])]
+    summary = next(
+        (
+            line[1:].strip()
+            for kind, text in cells
+            if kind == "markdown"
+            for line in text.splitlines()
+            if line.startswith(">")
+        ),
+        "",
+    )
+    return (
+        name,
+        summary,
+        [
+            text
+            for kind, text in cells
+            if kind == "code"
+            and any(line.split("--")[0].strip() in ("#| export", "#|export") for line in text.splitlines()[:3])
+        ],
+    )
 
 
 def lines_of(source: str, first: int, last: int) -> str:
-    return "\n".join(source.splitlines()[first - 1:last])
+    return "\n".join(source.splitlines()[first - 1 : last])
 
 
 def signature(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
@@ -35,7 +56,11 @@ def signature(source: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 def fields(source: str, node: ast.ClassDef) -> str:
     """The head of a class and its fields, with what stands beside them."""
-    public = [part for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and not part.target.id.startswith("_")]
+    public = [
+        part
+        for part in node.body
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and not part.target.id.startswith("_")
+    ]
     kept = [lines_of(source, part.lineno, part.end_lineno or part.lineno) for part in public]
     bases = ", ".join(ast.unparse(base) for base in node.bases)
     return "\n".join([f"class {node.name}{f'({bases})' if bases else ''}:", *kept])
@@ -51,8 +76,22 @@ def symbol(source: str, node: ast.stmt) -> str:
         return ""
     is_class = isinstance(node, ast.ClassDef)
     section = f"### {node.name}\n\n```python\n{fields(source, node) if is_class else signature(source, node)}\n```\n\n{said(node)}\n"
-    methods = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and not part.name.startswith("_")] if is_class else []
-    return section + "".join(f"\n- `{part.name}({ast.unparse(part.args)})`: {said(part) or 'see the notebook'}" for part in methods) + ("\n" if methods else "")
+    methods = (
+        [
+            part
+            for part in node.body
+            if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and not part.name.startswith("_")
+        ]
+        if is_class
+        else []
+    )
+    return (
+        section
+        + "".join(
+            f"\n- `{part.name}({ast.unparse(part.args)})`: {said(part) or 'see the notebook'}" for part in methods
+        )
+        + ("\n" if methods else "")
+    )
 
 
 def page(name: str, summary: str, notebook: Path, cells: list[str]) -> str:
@@ -66,7 +105,9 @@ def main() -> None:
     TARGET.mkdir(exist_ok=True)
     pages, rows = {}, []
     order = {wing: place for place, wing in enumerate(WINGS)}
-    for notebook in sorted((ROOT / "nbs").rglob("*.ipynb"), key=lambda path: (order.get(path.parent.name, len(order)), path.name)):
+    for notebook in sorted(
+        (ROOT / "nbs").rglob("*.ipynb"), key=lambda path: (order.get(path.parent.name, len(order)), path.name)
+    ):
         name, summary, cells = exported(notebook)
         if name and cells:
             pages[f"{name}.md"] = page(name, summary, notebook, cells)

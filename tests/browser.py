@@ -42,7 +42,10 @@ class Visit:
 
     def __init__(self, page: Page):
         self.page, self.faults = page, []
-        page.on("console", lambda message: self.faults.append(f"console: {message.text}") if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: self.faults.append(f"console: {message.text}") if message.type == "error" else None,
+        )
         page.on("pageerror", lambda error: self.faults.append(f"script: {error}"))
         page.context.on("request", self._asked)
 
@@ -66,8 +69,14 @@ class Visit:
     def violations(self) -> list[str]:
         """What axe finds serious or critical in the page as it is now: rule, what it asks for, where."""
         if not self.page.evaluate("'axe' in window"):
-            self.page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))  # as a debugger: the page's policy keeps scripts out
-        return [f"{found['id']}: {found['help']}: {', '.join(str(node['target']) for node in found['nodes'][:5])}" for found in self.page.evaluate(AXE) if found["impact"] in ("serious", "critical")]
+            self.page.evaluate(
+                files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+            )  # as a debugger: the page's policy keeps scripts out
+        return [
+            f"{found['id']}: {found['help']}: {', '.join(str(node['target']) for node in found['nodes'][:5])}"
+            for found in self.page.evaluate(AXE)
+            if found["impact"] in ("serious", "critical")
+        ]
 
     def screenshot(self, name: str, full: bool = False) -> None:
         """A picture in the folder that FRAUD_SCREENSHOTS names, when it is set; `full` takes the whole page."""
@@ -79,7 +88,11 @@ class Visit:
 @contextlib.contextmanager
 def visit(browser: Browser, address: str, size: tuple[int, int] = DESKTOP, dark: bool = False) -> Iterator[Visit]:
     """A fresh profile on `address` (http:// or file://) at `size` pixels; fails at the end when there are faults."""
-    with browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light", reduced_motion="reduce") as context:
+    with browser.new_context(
+        viewport={"width": size[0], "height": size[1]},
+        color_scheme="dark" if dark else "light",
+        reduced_motion="reduce",
+    ) as context:
         made = Visit(context.new_page())
         made.page.goto(address)
         yield made

@@ -19,11 +19,29 @@ COPIED = ("settings.ini", "dvc.yaml", ".dvc/config", ".dvcignore", "jobs", "frau
 SHARED = Path(os.environ.get("FRAUD_SHARED_DATA", PROJECT.parent / "shared" / "data"))
 
 # Small enough to run often, large enough that every period has every kind of fraud.
-SMALL = {"simulate.rows": 60_000, "simulate.days": 60, "simulate.fraud_rate": 0.01, "split.test_hours": 336, "split.validation_hours": 168,
-         "evaluate.resamples": 50, "tensorflow.epochs": 3, "xgboost.rounds": 80, "features.spark_memory": "2g", "features.spark_master": "local[2]"}
+SMALL = {
+    "simulate.rows": 60_000,
+    "simulate.days": 60,
+    "simulate.fraud_rate": 0.01,
+    "split.test_hours": 336,
+    "split.validation_hours": 168,
+    "evaluate.resamples": 50,
+    "tensorflow.epochs": 3,
+    "xgboost.rounds": 80,
+    "features.spark_memory": "2g",
+    "features.spark_master": "local[2]",
+}
 
 
-FIRST = ("test_stream.py", "test_loop.py", "finished", "team", "test_real_data.py", "test_parity.py", "test_bad_input.py")
+FIRST = (
+    "test_stream.py",
+    "test_loop.py",
+    "finished",
+    "team",
+    "test_real_data.py",
+    "test_parity.py",
+    "test_bad_input.py",
+)
 
 
 @functools.cache
@@ -96,12 +114,24 @@ class Workspace:
         """The environment of a command in it."""
         given = self.overrides | {key.replace("__", "."): value for key, value in overrides.items()}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")} | self.environ
-        return environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        return environ | {
+            "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
 
     def fraud(self, *arguments: str, ok: bool = True, **overrides) -> subprocess.CompletedProcess:
         """Runs the command line; with `ok` a failure fails the test with what was printed."""
-        done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.root, env=self.environment(**overrides), capture_output=True, text=True, timeout=1500)
-        assert done.returncode == 0 or not ok, f"fraud {' '.join(arguments)}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "fraud_pkg.cli", *arguments],
+            cwd=self.root,
+            env=self.environment(**overrides),
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
+        assert done.returncode == 0 or not ok, (
+            f"fraud {' '.join(arguments)}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+        )
         return done
 
     def json(self, path: str) -> dict:
@@ -124,7 +154,9 @@ def workspace(tmp_path_factory) -> Callable[..., Workspace]:
         for name in COPIED:
             source, target = PROJECT / name, root / name
             if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "vendor", "deployed", "deployments"))
+                shutil.copytree(
+                    source, target, ignore=shutil.ignore_patterns("__pycache__", "vendor", "deployed", "deployments")
+                )
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)

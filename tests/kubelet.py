@@ -20,7 +20,7 @@ class Node:
     """What was asked for, and what runs."""
 
     folder: Path
-    path: str                    # PYTHONPATH of the image
+    path: str  # PYTHONPATH of the image
     pods: dict[str, dict] = field(default_factory=dict)
     others: list[dict] = field(default_factory=list)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
@@ -32,10 +32,24 @@ class Node:
         """Runs the pod's container: its arguments behind the image's entry point, in the environment of its specification and no other."""
         container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
         known = {"status.podIP": HOST, "metadata.name": name}
-        environ = {one["name"]: one.get("value") or known[one["valueFrom"]["fieldRef"]["fieldPath"]] for one in container["env"] if "value" in one or "valueFrom" in one}
-        environ |= {"PATH": os.environ["PATH"], "PYTHONPATH": self.path, "SPARK_LOCAL_DIRS": str(self.folder)}  # the image's, and its volume
+        environ = {
+            one["name"]: one.get("value") or known[one["valueFrom"]["fieldRef"]["fieldPath"]]
+            for one in container["env"]
+            if "value" in one or "valueFrom" in one
+        }
+        environ |= {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": self.path,
+            "SPARK_LOCAL_DIRS": str(self.folder),
+        }  # the image's, and its volume
         with (self.folder / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen([shutil.which("fraud"), *container["args"]], cwd=self.folder, env=environ, stdout=log, stderr=subprocess.STDOUT)
+            self.processes[name] = subprocess.Popen(
+                [shutil.which("fraud"), *container["args"]],
+                cwd=self.folder,
+                env=environ,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         pod["status"] = {"phase": "Running", "podIP": HOST, "containerStatuses": []}
 
     def stop(self) -> None:
@@ -74,7 +88,12 @@ class Api(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._note("create")
         made = self._body()
-        made["metadata"] |= {"uid": f"uid-{len(self.node.pods) + len(self.node.others)}", "resourceVersion": "1", "namespace": "fraud", "creationTimestamp": "2026-01-05T00:00:00Z"}
+        made["metadata"] |= {
+            "uid": f"uid-{len(self.node.pods) + len(self.node.others)}",
+            "resourceVersion": "1",
+            "namespace": "fraud",
+            "creationTimestamp": "2026-01-05T00:00:00Z",
+        }
         if made["kind"] == "Pod":
             self.node.pods[made["metadata"]["name"]] = made
             self.node.start(made)
@@ -100,7 +119,14 @@ class Api(BaseHTTPRequestHandler):
         if name in self.node.pods:
             self._answer(self.node.pods[name])
         else:
-            self._answer({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": list(self.node.pods.values())})
+            self._answer(
+                {
+                    "kind": "PodList",
+                    "apiVersion": "v1",
+                    "metadata": {"resourceVersion": "1"},
+                    "items": list(self.node.pods.values()),
+                }
+            )
 
     def do_PATCH(self) -> None:
         self._note("patch")

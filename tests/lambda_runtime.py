@@ -20,7 +20,14 @@ import servers
 
 PROVIDED = ("awslambdaric", "boto3")  # what the runtime of AWS brings along; everything else has to be in the package
 START = "import sys; sys.path[:0] = [{task!r}, {provided!r}]; from awslambdaric.__main__ import main; main(['awslambdaric', 'app.app'])"
-ROUTES = {"/predict": "POST", "/predict/batch": "POST", "/feedback": "POST", "/model": "GET", "/healthz": "GET", "/readyz": "GET"}
+ROUTES = {
+    "/predict": "POST",
+    "/predict/batch": "POST",
+    "/feedback": "POST",
+    "/model": "GET",
+    "/healthz": "GET",
+    "/readyz": "GET",
+}
 
 
 def unpack(package: Path, folder: Path) -> Path:
@@ -34,7 +41,9 @@ def unpack(package: Path, folder: Path) -> Path:
         if found.name in seen:
             continue
         seen.add(found.name)
-        waiting += [re.split(r"[\s(<>=!~;\[]", needed)[0] for needed in found.requires or [] if "extra ==" not in needed]
+        waiting += [
+            re.split(r"[\s(<>=!~;\[]", needed)[0] for needed in found.requires or [] if "extra ==" not in needed
+        ]
         for name in {file.parts[0] for file in found.files if file.parts[0] not in ("..", "__pycache__")}:
             (folder / "provided" / name).symlink_to(found.locate_file(name))
     return folder
@@ -53,7 +62,11 @@ class Quick(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -80,13 +93,22 @@ class Function:
             def do_GET(self):  # .../runtime/invocation/next
                 number, event = function.events.get()
                 deadline = str(int((time.time() + 10) * 1000))
-                self.answer(200, event, {"Lambda-Runtime-Aws-Request-Id": number, "Lambda-Runtime-Deadline-Ms": deadline, "Lambda-Runtime-Invoked-Function-Arn": "arn:aws:lambda:local:0:function:fraud"})
+                self.answer(
+                    200,
+                    event,
+                    {
+                        "Lambda-Runtime-Aws-Request-Id": number,
+                        "Lambda-Runtime-Deadline-Ms": deadline,
+                        "Lambda-Runtime-Invoked-Function-Arn": "arn:aws:lambda:local:0:function:fraud",
+                    },
+                )
 
             def do_POST(self):  # .../runtime/invocation/ID/response, .../ID/error, .../runtime/init/error
                 body = self.body()
                 if "/invocation/" in self.path:
                     function.results.pop(self.path.split("/")[-2]).put(body)
                 self.answer(202)
+
         return Handler
 
 
@@ -103,7 +125,14 @@ def instance(folder: Path, environ: Mapping[str, str], log: Path) -> Iterator[Fu
     function, task = Function(), str(folder / "task")
     # Without site-packages: what is missing in the package is missing here.
     command = [sys.executable, "-I", "-S", "-c", START.format(task=task, provided=str(folder / "provided"))]
-    lambdas = {"AWS_LAMBDA_RUNTIME_API": function.address, "LAMBDA_TASK_ROOT": task, "_HANDLER": "app.app", "AWS_LAMBDA_FUNCTION_NAME": "fraud", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1024", "AWS_LAMBDA_FUNCTION_VERSION": "1"}
+    lambdas = {
+        "AWS_LAMBDA_RUNTIME_API": function.address,
+        "LAMBDA_TASK_ROOT": task,
+        "_HANDLER": "app.app",
+        "AWS_LAMBDA_FUNCTION_NAME": "fraud",
+        "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1024",
+        "AWS_LAMBDA_FUNCTION_VERSION": "1",
+    }
     try:
         with servers.running(command, lambda: True, log, env={"PATH": "/usr/bin:/bin", **environ, **lambdas}, cwd=task):
             yield function
@@ -119,9 +148,26 @@ def event(method: str, path: str, headers: Mapping[str, str] | None = None, body
         text, coded = body.decode(), False
     except UnicodeDecodeError:
         text, coded = base64.b64encode(body).decode(), True
-    return {"resource": path, "path": path, "httpMethod": method, "headers": headers, "multiValueHeaders": {name: [value] for name, value in headers.items()},
-            "queryStringParameters": {name: values[-1] for name, values in many.items()} or None, "multiValueQueryStringParameters": many or None, "pathParameters": None, "stageVariables": None,
-            "requestContext": {"resourcePath": path, "httpMethod": method, "path": f"/api{path}", "stage": "api", "identity": {"sourceIp": servers.HOST}}, "body": text or None, "isBase64Encoded": coded}
+    return {
+        "resource": path,
+        "path": path,
+        "httpMethod": method,
+        "headers": headers,
+        "multiValueHeaders": {name: [value] for name, value in headers.items()},
+        "queryStringParameters": {name: values[-1] for name, values in many.items()} or None,
+        "multiValueQueryStringParameters": many or None,
+        "pathParameters": None,
+        "stageVariables": None,
+        "requestContext": {
+            "resourcePath": path,
+            "httpMethod": method,
+            "path": f"/api{path}",
+            "stage": "api",
+            "identity": {"sourceIp": servers.HOST},
+        },
+        "body": text or None,
+        "isBase64Encoded": coded,
+    }
 
 
 @contextlib.contextmanager

@@ -40,13 +40,18 @@ def put_rest_api(self, function_id, api_doc, fail_on_warnings=False, mode="merge
 
 APIGatewayBackend.import_rest_api, APIGatewayBackend.put_rest_api = import_rest_api, put_rest_api
 
-transacted, answered, one_at_a_time, answers = DynamoDBBackend.transact_write_items, DynamoHandler.transact_write_items, threading.RLock(), {}
+transacted, answered, one_at_a_time, answers = (
+    DynamoDBBackend.transact_write_items,
+    DynamoHandler.transact_write_items,
+    threading.RLock(),
+    {},
+)
 
 
 def touched(backend: DynamoDBBackend, actions: list[dict]):
     """Table, keys and present content of every item that a transaction may change."""
     for action in actions:
-        (kind, content), = action.items()
+        ((kind, content),) = action.items()
         table, key = backend.get_table(content["TableName"]), content["Item" if kind == "Put" else "Key"]
         hash_key, range_key = (DynamoType(key[name]) for name in (table.hash_key_attr, table.range_key_attr))
         yield table, hash_key, range_key, copy.deepcopy(table.items.get(hash_key, {}).get(range_key))

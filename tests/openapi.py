@@ -11,8 +11,24 @@ BEYOND_A_SCHEMA = "positive_data_acceptance"
 
 def conforms(document: str, url: str, key: str, *without: str) -> None:
     """Fails with schemathesis' report unless the service at `url` does what `document` (a file or URL) says; checks in `without` are left out."""
-    command = [str(Path(sys.executable).with_name("schemathesis")), "run", document, "--url", url, "--header", f"X-API-Key: {key}", "--checks", "all", "--exclude-checks", ",".join((BEYOND_A_SCHEMA, *without)),
-               "--max-examples", "50", "--seed", "7", "--no-color"]
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        document,
+        "--url",
+        url,
+        "--header",
+        f"X-API-Key: {key}",
+        "--checks",
+        "all",
+        "--exclude-checks",
+        ",".join((BEYOND_A_SCHEMA, *without)),
+        "--max-examples",
+        "50",
+        "--seed",
+        "7",
+        "--no-color",
+    ]
     with tempfile.TemporaryDirectory() as scratch:  # it keeps a diary where it runs
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=scratch)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

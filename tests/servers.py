@@ -41,10 +41,12 @@ def program(name: str, package: str) -> str:
 
 def answers(port: int) -> Callable[[], bool]:
     """Whether something takes connections."""
+
     def check() -> bool:
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
             return True
         return False
+
     return check
 
 
@@ -66,7 +68,9 @@ def fetch(url: str) -> str:
 
 
 @contextlib.contextmanager
-def running(command: list[str], ready: Callable[[], bool], log: Path, seconds: float = 30, **more) -> Iterator[subprocess.Popen]:
+def running(
+    command: list[str], ready: Callable[[], bool], log: Path, seconds: float = 30, **more
+) -> Iterator[subprocess.Popen]:
     """Starts a server, waits until it is ready, and stops it afterwards; what it said is in `log`."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **more)
@@ -90,7 +94,19 @@ def running(command: list[str], ready: Callable[[], bool], log: Path, seconds: f
 def redis(folder: Path, port: int | None = None) -> Iterator[str]:
     """A Redis server; yields its URL."""
     port = port or free_port()
-    command = [program("redis-server", "redis-server"), "--port", str(port), "--bind", HOST, "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    command = [
+        program("redis-server", "redis-server"),
+        "--port",
+        str(port),
+        "--bind",
+        HOST,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        str(folder),
+    ]
     with running(command, answers(port), folder / "redis.log"):
         yield f"redis://{HOST}:{port}/0"
 
@@ -99,18 +115,31 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
 def pushgateway(folder: Path) -> Iterator[str]:
     """A Prometheus Pushgateway; yields its URL."""
     port = free_port()
-    with running([program("prometheus-pushgateway", "prometheus-pushgateway"), f"--web.listen-address={HOST}:{port}"], answers(port), folder / "pushgateway.log"):
+    with running(
+        [program("prometheus-pushgateway", "prometheus-pushgateway"), f"--web.listen-address={HOST}:{port}"],
+        answers(port),
+        folder / "pushgateway.log",
+    ):
         yield f"http://{HOST}:{port}"
 
 
-AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "eu-central-1", "AWS_EC2_METADATA_DISABLED": "true"}
+AWS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "eu-central-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 @contextlib.contextmanager
 def moto(folder: Path) -> Iterator[dict[str, str]]:
     """AWS on loopback; yields the environment that leads there."""
     port = free_port()
-    with running([sys.executable, str(Path(__file__).with_name("moto_aws.py")), "-H", HOST, "-p", str(port)], answers(port), folder / "moto.log"):
+    with running(
+        [sys.executable, str(Path(__file__).with_name("moto_aws.py")), "-H", HOST, "-p", str(port)],
+        answers(port),
+        folder / "moto.log",
+    ):
         yield AWS | {"AWS_ENDPOINT_URL": f"http://{HOST}:{port}"}
 
 
@@ -124,9 +153,40 @@ def postgres(folder: Path) -> Iterator[str]:
     if as_user:
         shutil.chown(home, "postgres", "postgres")
     try:
-        done = subprocess.run([*as_user, initdb, "-D", str(home / "data"), "-U", "fraud", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"], cwd=home, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [
+                *as_user,
+                initdb,
+                "-D",
+                str(home / "data"),
+                "-U",
+                "fraud",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--no-locale",
+                "--no-sync",
+            ],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0, done.stderr
-        command = [*as_user, str(Path(initdb).with_name("postgres")), "-D", str(home / "data"), "-h", HOST, "-p", str(port), "-k", "", "-F"]
+        command = [
+            *as_user,
+            str(Path(initdb).with_name("postgres")),
+            "-D",
+            str(home / "data"),
+            "-h",
+            HOST,
+            "-p",
+            str(port),
+            "-k",
+            "",
+            "-F",
+        ]
         with running(command, answers(port), folder / "postgres.log", cwd=home):
             yield f"postgresql+psycopg://fraud@{HOST}:{port}/postgres"
     finally:
@@ -134,16 +194,46 @@ def postgres(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow(folder: Path, database: str, artifacts: str, environ: dict[str, str], port: int | None = None) -> Iterator[str]:
+def mlflow(
+    folder: Path, database: str, artifacts: str, environ: dict[str, str], port: int | None = None
+) -> Iterator[str]:
     """An MLflow server that hands artifacts through to `artifacts`; yields its URL. All of its processes end with it, and at once: a test takes it away in the middle of something."""
     port = port or free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", database, "--artifacts-destination", artifacts]
-    url, environ = f"http://{HOST}:{port}", os.environ | environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running(command, lambda: status(f"{url}/health") == 200, folder / "mlflow.log", seconds=90, env=environ, start_new_session=True) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        database,
+        "--artifacts-destination",
+        artifacts,
+    ]
+    url, environ = (
+        f"http://{HOST}:{port}",
+        os.environ
+        | environ
+        | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    )
+    with running(
+        command,
+        lambda: status(f"{url}/health") == 200,
+        folder / "mlflow.log",
+        seconds=90,
+        env=environ,
+        start_new_session=True,
+    ) as server:
         try:
             yield url
         finally:
             os.killpg(server.pid, signal.SIGKILL)
+
 
 KAFKA = """
 process.roles=broker,controller
@@ -171,21 +261,43 @@ group.min.session.timeout.ms=500
 def kafka_classpath() -> str:
     """The broker's jars, fetched by Maven into its own store."""
     pom, found = Path(__file__).parent / "servers/kafka/pom.xml", Path(tempfile.mkdtemp()) / "classpath"
-    done = subprocess.run([program("mvn", "maven"), "-q", "-B", "-f", str(pom), "dependency:build-classpath", f"-Dmdep.outputFile={found}"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [
+            program("mvn", "maven"),
+            "-q",
+            "-B",
+            "-f",
+            str(pom),
+            "dependency:build-classpath",
+            f"-Dmdep.outputFile={found}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, f"maven: {done.stdout[-3000:]}{done.stderr[-1000:]}"
     return found.read_text()
 
 
 @contextlib.contextmanager
-def kafka(folder: Path, port: int | None = None, java: Sequence[str] = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")) -> Iterator[str]:
+def kafka(
+    folder: Path, port: int | None = None, java: Sequence[str] = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+) -> Iterator[str]:
     """An Apache Kafka broker (KRaft) that keeps its data in `folder`: started there again it goes on. `java` are options for a short life. Yields its address."""
     port, data = port or free_port(), folder / "kafka"
     command = [program("java", "openjdk-17-jre-headless"), "-Xms256m", "-Xmx512m", *java, "-cp", kafka_classpath()]
     configuration = folder / "kafka.properties"
     configuration.write_text(KAFKA.format(host=HOST, port=port, controller=free_port(), data=data))
     if not data.exists():
-        cluster = base64.urlsafe_b64encode(b"f" + os.urandom(15)).decode().rstrip("=")  # never begins with a dash, which would be an option
-        done = subprocess.run([*command, "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(configuration)], capture_output=True, text=True, timeout=120)
+        cluster = (
+            base64.urlsafe_b64encode(b"f" + os.urandom(15)).decode().rstrip("=")
+        )  # never begins with a dash, which would be an option
+        done = subprocess.run(
+            [*command, "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(configuration)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, f"kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     with running([*command, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
         yield f"{HOST}:{port}"
@@ -197,18 +309,36 @@ def configured(folder: Path, command: str, name: str, configuration: str, *optio
     port, file = free_port(), folder / f"{name}.yml"
     file.write_text(configuration)
     url = f"http://{HOST}:{port}"
-    with running([program(command, command), f"--config.file={file}", f"--web.listen-address={HOST}:{port}", *options], lambda: status(f"{url}/-/ready") == 200, folder / f"{name}.log"):
+    with running(
+        [program(command, command), f"--config.file={file}", f"--web.listen-address={HOST}:{port}", *options],
+        lambda: status(f"{url}/-/ready") == 200,
+        folder / f"{name}.log",
+    ):
         yield url
 
 
 def prometheus(folder: Path, configuration: str) -> contextlib.AbstractContextManager[str]:
     """A Prometheus with this configuration; yields its URL."""
-    return configured(folder, "prometheus", "prometheus", configuration, f"--storage.tsdb.path={folder / 'prometheus'}", "--log.level=warn")
+    return configured(
+        folder,
+        "prometheus",
+        "prometheus",
+        configuration,
+        f"--storage.tsdb.path={folder / 'prometheus'}",
+        "--log.level=warn",
+    )
 
 
 def alertmanager(folder: Path, configuration: str) -> contextlib.AbstractContextManager[str]:
     """An Alertmanager with this configuration; yields its URL."""
-    return configured(folder, "prometheus-alertmanager", "alertmanager", configuration, f"--storage.path={folder / 'alertmanager'}", "--cluster.listen-address=")
+    return configured(
+        folder,
+        "prometheus-alertmanager",
+        "alertmanager",
+        configuration,
+        f"--storage.path={folder / 'alertmanager'}",
+        "--cluster.listen-address=",
+    )
 
 
 @dataclass
@@ -226,7 +356,10 @@ class SparkCluster:
 
     def log(self, worker: int) -> str:
         """What the executors of a worker have said so far."""
-        return "".join(file.read_text(errors="replace") for file in sorted((self.folder / f"worker-{worker}").glob("app-*/*/stderr")))
+        return "".join(
+            file.read_text(errors="replace")
+            for file in sorted((self.folder / f"worker-{worker}").glob("app-*/*/stderr"))
+        )
 
     def finished(self) -> set[str]:
         """The applications that are over."""
@@ -249,18 +382,49 @@ def spark_cluster(folder: Path, workers: int = 2, memory: str = "1g") -> Iterato
     program("java", "openjdk-17-jre-headless")
     home, port, ui = Path(pyspark.__file__).parent, free_port(), free_port()
     # Workers run elsewhere and know nothing of this project: neither where it is nor what its settings are.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_") and name != "PYTHONPATH"}
-    environ |= {"SPARK_HOME": str(home), "SPARK_DAEMON_MEMORY": "256m", "SPARK_LOCAL_IP": HOST, "SPARK_LOG_DIR": str(folder)}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith("FRAUD_") and name != "PYTHONPATH"
+    }
+    environ |= {
+        "SPARK_HOME": str(home),
+        "SPARK_DAEMON_MEMORY": "256m",
+        "SPARK_LOCAL_IP": HOST,
+        "SPARK_LOG_DIR": str(folder),
+    }
     cluster = SparkCluster(folder, f"spark://{HOST}:{port}", f"http://{HOST}:{ui}/json/")
 
     def command(what: str, *options: str) -> list[str]:
         return [str(home / "bin/spark-class"), f"org.apache.spark.deploy.{what}", "--host", HOST, *options]
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(running(command("master.Master", "--port", str(port), "--webui-port", str(ui)), lambda: status(cluster.state) == 200, folder / "master.log", 60, cwd=folder, env=environ))
+        stack.enter_context(
+            running(
+                command("master.Master", "--port", str(port), "--webui-port", str(ui)),
+                lambda: status(cluster.state) == 200,
+                folder / "master.log",
+                60,
+                cwd=folder,
+                env=environ,
+            )
+        )
         for number in range(workers):
-            given = command("worker.Worker", "--cores", "1", "--memory", memory, "--webui-port", "0", "--work-dir", str(folder / f"worker-{number}"), cluster.url)
-            cluster.workers.append(stack.enter_context(running(given, lambda: True, folder / f"worker-{number}.log", 60, cwd=folder, env=environ)))
+            given = command(
+                "worker.Worker",
+                "--cores",
+                "1",
+                "--memory",
+                memory,
+                "--webui-port",
+                "0",
+                "--work-dir",
+                str(folder / f"worker-{number}"),
+                cluster.url,
+            )
+            cluster.workers.append(
+                stack.enter_context(
+                    running(given, lambda: True, folder / f"worker-{number}.log", 60, cwd=folder, env=environ)
+                )
+            )
         end = time.monotonic() + 60
         while cluster.look()["aliveworkers"] < workers:
             assert time.monotonic() < end, (folder / "worker-0.log").read_text()[-3000:]

@@ -14,25 +14,39 @@ from pathlib import Path
 import boto3
 import servers
 
-FAST = {"features.engine": "local", "features.windows": "1, 24, 168", "simulate.rows": 20_000, "xgboost.rounds": 30, "tensorflow.epochs": 1, "train.ablation": "false", "evaluate.resamples": 20}
+FAST = {
+    "features.engine": "local",
+    "features.windows": "1, 24, 168",
+    "simulate.rows": 20_000,
+    "xgboost.rounds": 30,
+    "tensorflow.epochs": 1,
+    "train.ablation": "false",
+    "evaluate.resamples": 20,
+}
 
 
 @dataclass
 class Team:
-    aws: dict[str, str]                     # the environment that leads to S3
-    uri: str                                # of the MLflow server
-    machine: Callable                       # makes one more workspace with the same settings
-    first: object                           # the workspace of the first machine
-    outage: subprocess.CompletedProcess     # its first run, in which the registry went away
-    jobs_then: dict[str, str]               # what became of each job in it
-    left_behind: dict                       # what the registry held after it
+    aws: dict[str, str]  # the environment that leads to S3
+    uri: str  # of the MLflow server
+    machine: Callable  # makes one more workspace with the same settings
+    first: object  # the workspace of the first machine
+    outage: subprocess.CompletedProcess  # its first run, in which the registry went away
+    jobs_then: dict[str, str]  # what became of each job in it
+    left_behind: dict  # what the registry held after it
 
 
 @contextlib.contextmanager
 def opened(folder: Path, workspace: Callable) -> Iterator[Team]:
     """Starts the servers, and lets the first machine run: the registry is killed while it trains, comes back, and the run goes on."""
     with servers.moto(folder) as aws, servers.postgres(folder) as database:
-        s3 = boto3.client("s3", endpoint_url=aws["AWS_ENDPOINT_URL"], aws_access_key_id="test", aws_secret_access_key="test", region_name=aws["AWS_DEFAULT_REGION"])
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=aws["AWS_ENDPOINT_URL"],
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name=aws["AWS_DEFAULT_REGION"],
+        )
         for bucket in ("team-data", "mlflow"):
             s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": aws["AWS_DEFAULT_REGION"]})
         port = servers.free_port()
@@ -58,7 +72,14 @@ def opened(folder: Path, workspace: Callable) -> Iterator[Team]:
 
 def _start_training(first) -> subprocess.Popen:
     """A run that has come to the job train_xgboost."""
-    run = subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", "run"], cwd=first.root, env=first.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "fraud_pkg.cli", "run"],
+        cwd=first.root,
+        env=first.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     end = time.monotonic() + 300
     while not (first.root / "reports/jobs/train_xgboost.ipynb").exists():
         assert run.poll() is None, run.communicate()
@@ -74,7 +95,10 @@ def held(uri: str, model: str = "fraud-scorer") -> dict:
     client = mlflow.MlflowClient(uri, uri)
     versions = client.search_model_versions(f"name = '{model}'")
     aliases = client.get_registered_model(model).aliases if client.search_registered_models(f"name = '{model}'") else {}
-    return {"versions": sorted(int(version.version) for version in versions), "champion": int(aliases["champion"]) if "champion" in aliases else None}
+    return {
+        "versions": sorted(int(version.version) for version in versions),
+        "champion": int(aliases["champion"]) if "champion" in aliases else None,
+    }
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """Acquire on data that this project did not make, and on the bad days of a disk."""
+
 import gzip
 import json
 import os
@@ -18,13 +19,23 @@ from fraud_pkg.core.contract import arrow_schema
 from fraud_pkg.core.errors import FraudError
 from fraud_pkg.core.settings import Settings, load_settings, project_root
 
-HEADER = ("step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,"
-          "nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n")
+HEADER = (
+    "step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,"
+    "nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n"
+)
 DATED = HEADER.replace("step", "timestamp")
 ROW = "1,PAYMENT,9839.64,C1,170136,160296.36,M1,0,0,0,0\n"
-HANDBOOK = {"columns.tx_id": "TRANSACTION_ID", "columns.timestamp": "TX_DATETIME", "columns.nameOrig": "CUSTOMER_ID",
-            "columns.nameDest": "TERMINAL_ID", "columns.amount": "TX_AMOUNT", "columns.isFraud": "TX_FRAUD",
-            "columns.scenario": "TX_FRAUD_SCENARIO", "data.orig_prefix": "C", "data.dest_prefix": "M"}
+HANDBOOK = {
+    "columns.tx_id": "TRANSACTION_ID",
+    "columns.timestamp": "TX_DATETIME",
+    "columns.nameOrig": "CUSTOMER_ID",
+    "columns.nameDest": "TERMINAL_ID",
+    "columns.amount": "TX_AMOUNT",
+    "columns.isFraud": "TX_FRAUD",
+    "columns.scenario": "TX_FRAUD_SCENARIO",
+    "data.orig_prefix": "C",
+    "data.dest_prefix": "M",
+}
 
 
 def project(folder: Path, source: Path | str, **cli) -> Settings:
@@ -65,10 +76,20 @@ def test_paysim_head(tmp_path):
     assert pc.sum(table["isFraud"]).as_py() == 81
     assert table["tx_id"].to_pylist() == list(range(19_999))
     assert table.slice(2, 1).to_pylist()[0] == {
-        "tx_id": 2, "step": 1, "type": "TRANSFER", "amount": 181.0,
-        "nameOrig": "C1305486145", "oldbalanceOrg": 181.0, "newbalanceOrig": 0.0,
-        "nameDest": "C553264065", "oldbalanceDest": 0.0, "newbalanceDest": 0.0,
-        "isFraud": 1, "isFlaggedFraud": 0, "scenario": None}
+        "tx_id": 2,
+        "step": 1,
+        "type": "TRANSFER",
+        "amount": 181.0,
+        "nameOrig": "C1305486145",
+        "oldbalanceOrg": 181.0,
+        "newbalanceOrig": 0.0,
+        "nameDest": "C553264065",
+        "oldbalanceDest": 0.0,
+        "newbalanceDest": 0.0,
+        "isFraud": 1,
+        "isFlaggedFraud": 0,
+        "scenario": None,
+    }
     assert pc.max(table["oldbalanceDest"]).as_py() >= 1e7  # those the spreadsheet wrote in scientific notation
 
     profile = json.loads((tmp_path / "reports" / "data" / "profile.json").read_text())
@@ -138,8 +159,11 @@ BAD = {  # content of log.csv, settings, words of the one line
     "a NUL byte": (HEADER + ROW.replace("C1", "C\0"), {}, "nameOrig: a NUL byte (1, first in line 2)"),
     "too few fields": (HEADER + "1,PAYMENT\n", {}, "row: fewer fields than the header (1, first in line 2)"),
     "an open quote": (HEADER + ROW + '1,"PAYMENT,5\n' + ROW * 3, {}, "row: quote not closed (4, first in line 3)"),
-    "a broken moment": (DATED + ("2018-04-01" + ROW[1:]) * 5 + "2018-02-30" + ROW[1:], {},
-                        "timestamp: not a date and time (1, first in line 7)"),
+    "a broken moment": (
+        DATED + ("2018-04-01" + ROW[1:]) * 5 + "2018-02-30" + ROW[1:],
+        {},
+        "timestamp: not a date and time (1, first in line 7)",
+    ),
     "before the epoch": (DATED + "2018-04-01" + ROW[1:], {"data.epoch": "2020-01-01"}, "timestamp: before the epoch"),
 }
 
@@ -163,8 +187,10 @@ def test_bad_input_is_one_line_and_leaves_the_old_data(tmp_path, case):
     assert before == after
 
 
-@pytest.mark.parametrize("source, words", [("nowhere.csv", "nowhere.csv: No such file"), (".", "a folder"),
-                                           ("ftp://x/y", "expected simulate://")])
+@pytest.mark.parametrize(
+    "source, words",
+    [("nowhere.csv", "nowhere.csv: No such file"), (".", "a folder"), ("ftp://x/y", "expected simulate://")],
+)
 def test_no_file(tmp_path, source, words):
     with pytest.raises(FraudError, match=words):
         acquire(project(tmp_path, source))
@@ -219,11 +245,17 @@ def test_full_disk(tmp_path, small_disk):
 def test_file_size_limit(tmp_path):
     (tmp_path / "big.csv").write_text(some_rows(50_000))
     project(tmp_path, "big.csv")
-    code = ("from fraud_pkg.data.acquire import acquire; from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import load_settings\n"
-            "try: acquire(load_settings(cli={'data.source': 'big.csv'}))\n"
-            "except FraudError as error: print(error)")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         env=os.environ | {"FRAUD_ROOT": str(tmp_path)},
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
+    code = (
+        "from fraud_pkg.data.acquire import acquire; from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import load_settings\n"
+        "try: acquire(load_settings(cli={'data.source': 'big.csv'}))\n"
+        "except FraudError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"FRAUD_ROOT": str(tmp_path)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
+    )
     assert run.stdout == f"{tmp_path / 'data'}: cannot write: File too large; nothing was replaced\n", run.stderr
     assert everything(tmp_path) == {}

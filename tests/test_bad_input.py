@@ -33,12 +33,15 @@ def csv(space, name: str, rows: list[str], header: str = HEADER) -> str:
     return name
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    ({"train__trails": 1}, "train.trails"),
-    ({"train__trials": "many"}, "[train] trials = many"),
-    ({"split__test_hours": -1}, "[split] test_hours = -1"),
-    ({"features__windows": "24,1"}, "[features] windows"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"train__trails": 1}, "train.trails"),
+        ({"train__trials": "many"}, "[train] trials = many"),
+        ({"split__test_hours": -1}, "[split] test_hours = -1"),
+        ({"features__windows": "24,1"}, "[features] windows"),
+    ],
+)
 def test_settings(space, overrides, said):
     assert said in refused(space, "settings", status=2, **overrides)
 
@@ -48,7 +51,11 @@ def test_sources(space):
     assert "noise.csv: neither CSV nor Parquet" in refused(space, "acquire", data__source="noise.csv")
     assert "missing.csv" in refused(space, "acquire", data__source="missing.csv")
     assert "amount" in refused(space, "acquire", data__source=csv(space, "short.csv", ["1,C1\n"], "step,nameOrig\n"))
-    assert "colour" in refused(space, "acquire", data__source=csv(space, "extra.csv", ["1,PAYMENT,5,C1,9,4,M1,0,0,0,0,red\n"], HEADER.strip() + ",colour\n"))
+    assert "colour" in refused(
+        space,
+        "acquire",
+        data__source=csv(space, "extra.csv", ["1,PAYMENT,5,C1,9,4,M1,0,0,0,0,red\n"], HEADER.strip() + ",colour\n"),
+    )
 
 
 def test_broken_rows_stop_the_run_or_are_kept(space):
@@ -63,16 +70,39 @@ def test_broken_rows_stop_the_run_or_are_kept(space):
 
 def test_java_is_missing(space):
     environ = {"PATH": str(Path(sys.executable).parent), "FRAUD_SET": json.dumps({"features.engine": "spark"})}
-    done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", "run"], cwd=space.root, env=environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "apt-get install openjdk-17-jre-headless" in done.stderr and "engine = local" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "fraud_pkg.cli", "run"],
+        cwd=space.root,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and "apt-get install openjdk-17-jre-headless" in done.stderr
+        and "engine = local" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_one_class_in_the_training_period(space):
-    rows = [ROW.format(step=step, amount=5, n=n, fraud=int(step > 91 and n == 0)) for step in range(1, 101) for n in range(5)]
-    overrides = {"data__source": csv(space, "late.csv", rows), "features__label_delay": 1, "split__test_hours": 5, "split__validation_hours": 3}
+    rows = [
+        ROW.format(step=step, amount=5, n=n, fraud=int(step > 91 and n == 0))
+        for step in range(1, 101)
+        for n in range(5)
+    ]
+    overrides = {
+        "data__source": csv(space, "late.csv", rows),
+        "features__label_delay": 1,
+        "split__test_hours": 5,
+        "split__validation_hours": 3,
+    }
     assert "train period" in refused(space, "run", **overrides)
-    assert space.json("reports/jobs/train_tensorflow.json")["status"] == "failed" or space.json("reports/jobs/train_xgboost.json")["status"] == "failed"
+    assert (
+        space.json("reports/jobs/train_tensorflow.json")["status"] == "failed"
+        or space.json("reports/jobs/train_xgboost.json")["status"] == "failed"
+    )
 
 
 def test_too_short(space):
@@ -81,11 +111,20 @@ def test_too_short(space):
 
 
 def test_interrupt_leaves_nothing_half_written(workspace):
-    space = workspace(features__engine="local", pipeline__push="false", simulate__rows=2_000_000, simulate__fraud_rate=0.003)
+    space = workspace(
+        features__engine="local", pipeline__push="false", simulate__rows=2_000_000, simulate__fraud_rate=0.003
+    )
     environ = os.environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in space.overrides.items()})}
-    process = subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", "run"], cwd=space.root, env=environ, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell gives what it starts in the background no SIGINT
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fraud_pkg.cli", "run"],
+        cwd=space.root,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell gives what it starts in the background no SIGINT
     while not (space.root / "data/raw/manifest.json").exists():
         assert process.poll() is None
         time.sleep(0.2)

@@ -37,12 +37,24 @@ def difficult(simulated, tmp_path_factory):
     steps = np.sort(rng.integers(0, 1_500, rows) // 7 * 7)
     missing = rng.random(rows) < 0.2
     columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names} | {
-        "tx_id": np.arange(rows), "step": steps, "type": pa.array(rng.choice(["TRANSFER", "CASH_OUT"], rows), mask=missing), "amount": rng.integers(0, 10**6, rows) / 100,
-        "nameOrig": rng.choice(list("ABCDEFG"), rows), "nameDest": rng.choice(["M1", *"ABCDEFG"], rows), "oldbalanceOrg": pa.array(rng.integers(0, 3, rows) * 50.25, mask=missing),
-        "isFraud": (rng.random(rows) < 0.2).astype(int)}
+        "tx_id": np.arange(rows),
+        "step": steps,
+        "type": pa.array(rng.choice(["TRANSFER", "CASH_OUT"], rows), mask=missing),
+        "amount": rng.integers(0, 10**6, rows) / 100,
+        "nameOrig": rng.choice(list("ABCDEFG"), rows),
+        "nameDest": rng.choice(["M1", *"ABCDEFG"], rows),
+        "oldbalanceOrg": pa.array(rng.integers(0, 3, rows) * 50.25, mask=missing),
+        "isFraud": (rng.random(rows) < 0.2).astype(int),
+    }
     (folder / "raw").mkdir()
-    pq.write_table(pa.table({name: pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names}, schema=schema), folder / "raw" / manifest["file"], row_group_size=700)
-    (folder / "raw/manifest.json").write_text(json.dumps(manifest | {"rows": rows, "first_step": int(steps[0]), "last_step": int(steps[-1])}))
+    pq.write_table(
+        pa.table({name: pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names}, schema=schema),
+        folder / "raw" / manifest["file"],
+        row_group_size=700,
+    )
+    (folder / "raw/manifest.json").write_text(
+        json.dumps(manifest | {"rows": rows, "first_step": int(steps[0]), "last_step": int(steps[-1])})
+    )
     features.ours("local", folder, "1g")
     return folder
 
@@ -63,7 +75,10 @@ def test_a_difference_is_seen(simulated):
     content = pq.read_table(target)
     changed = content["orig_out_sum_24h"].to_numpy().copy()
     changed[[3, 5]] += 1
-    pq.write_table(content.set_column(content.column_names.index("orig_out_sum_24h"), "orig_out_sum_24h", pa.array(changed)), target)
+    pq.write_table(
+        content.set_column(content.column_names.index("orig_out_sum_24h"), "orig_out_sum_24h", pa.array(changed)),
+        target,
+    )
     assert features.differences(simulated, target, WINDOWS) == {"orig_out_sum_24h": 2}
 
 
@@ -84,7 +99,9 @@ def test_growth_is_fitted():
 
 
 def test_what_a_program_takes():
-    run = measure.measured([sys.executable, "-c", "x = bytearray(200 << 20); import time; time.sleep(0.3); print('noise'); print('last')"])
+    run = measure.measured(
+        [sys.executable, "-c", "x = bytearray(200 << 20); import time; time.sleep(0.3); print('noise'); print('last')"]
+    )
     assert run.printed == "last" and 0.19 < run.peak < 0.6 and run.seconds > 0.3
     with pytest.raises(RuntimeError, match="ended with 3"):
         measure.measured([sys.executable, "-c", "raise SystemExit(3)"])
@@ -95,7 +112,11 @@ def test_tables_come_together(tmp_path, monkeypatch):
     files = [tmp_path / "x.json", tmp_path / "not measured.json"]
     measure.write_json(files[0], measure.machine(), [one])
     found = table.together(files)
-    assert found["tables"][0]["rows"] == one["rows"] and found["tables"][0]["note"].startswith("N. Load at the start: ") and "load" not in found["machine"]
+    assert (
+        found["tables"][0]["rows"] == one["rows"]
+        and found["tables"][0]["note"].startswith("N. Load at the start: ")
+        and "load" not in found["machine"]
+    )
     assert "| a | 1.0 |" in measure.markdown(found["tables"][0])
     measure.write_json(files[1], measure.machine() | {"cores": 999}, [one])
     with pytest.raises(SystemExit, match="different machines"):
@@ -104,6 +125,8 @@ def test_tables_come_together(tmp_path, monkeypatch):
 
 def test_the_readme_has_the_latest_figures():
     results = json.loads((PROJECT / "benchmarks/results.json").read_text(encoding="utf-8"))
-    assert table.headlines(results) in (PROJECT / "README.md").read_text(encoding="utf-8"), "put this into nbs/index.ipynb, and run make export:\n" + table.headlines(results)
+    assert table.headlines(results) in (PROJECT / "README.md").read_text(encoding="utf-8"), (
+        "put this into nbs/index.ipynb, and run make export:\n" + table.headlines(results)
+    )
     some = [one for one in results["tables"] if one["title"].startswith("Training")]
     assert len(table.headlines({"tables": some}).splitlines()) == 3  # what was not measured is not in it

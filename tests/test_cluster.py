@@ -32,13 +32,18 @@ def apart(finished) -> Workspace:
     """The finished workspace, whose commands write to folders of their own."""
     for name in ("raw", "features"):
         shutil.copytree(finished.root / "data" / name, finished.root / "apart" / name)
-    return Workspace(finished.root, finished.overrides | {"paths.data": "apart", "paths.models": "apart_models", "paths.reports": "apart_reports"})
+    return Workspace(
+        finished.root,
+        finished.overrides | {"paths.data": "apart", "paths.models": "apart_models", "paths.reports": "apart_reports"},
+    )
 
 
 @pytest.fixture(scope="module")
 def lake(finished) -> Path:
     """The raw table in three files, in no order of time."""
-    raw = pq.read_table(next((finished.root / "data/raw").glob("*.parquet"))).drop_columns(["newbalanceOrig", "newbalanceDest"])
+    raw = pq.read_table(next((finished.root / "data/raw").glob("*.parquet"))).drop_columns(
+        ["newbalanceOrig", "newbalanceDest"]
+    )
     folder, third = finished.root / "lake", len(raw) // 3
     folder.mkdir()
     for name, start in (("a", third), ("b", 2 * third), ("c", 0)):
@@ -69,13 +74,23 @@ def test_features(finished, apart, cluster):
 
 def test_training(finished, apart, cluster):
     """Trees that two workers grew are as good as those of one process, and their bundle is of the same kind."""
-    apart.fraud("jobs", "run", "train_xgboost", **ON, features__spark_master=cluster.url, train__engine="spark", train__ablation="false")
+    apart.fraud(
+        "jobs",
+        "run",
+        "train_xgboost",
+        **ON,
+        features__spark_master=cluster.url,
+        train__engine="spark",
+        train__ablation="false",
+    )
     alone, together = (load_bundle(finished.root / place / "xgboost").manifest for place in ("models", "apart_models"))
     assert together.params["workers"] == 2 and "workers" not in alone.params and together.version != alone.version
     low, high = (alone.metrics["average_precision"][edge] for edge in ("low", "high"))
     assert low <= together.metrics["average_precision"]["value"] <= high
     assert together.parity < 1e-5 and together.features == alone.features
-    assert together.calibration != alone.calibration and together.thresholds != alone.thresholds  # fitted to its own scores
+    assert (
+        together.calibration != alone.calibration and together.thresholds != alone.thresholds
+    )  # fitted to its own scores
 
 
 def test_score(finished, scored, cluster):
@@ -87,16 +102,24 @@ def test_score(finished, scored, cluster):
     x = np.column_stack([features[name].to_numpy() for name in champion.manifest.features])
     assert [round(p, 9) for p in champion.probability(x).tolist()] == table["fraud_probability"].to_pylist()
     manifest = finished.json("scored_there/_manifest.json")
-    assert set(table["model"].to_pylist()) == {champion.manifest.version} == {manifest["model"]} and set(table["run"].to_pylist()) == {manifest["run"]}
+    assert set(table["model"].to_pylist()) == {champion.manifest.version} == {manifest["model"]} and set(
+        table["run"].to_pylist()
+    ) == {manifest["run"]}
     first = table.slice(0, 1).to_pylist()[0]
-    assert (first["source_file"], first["source_row"], first["trained_on"]) == ("c.parquet", 1, champion.manifest.data["fingerprint"][:12])
+    assert (first["source_file"], first["source_row"], first["trained_on"]) == (
+        "c.parquet",
+        1,
+        champion.manifest.data["fingerprint"][:12],
+    )
     assert f"run {manifest['run']}" in told and sum(manifest["decisions"].values()) == manifest["rows"] == len(table)
 
 
 def started(workspace: Workspace, *arguments: str, **overrides) -> threading.Thread:
     """A command that runs; what came of it is the thread's `done`."""
+
     def run() -> None:
         thread.done = workspace.fraud(*arguments, ok=False, **overrides)
+
     thread = threading.Thread(target=run)
     thread.start()
     return thread
@@ -104,9 +127,15 @@ def started(workspace: Workspace, *arguments: str, **overrides) -> threading.Thr
 
 def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, tasks: int, of: int) -> None:
     """Waits until a worker has done so many tasks of the newest application; both together have then done fewer than there are."""
+
     def done(number: int) -> int:
         logs = sorted((cluster.folder / f"worker-{number}").glob("app-*/*/stderr"), key=lambda file: file.parts[-3])
-        return logs[-1].read_text(errors="replace").count("Finished task") if logs and logs[-1].parts[-3] not in before else 0
+        return (
+            logs[-1].read_text(errors="replace").count("Finished task")
+            if logs and logs[-1].parts[-3] not in before
+            else 0
+        )
+
     before = cluster.finished()
     end = time.monotonic() + 300
     while done(worker) < tasks:
@@ -117,7 +146,9 @@ def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, 
 
 def test_a_worker_is_killed(finished, scored, cluster):
     """kill -9 of a worker and its executor in the middle: Spark does its tasks again on the other one, and the bytes are the same."""
-    work = started(finished, "score", "lake", "scored_anyway", **ON, features__spark_master=cluster.url, features__partitions=120)
+    work = started(
+        finished, "score", "lake", "scored_anyway", **ON, features__spark_master=cluster.url, features__partitions=120
+    )
     in_the_middle(cluster, 0, work, tasks=15, of=120)
     cluster.kill(0)
     work.join()
@@ -134,16 +165,32 @@ def failed(done: subprocess.CompletedProcess) -> str:
 def test_what_is_wrong_is_said(finished, lake, cluster):
     """A master that does not answer, executors that no worker has memory for."""
     asked = dict(ON, features__spark_master=f"spark://127.0.0.1:{free_port()}")
-    assert "[features] spark_master = spark://127.0.0.1:" in (said := failed(finished.fraud("score", "lake", "nothing", ok=False, **asked))) and "does not answer" in said
+    assert (
+        "[features] spark_master = spark://127.0.0.1:"
+        in (said := failed(finished.fraud("score", "lake", "nothing", ok=False, **asked)))
+        and "does not answer" in said
+    )
     asked |= {"features__spark_master": cluster.url, "features__spark_memory": "2g", "cluster__wait": 4}
     said = failed(finished.fraud("score", "lake", "nothing", ok=False, **asked))
-    assert "no worker took the job within 4 s; expected 2 with 2g of memory" in said and "lower [features] spark_memory" in said
+    assert (
+        "no worker took the job within 4 s; expected 2 with 2g of memory" in said
+        and "lower [features] spark_memory" in said
+    )
     assert not (finished.root / "nothing").exists()
 
 
 def test_all_workers_are_lost(finished, lake, cluster):
     """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half written."""
-    work = started(finished, "score", "lake", "lost", **ON, features__spark_master=cluster.url, features__partitions=200, cluster__wait=4)
+    work = started(
+        finished,
+        "score",
+        "lake",
+        "lost",
+        **ON,
+        features__spark_master=cluster.url,
+        features__partitions=200,
+        cluster__wait=4,
+    )
     in_the_middle(cluster, 1, work, tasks=15, of=200)
     for number in (number for number, worker in enumerate(cluster.workers) if worker.poll() is None):
         cluster.kill(number)
@@ -159,7 +206,12 @@ def component(tmp_path_factory) -> list[dict]:
     (folder / "overlays/with").mkdir()
     wanted = {"resources": ["../minikube"], "components": ["../../components/jobs", "../../components/spark"]}
     (folder / "overlays/with/kustomization.yaml").write_text(yaml.safe_dump(wanted))
-    done = subprocess.run([program("kubectl", "kubernetes-client"), "kustomize", str(folder / "overlays/with")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [program("kubectl", "kubernetes-client"), "kustomize", str(folder / "overlays/with")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -169,35 +221,71 @@ def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     shutil.rmtree(finished.root / "apart/features")
     with kubernetes(tmp_path / "node", str(finished.root)) as node:
-        apart.fraud("features", **ON, features__spark_master=node.url, cluster__workers=1, cluster__image="registry.example/fraud-jobs@sha256:" + "0" * 64)
+        apart.fraud(
+            "features",
+            **ON,
+            features__spark_master=node.url,
+            cluster__workers=1,
+            cluster__image="registry.example/fraud-jobs@sha256:" + "0" * 64,
+        )
         (pod,) = node.pods.values()
     assert parts(finished.root / "apart/features") == parts(finished.root / "data/features")
     (role,) = [item for item in component if item["kind"] == "Role"]
     container, spec = pod["spec"]["containers"][0], pod["spec"]
-    assert container["image"].startswith("registry.example/fraud-jobs@") and container["args"] == ["executor"] and pod["metadata"]["namespace"] == "fraud"
-    assert spec["serviceAccountName"] == "fraud-jobs" and spec["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+    assert (
+        container["image"].startswith("registry.example/fraud-jobs@")
+        and container["args"] == ["executor"]
+        and pod["metadata"]["namespace"] == "fraud"
+    )
+    assert (
+        spec["serviceAccountName"] == "fraud-jobs"
+        and spec["securityContext"]["runAsNonRoot"]
+        and container["securityContext"]["readOnlyRootFilesystem"]
+    )
     assert container["resources"]["limits"]["memory"] == "2048Mi" and container["resources"]["requests"]["cpu"] == "1"
-    assert {"name": "project", "persistentVolumeClaim": {"claimName": "fraud-jobs", "readOnly": False}} in spec["volumes"]
-    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["project"] == "/volume" and container["workingDir"] == "/tmp"
+    assert {"name": "project", "persistentVolumeClaim": {"claimName": "fraud-jobs", "readOnly": False}} in spec[
+        "volumes"
+    ]
+    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}[
+        "project"
+    ] == "/volume" and container["workingDir"] == "/tmp"
     granted = {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
     assert ("create", "pods") in node.asked <= granted
 
 
 def test_the_component_makes_drivers(component):
     """With `components/spark` two jobs have that account, the master and a volume of many nodes; nobody else has the account."""
-    (claim,) = [item for item in component if item["kind"] == "PersistentVolumeClaim" and item["metadata"]["name"] == "fraud-jobs"]
+    (claim,) = [
+        item
+        for item in component
+        if item["kind"] == "PersistentVolumeClaim" and item["metadata"]["name"] == "fraud-jobs"
+    ]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     drivers = {}
     for item in component:
         pod = item["spec"]["jobTemplate"]["spec"]["template"]["spec"] if item["kind"] == "CronJob" else {}
         if pod.get("serviceAccountName") == "fraud-spark" and pod["automountServiceAccountToken"]:
             drivers[item["metadata"]["name"]] = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
-    assert set(drivers) == {"fraud-features", "fraud-train-xgboost"} and drivers["fraud-train-xgboost"]["FRAUD_TRAIN_ENGINE"] == "spark"
+    assert (
+        set(drivers) == {"fraud-features", "fraud-train-xgboost"}
+        and drivers["fraud-train-xgboost"]["FRAUD_TRAIN_ENGINE"] == "spark"
+    )
     for environ in drivers.values():
-        given = load_settings(file=PROJECT / "k8s/base/settings.ini", environ={name: value for name, value in environ.items() if name.startswith("FRAUD_") and value})
-        assert given.features.spark_master == "k8s://https://kubernetes.default.svc:443" and given.cluster.namespace == "fraud"
+        given = load_settings(
+            file=PROJECT / "k8s/base/settings.ini",
+            environ={name: value for name, value in environ.items() if name.startswith("FRAUD_") and value},
+        )
+        assert (
+            given.features.spark_master == "k8s://https://kubernetes.default.svc:443"
+            and given.cluster.namespace == "fraud"
+        )
 
 
 def test_an_executor_without_a_driver():
-    done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", "executor"], capture_output=True, text=True, env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-m", "fraud_pkg.cli", "executor"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert "no SPARK_DRIVER_URL in the environment" in failed(done)

@@ -32,12 +32,17 @@ def service(tmp_path_factory) -> Iterator[str]:
     """A service with keys and its store in Redis, for all that may share one."""
     folder = tmp_path_factory.mktemp("console")
     example_bundle(folder / "champion", weight=0.002, bias=-7.0)
-    with servers.redis(folder) as redis, api(folder, variables=KEYS, store__url=redis, console__keep=20_000) as (url, _):
+    with (
+        servers.redis(folder) as redis,
+        api(folder, variables=KEYS, store__url=redis, console__keep=20_000) as (url, _),
+    ):
         yield url
 
 
 def send(url: str, *transactions: dict) -> None:
-    answer = httpx.post(f"{url}/predict/batch", json={"transactions": list(transactions)}, headers={"X-API-Key": SHOP}, timeout=30)
+    answer = httpx.post(
+        f"{url}/predict/batch", json={"transactions": list(transactions)}, headers={"X-API-Key": SHOP}, timeout=30
+    )
     assert answer.status_code == 200, answer.text
 
 
@@ -72,17 +77,29 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
         made.screenshot(f"console-{look}")
         assert made.violations() == []
         sent = transaction(f"{look}{HOSTILE}", amount=5000.0, nameOrig=f"C{look}{HOSTILE}", nameDest=f"C{look}-dest")
-        assert any(seconds_until_seen(made, service, {**sent, "transaction_id": f"{sent['transaction_id']}{i}"}) < 1 for i in range(3))  # a busy machine may need another chance
+        assert any(
+            seconds_until_seen(made, service, {**sent, "transaction_id": f"{sent['transaction_id']}{i}"}) < 1
+            for i in range(3)
+        )  # a busy machine may need another chance
         page.locator(".row", has_text=sent["nameOrig"]).first.click()
-        assert page.locator("#detail-title").text_content().startswith(sent["transaction_id"]) and page.locator("#detail img, #rows img").count() == 0
-        assert page.locator(".reasons").text_content().startswith("Amount5,000.00+") and page.locator("#detail .verdict").text_content().startswith("95.3 %Block")
+        assert (
+            page.locator("#detail-title").text_content().startswith(sent["transaction_id"])
+            and page.locator("#detail img, #rows img").count() == 0
+        )
+        assert page.locator(".reasons").text_content().startswith("Amount5,000.00+") and page.locator(
+            "#detail .verdict"
+        ).text_content().startswith("95.3 %Block")
         page.locator(".account td.bad").wait_for(state="detached")
         page.locator(".account").nth(1).wait_for()
         assert made.violations() == []
         page.locator("#marking .fraud").click()
         page.locator(".account td.bad").first.wait_for()  # asked of the store again
         made.screenshot(f"console-{look}-opened", full=True)
-        known = httpx.post(f"{service}/history", json={"accounts": [sent["nameOrig"], sent["nameDest"]], "step": sent["step"]}, headers={"X-API-Key": READ}).json()
+        known = httpx.post(
+            f"{service}/history",
+            json={"accounts": [sent["nameOrig"], sent["nameDest"]], "step": sent["step"]},
+            headers={"X-API-Key": READ},
+        ).json()
         assert [account["windows"][0]["frauds"] for account in known["accounts"]] == [1, 1]
         page.locator("#marking .honest").click()
         made.until("document.querySelectorAll('.account').length == 2 && !document.querySelector('.account td.bad')")
@@ -96,13 +113,23 @@ def test_many_decisions(service, browser):  # noqa: F811
         page = made.page
         unlock(made, READ)
         for start in range(0, 12_000, 1000):
-            send(service, *(transaction(f"many{start + i}", amount=float(1 + (start + i) % 4000), nameOrig=f"C{i}") for i in range(1000)))
+            send(
+                service,
+                *(
+                    transaction(f"many{start + i}", amount=float(1 + (start + i) % 4000), nameOrig=f"C{i}")
+                    for i in range(1000)
+                ),
+            )
         made.until("document.getElementById('shown').textContent.includes('of the newest 10,000')")
-        made.until("document.querySelector('.row .c-from') && document.getElementById('n-all').textContent.replace(/\\D/g, '') >= 12000")
+        made.until(
+            "document.querySelector('.row .c-from') && document.getElementById('n-all').textContent.replace(/\\D/g, '') >= 12000"
+        )
         made.screenshot("console-many")
         assert page.locator("*").count() < 1500
         page.evaluate("document.getElementById('grid').scrollTop = 5000 * 34")
-        made.until("[...document.querySelectorAll('#rows .row')].some((row) => row.ariaRowIndex === '5002')")  # the list is drawn where it was scrolled to
+        made.until(
+            "[...document.querySelectorAll('#rows .row')].some((row) => row.ariaRowIndex === '5002')"
+        )  # the list is drawn where it was scrolled to
         assert page.locator("*").count() < 1500
         page.fill("[name=account]", "c77")
         page.fill("[name=least]", "50")
@@ -128,7 +155,9 @@ def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
         page.click("#hand-results li:nth-child(1) button")
         page.locator("#detail-title", has_text="hand-").wait_for()
         assert page.locator("#detail .others li").count() >= 1  # the next of the chain
-        page.locator("#rows .row:first-child .c-to", has_text="C-hand-agent").wait_for()  # the list is drawn after the details
+        page.locator(
+            "#rows .row:first-child .c-to", has_text="C-hand-agent"
+        ).wait_for()  # the list is drawn after the details
         page.focus("#grid")
         page.keyboard.press("Home")
         first = page.locator("#detail-title").text_content()
@@ -173,7 +202,10 @@ def test_read_only(service, browser, tmp_path):  # noqa: F811
         made.page.locator("#marking", has_text="no key for writing is configured").wait_for()
         assert made.page.locator("#marking button:enabled").count() == 0
         made.screenshot("console-read-only")
-        assert [httpx.get(f"{url}/events", headers={"Host": host}).status_code for host in ("rebound.example", "127.0.0.1.example")] == [403, 403]
+        assert [
+            httpx.get(f"{url}/events", headers={"Host": host}).status_code
+            for host in ("rebound.example", "127.0.0.1.example")
+        ] == [403, 403]
 
 
 # The stream, as a program reads it
@@ -212,7 +244,9 @@ def test_stream_goes_on_and_ends(tmp_path):
             lines, others = again.iter_lines(), other.iter_lines()
             assert heard(lines, "labels")[1][0]["transaction_id"] == "t0"
             assert [row["transaction_id"] for row in heard(lines, "decisions")[1]] == ["t1", "t2", "t3"]
-            assert heard(others, "decisions")[1][0]["transaction_id"] == "t0"  # an id of another process: from the beginning
+            assert (
+                heard(others, "decisions")[1][0]["transaction_id"] == "t0"
+            )  # an id of another process: from the beginning
             crowded = httpx.get(f"{url}/events")
             assert (crowded.status_code, crowded.json()["problems"][0]["field"]) == (503, "console")
             assert httpx.head(f"{url}/").status_code == 200
@@ -224,7 +258,9 @@ def test_stream_goes_on_and_ends(tmp_path):
         with feed(url, **{"Last-Event-ID": position}) as late:
             lines = late.iter_lines()
             assert heard(lines, "gap")[1] == {"requests": 15}
-            assert [row["transaction_id"] for row in heard(lines, "decisions")[1]] == [f"t{number}" for number in range(15, 20)]
+            assert [row["transaction_id"] for row in heard(lines, "decisions")[1]] == [
+                f"t{number}" for number in range(15, 20)
+            ]
             process.send_signal(signal.SIGTERM)
             assert heard(lines, "bye")[1] == {}
         assert process.wait(10) == 0
@@ -233,13 +269,21 @@ def test_stream_goes_on_and_ends(tmp_path):
 def test_a_client_that_takes_nothing_is_dropped(tmp_path):
     """It keeps nobody's decision waiting, and its place becomes free."""
     example_bundle(tmp_path / "champion", bias=-30)
-    with api(tmp_path, serve__timeout=1, console__clients=1, console__keep=50_000) as (url, _), socket.socket() as stuck:
+    with (
+        api(tmp_path, serve__timeout=1, console__clients=1, console__keep=50_000) as (url, _),
+        socket.socket() as stuck,
+    ):
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck.connect((servers.HOST, int(url.rsplit(":", 1)[1])))
         stuck.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with httpx.Client(base_url=url, timeout=10) as client:
             for start in range(0, 12_000, 1000):
-                assert client.post("/predict/batch", json={"transactions": [transaction(start + i) for i in range(1000)]}).status_code == 200
+                assert (
+                    client.post(
+                        "/predict/batch", json={"transactions": [transaction(start + i) for i in range(1000)]}
+                    ).status_code
+                    == 200
+                )
             while "fraud_console_clients 0.0" not in client.get("/metrics").text:
                 time.sleep(0.1)
         with feed(url) as next_one:
@@ -251,12 +295,27 @@ def test_the_page_and_its_policy(service):
     """The files are for everybody and may do little; a browser that has them is not sent them again."""
     for path, (_, kind) in ASSETS.items():
         found = httpx.get(f"{service}{path}")
-        assert (found.status_code, found.headers["content-type"].split(";")[0], found.headers["content-security-policy"]) == (200, kind, POLICY)
-        assert found.headers["x-content-type-options"] == "nosniff" and found.headers["referrer-policy"] == "no-referrer"
+        assert (
+            found.status_code,
+            found.headers["content-type"].split(";")[0],
+            found.headers["content-security-policy"],
+        ) == (200, kind, POLICY)
+        assert (
+            found.headers["x-content-type-options"] == "nosniff" and found.headers["referrer-policy"] == "no-referrer"
+        )
         assert httpx.get(f"{service}{path}", headers={"If-None-Match": found.headers["etag"]}).status_code == 304
     assert "unsafe" not in POLICY and "*" not in POLICY
-    assert [httpx.get(f"{service}/events", headers={"X-API-Key": key}).status_code for key in (SHOP, "unknown-0123456789")] == [403, 401]
-    assert httpx.post(f"{service}/feedback", json={"labels": [{"transaction_id": "x", "is_fraud": True}]}, headers={"X-API-Key": READ}).status_code == 403
+    assert [
+        httpx.get(f"{service}/events", headers={"X-API-Key": key}).status_code for key in (SHOP, "unknown-0123456789")
+    ] == [403, 401]
+    assert (
+        httpx.post(
+            f"{service}/feedback",
+            json={"labels": [{"transaction_id": "x", "is_fraud": True}]},
+            headers={"X-API-Key": READ},
+        ).status_code
+        == 403
+    )
 
 
 def test_the_wheel_has_the_page(tmp_path):
@@ -265,6 +324,12 @@ def test_the_wheel_has_the_page(tmp_path):
     shutil.copytree(PROJECT / "fraud_pkg", source / "fraud_pkg", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(PROJECT / name, source)
-    subprocess.run([sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"], cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     [wheel] = tmp_path.glob("*.whl")
     assert {f"fraud_pkg/serve/assets/{name}" for name, _ in ASSETS.values()} <= set(zipfile.ZipFile(wheel).namelist())

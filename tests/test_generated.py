@@ -24,11 +24,37 @@ def test_making_them_again_changes_nothing(tmp_path):
     shutil.copytree(PROJECT, copy, ignore=left_out)
     environ = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["make", "export"], cwd=copy, env=environ, check=True, capture_output=True, timeout=300)
-    written = [file for pattern in ("fraud_pkg/**/*.py", "fraud_pkg/*/assets/*", "README.md", "dvc.yaml", "nbs/**/*.ipynb", "jobs/*.ipynb", "k8s/jobs/*.yaml", "k8s/monitoring/*.yaml", "k8s/monitoring/dashboards/*", ".github/workflows/*.yml", "docs/reference/*.md") for file in PROJECT.glob(pattern)]
+    written = [
+        file
+        for pattern in (
+            "fraud_pkg/**/*.py",
+            "fraud_pkg/*/assets/*",
+            "README.md",
+            "dvc.yaml",
+            "nbs/**/*.ipynb",
+            "jobs/*.ipynb",
+            "k8s/jobs/*.yaml",
+            "k8s/monitoring/*.yaml",
+            "k8s/monitoring/dashboards/*",
+            ".github/workflows/*.yml",
+            "docs/reference/*.md",
+        )
+        for file in PROJECT.glob(pattern)
+    ]
     generated = [file for file in sorted(written) if ".ipynb_checkpoints" not in file.parts]
-    stale = [str(file.relative_to(PROJECT)) for file in generated if file.read_bytes() != (copy / file.relative_to(PROJECT)).read_bytes()]
+    stale = [
+        str(file.relative_to(PROJECT))
+        for file in generated
+        if file.read_bytes() != (copy / file.relative_to(PROJECT)).read_bytes()
+    ]
     assert not stale, f"{', '.join(stale)}: make export"
-    for pattern in ("fraud_pkg/**/*.py", "fraud_pkg/*/assets/*", "k8s/jobs/*.yaml", "k8s/monitoring/dashboards/*", "docs/reference/*.md"):
+    for pattern in (
+        "fraud_pkg/**/*.py",
+        "fraud_pkg/*/assets/*",
+        "k8s/jobs/*.yaml",
+        "k8s/monitoring/dashboards/*",
+        "docs/reference/*.md",
+    ):
         assert sorted(p.name for p in copy.glob(pattern)) == sorted(p.name for p in PROJECT.glob(pattern))
 
 
@@ -36,9 +62,15 @@ def test_no_notebook_keeps_a_control():
     """A stored control is an error message for whoever opens the notebook; cells with controls are tagged `skip-execution`, so that nbconvert leaves them out."""
     kept, controls = [], 0
     for file in sorted((PROJECT / "nbs").rglob("*.ipynb")):
-        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if ".ipynb_checkpoints" not in file.parts else ():
+        for cell in (
+            json.loads(file.read_text(encoding="utf-8"))["cells"] if ".ipynb_checkpoints" not in file.parts else ()
+        ):
             controls += "skip-execution" in cell["metadata"].get("tags", ())
-            kept += [f"{file.name}, cell {cell['id']}" for output in cell.get("outputs", ()) if "application/vnd.jupyter.widget-view+json" in output.get("data", ())]
+            kept += [
+                f"{file.name}, cell {cell['id']}"
+                for output in cell.get("outputs", ())
+                if "application/vnd.jupyter.widget-view+json" in output.get("data", ())
+            ]
     assert controls and not kept, kept
 
 
@@ -46,4 +78,6 @@ def test_the_workspace_opens_every_exploration_notebook():
     workspace = json.loads((PROJECT / "nbs/explore/lab.jupyterlab-workspace").read_text(encoding="utf-8"))
     opened = {value["data"]["path"] for key, value in workspace["data"].items() if key.startswith("notebook:")}
     assert opened == {str(file.relative_to(PROJECT)) for file in (PROJECT / "nbs/explore").glob("*.ipynb")}
-    assert workspace["data"]["layout-restorer:data"]["main"]["dock"]["widgets"] == [key for key in workspace["data"] if key.startswith("notebook:")]
+    assert workspace["data"]["layout-restorer:data"]["main"]["dock"]["widgets"] == [
+        key for key in workspace["data"] if key.startswith("notebook:")
+    ]

@@ -1,4 +1,5 @@
 """Acquire from hf://, against a local HTTP server that answers as the Hugging Face hub does, on good days and bad."""
+
 import hashlib
 import json
 import threading
@@ -24,6 +25,7 @@ class Hub(BaseHTTPRequestHandler):
 
     `server.files` holds {(repository, revision, file): bytes}; storage hangs up in the middle `server.hang_ups` times.
     """
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -35,7 +37,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[:len(body) // 2] if hang_up else body)
+            self.wfile.write(body[: len(body) // 2] if hang_up else body)
             self.close_connection = hang_up
 
     def do_GET(self):
@@ -58,8 +60,16 @@ class Hub(BaseHTTPRequestHandler):
         sha = hashlib.sha256(body).hexdigest()
         self.server.storage[sha] = self.server.corrupt(body)
         elsewhere = f"http://localhost:{self.server.server_port}/storage/{sha}"
-        return self.answer(302, {"Location": elsewhere, "X-Repo-Commit": COMMIT, "X-Linked-Size": len(body),
-                                 "X-Linked-ETag": f'"{sha}"', "ETag": f'"{sha}"'})
+        return self.answer(
+            302,
+            {
+                "Location": elsewhere,
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": len(body),
+                "X-Linked-ETag": f'"{sha}"',
+                "ETag": f'"{sha}"',
+            },
+        )
 
     do_HEAD = do_GET
 

@@ -40,7 +40,10 @@ def objects(render, overlay) -> tuple[dict, ...]:
 
 def templates(objects) -> dict[str, dict]:
     """The pods of the CronJobs."""
-    return {item["metadata"]["name"]: item["spec"]["jobTemplate"]["spec"]["template"] for item in of_kind(objects, "CronJob")}
+    return {
+        item["metadata"]["name"]: item["spec"]["jobTemplate"]["spec"]["template"]
+        for item in of_kind(objects, "CronJob")
+    }
 
 
 @every_overlay
@@ -58,22 +61,38 @@ def test_reader():
     pod = yaml.safe_load((PROJECT / "k8s/components/jobs/reader.yaml").read_text())
     validate(pod)
     claim = yaml.safe_load((PROJECT / "k8s/components/jobs/volume-claim.yaml").read_text())["metadata"]["name"]
-    assert pod["spec"]["volumes"] == [{"name": "project", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}]
-    assert container(pod)["securityContext"]["readOnlyRootFilesystem"] and pod["spec"]["securityContext"]["runAsNonRoot"]
+    assert pod["spec"]["volumes"] == [
+        {"name": "project", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+    ]
+    assert (
+        container(pod)["securityContext"]["readOnlyRootFilesystem"] and pod["spec"]["securityContext"]["runAsNonRoot"]
+    )
 
 
 @every_overlay
 def test_every_job_has_its_cron_job(objects):
-    assert {item["metadata"]["name"] for item in of_kind(objects, "CronJob")} == {f"fraud-{job.name.replace('_', '-')}" for job in JOBS}
+    assert {item["metadata"]["name"] for item in of_kind(objects, "CronJob")} == {
+        f"fraud-{job.name.replace('_', '-')}" for job in JOBS
+    }
     for job in JOBS:
-        [item] = [item for item in of_kind(objects, "CronJob") if item["metadata"]["name"] == f"fraud-{job.name.replace('_', '-')}"]
+        [item] = [
+            item
+            for item in of_kind(objects, "CronJob")
+            if item["metadata"]["name"] == f"fraud-{job.name.replace('_', '-')}"
+        ]
         spec, run = item["spec"], item["spec"]["jobTemplate"]["spec"]
         main, together = container(run["template"]), with_needs(job, JOBS)
         assert (spec["suspend"], spec["schedule"]) == ((False, job.schedule) if job.schedule else (True, "0 0 1 1 *"))
-        assert (spec["concurrencyPolicy"], spec["timeZone"]) == ("Forbid", "Etc/UTC") and spec["startingDeadlineSeconds"] > 60
-        assert run["activeDeadlineSeconds"] == sum(one.deadline for one in together) and run["backoffLimit"] == job.retries
+        assert (spec["concurrencyPolicy"], spec["timeZone"]) == ("Forbid", "Etc/UTC") and spec[
+            "startingDeadlineSeconds"
+        ] > 60
+        assert (
+            run["activeDeadlineSeconds"] == sum(one.deadline for one in together) and run["backoffLimit"] == job.retries
+        )
         assert run["podFailurePolicy"] and run["template"]["spec"]["restartPolicy"] == "Never"  # which the policy wants
-        assert mebibytes(main["resources"]["limits"]["memory"]) == max(mebibytes(one.resources.memory) for one in together)
+        assert mebibytes(main["resources"]["limits"]["memory"]) == max(
+            mebibytes(one.resources.memory) for one in together
+        )
         assert main["command"] == ["python", "-m", "fraud_pkg.pipeline.schedule", *command(job)]
 
 
@@ -83,22 +102,37 @@ def test_references(objects, overlay):
     for template in templates(objects).values():
         spec, main = template["spec"], container(template)
         assert ("ServiceAccount", spec["serviceAccountName"]) in names
-        assert sorted(mount["name"] for mount in main["volumeMounts"]) == sorted(volume["name"] for volume in spec["volumes"])
-        claims = {volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume}
+        assert sorted(mount["name"] for mount in main["volumeMounts"]) == sorted(
+            volume["name"] for volume in spec["volumes"]
+        )
+        claims = {
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in spec["volumes"]
+            if "persistentVolumeClaim" in volume
+        }
         assert all(("PersistentVolumeClaim", claim) in names for claim in claims) and "fraud-jobs" in claims
         [settings] = [volume["configMap"]["name"] for volume in spec["volumes"] if "configMap" in volume]
         assert ("ConfigMap", settings) in names  # with the hash of its content
         secrets = [variable["valueFrom"]["secretKeyRef"] for variable in main["env"] if "valueFrom" in variable]
-        assert all(secret["key"] in test_k8s.SECRETS[secret["name"]] for secret in secrets) and bool(secrets) == overlay.endswith("production")
+        assert all(secret["key"] in test_k8s.SECRETS[secret["name"]] for secret in secrets) and bool(
+            secrets
+        ) == overlay.endswith("production")
 
 
 @every_overlay
 def test_least_privilege(objects, overlay):
     for template in templates(objects).values():
         spec, main = template["spec"], container(template)
-        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"] == {
+            "type": "RuntimeDefault"
+        }
         assert (spec["securityContext"]["runAsUser"], spec["securityContext"]["fsGroup"]) == (10001, 10001)
-        assert main["securityContext"] == {"allowPrivilegeEscalation": False, "privileged": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert main["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
         assert main["resources"]["requests"]["memory"] == main["resources"]["limits"]["memory"]
         writable = {mount["mountPath"] for mount in main["volumeMounts"] if not mount.get("readOnly")}
@@ -120,12 +154,23 @@ def test_settings_load_as_declared(objects, overlay, tmp_path):
         api = test_k8s.declared_environment(test_k8s.api_pods(objects)["fraud-api"])
         assert environ["FRAUD_CHAMPION_URL"] == api["FRAUD_SERVE_BUNDLE"]  # what is promoted is what is served
         stream = test_k8s.declared_environment(test_k8s.consumers(objects)["fraud-stream"])
-        assert {name: environ.get(name) for name in environ.keys() | stream.keys() if "STREAM_BOOTSTRAP" in name or "KAFKA" in name} == {
-            name: stream.get(name) for name in stream if "STREAM_BOOTSTRAP" in name or "KAFKA" in name}
+        assert {
+            name: environ.get(name)
+            for name in environ.keys() | stream.keys()
+            if "STREAM_BOOTSTRAP" in name or "KAFKA" in name
+        } == {name: stream.get(name) for name in stream if "STREAM_BOOTSTRAP" in name or "KAFKA" in name}
     if overlay.endswith("minikube"):  # both are the same folder of the node
         [mount] = [mount for mount in container(template)["volumeMounts"] if mount["name"] == "models"]
-        served = [volume for volume in test_k8s.api_pods(objects)["fraud-api"]["spec"]["volumes"] if volume["name"] == "models"]
-        [claim] = [volume["persistentVolumeClaim"]["claimName"] for volume in template["spec"]["volumes"] if volume["name"] == "models"]
+        served = [
+            volume
+            for volume in test_k8s.api_pods(objects)["fraud-api"]["spec"]["volumes"]
+            if volume["name"] == "models"
+        ]
+        [claim] = [
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in template["spec"]["volumes"]
+            if volume["name"] == "models"
+        ]
         assert mount["mountPath"] == "/models" and served[0]["persistentVolumeClaim"]["claimName"] == claim
 
 
@@ -133,13 +178,22 @@ def test_settings_load_as_declared(objects, overlay, tmp_path):
 def test_a_job_reaches_the_pushgateway(render, overlay):
     there = "fraud-pushgateway" in test_k8s.workloads(render(overlay))  # in production it is
     objects = render(overlay, ("jobs",) if there else ("jobs", "pushgateway"))
-    [server] = [item["spec"]["template"] for item in of_kind(objects, "Deployment") if item["metadata"]["name"] == "fraud-pushgateway"]
+    [server] = [
+        item["spec"]["template"]
+        for item in of_kind(objects, "Deployment")
+        if item["metadata"]["name"] == "fraud-pushgateway"
+    ]
     [port] = container(server)["ports"]
     policies = {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
     ways = [(to.get("podSelector"), rule["ports"]) for rule in policies["fraud-jobs"]["egress"] for to in rule["to"]]
-    assert [ports for to, ports in ways if to and to["matchLabels"].items() <= server["metadata"]["labels"].items()] == [[{"port": port["containerPort"]}]]
+    assert [
+        ports for to, ports in ways if to and to["matchLabels"].items() <= server["metadata"]["labels"].items()
+    ] == [[{"port": port["containerPort"]}]]
     taken = [peer["podSelector"] for rule in policies["fraud-pushgateway"]["ingress"] for peer in rule["from"]]
-    assert policies["fraud-jobs"]["podSelector"] in taken and {"port": port["name"]} in policies["fraud-pushgateway"]["ingress"][0]["ports"]
+    assert (
+        policies["fraud-jobs"]["podSelector"] in taken
+        and {"port": port["name"]} in policies["fraud-pushgateway"]["ingress"][0]["ports"]
+    )
 
 
 @every_overlay
@@ -147,28 +201,70 @@ def test_network(objects, overlay):
     """Nobody reaches a job; it reaches DNS, HTTPS and named servers, and where there are brokers beside it they take it in."""
     policies = {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
     labels = [template["metadata"]["labels"].items() for template in templates(objects).values()]
-    ours = {name: spec for name, spec in policies.items() if spec["podSelector"].get("matchLabels") and all(spec["podSelector"]["matchLabels"].items() <= one for one in labels)}
-    assert set(ours) == {"fraud-jobs"} and ours["fraud-jobs"]["policyTypes"] == ["Ingress", "Egress"] and "ingress" not in ours["fraud-jobs"]
-    rules = [(to, {port["port"] for port in rule["ports"]}) for rule in ours["fraud-jobs"]["egress"] for to in rule["to"]]
-    assert all(ports == {443} and to["ipBlock"]["except"] == ["169.254.169.254/32"] for to, ports in rules if to.get("ipBlock", {}).get("cidr") == "0.0.0.0/0")
-    taken = [rule for rule in policies["fraud-kafka-from-jobs"]["ingress"] for peer in rule["from"] if all(peer["podSelector"]["matchLabels"].items() <= one for one in labels)]
-    assert taken and selected(policies["fraud-kafka-from-jobs"]["podSelector"], objects) == ({"fraud-kafka"} if overlay.endswith("minikube") else set())
+    ours = {
+        name: spec
+        for name, spec in policies.items()
+        if spec["podSelector"].get("matchLabels")
+        and all(spec["podSelector"]["matchLabels"].items() <= one for one in labels)
+    }
+    assert (
+        set(ours) == {"fraud-jobs"}
+        and ours["fraud-jobs"]["policyTypes"] == ["Ingress", "Egress"]
+        and "ingress" not in ours["fraud-jobs"]
+    )
+    rules = [
+        (to, {port["port"] for port in rule["ports"]}) for rule in ours["fraud-jobs"]["egress"] for to in rule["to"]
+    ]
+    assert all(
+        ports == {443} and to["ipBlock"]["except"] == ["169.254.169.254/32"]
+        for to, ports in rules
+        if to.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
+    )
+    taken = [
+        rule
+        for rule in policies["fraud-kafka-from-jobs"]["ingress"]
+        for peer in rule["from"]
+        if all(peer["podSelector"]["matchLabels"].items() <= one for one in labels)
+    ]
+    assert taken and selected(policies["fraud-kafka-from-jobs"]["podSelector"], objects) == (
+        {"fraud-kafka"} if overlay.endswith("minikube") else set()
+    )
     if overlay.endswith("minikube"):
         [port] = [port["containerPort"] for port in container(test_k8s.workloads(objects)["fraud-kafka"])["ports"]]
         assert ({"podSelector": {"matchLabels": {"app.kubernetes.io/name": "fraud-kafka"}}}, {port}) in rules
     budgets = of_kind(objects, "PodDisruptionBudget", "Service")
     chosen = [item["spec"]["selector"].get("matchLabels", item["spec"]["selector"]) for item in budgets]
-    assert not [one for one in chosen if any(one.items() <= label for label in labels)]  # no Service sends a job transactions
+    assert not [
+        one for one in chosen if any(one.items() <= label for label in labels)
+    ]  # no Service sends a job transactions
 
 
 def test_checkov_on_jobs(render, checkov, tmp_path):
     for overlay in OVERLAYS:
-        (tmp_path / f"{Path(overlay).name}.yaml").write_text(yaml.safe_dump_all(of_kind(render(overlay, ("jobs",)), "CronJob")))
-    words = [checkov, "--directory", tmp_path, "--framework", "kubernetes", "--skip-download", "--compact", "--output", "json"]
-    done = subprocess.run(words, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+        (tmp_path / f"{Path(overlay).name}.yaml").write_text(
+            yaml.safe_dump_all(of_kind(render(overlay, ("jobs",)), "CronJob"))
+        )
+    words = [
+        checkov,
+        "--directory",
+        tmp_path,
+        "--framework",
+        "kubernetes",
+        "--skip-download",
+        "--compact",
+        "--output",
+        "json",
+    ]
+    done = subprocess.run(
+        words, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
     results = json.loads(done.stdout)["results"]
     assert not [f"{check['resource']}: {check['check_id']} {check['check_name']}" for check in results["failed_checks"]]
-    assert len(results["passed_checks"]) > 100 and {check["check_id"] for check in results["skipped_checks"]} == {"CKV_K8S_15", "CKV_K8S_35", "CKV_K8S_43"}
+    assert len(results["passed_checks"]) > 100 and {check["check_id"] for check in results["skipped_checks"]} == {
+        "CKV_K8S_15",
+        "CKV_K8S_35",
+        "CKV_K8S_43",
+    }
 
 
 # The command, as its container runs it
@@ -194,9 +290,14 @@ with mock.patch.object(scoring, "write_bundle", write):
     scoring.example_bundle(load_settings().models_dir / "champion")
 print("trained")
 """
-    watch = "import time\nfrom fraud_pkg.core.settings import load_settings\nfrom fraud_pkg.core.files import staging_dir\n" \
-            "with staging_dir(load_settings().reports_dir / 'watch'):\n    print('watching', flush=True)\n    time.sleep(60)"
-    fronts = {"train": "outputs: [models/champion]", "watch": "stage: false\nschedule: 7 * * * *\noutputs: [reports/watch]"}
+    watch = (
+        "import time\nfrom fraud_pkg.core.settings import load_settings\nfrom fraud_pkg.core.files import staging_dir\n"
+        "with staging_dir(load_settings().reports_dir / 'watch'):\n    print('watching', flush=True)\n    time.sleep(60)"
+    )
+    fronts = {
+        "train": "outputs: [models/champion]",
+        "watch": "stage: false\nschedule: 7 * * * *\noutputs: [reports/watch]",
+    }
     for name, code in {"train": stage, "watch": watch}.items():
         text = f"---\nname: {name}\n{fronts[name]}\n---\n# {name}\n> Does its part."
         cells = [new_markdown_cell(text), new_code_cell("", metadata={"tags": ["parameters"]}), new_code_cell(code)]
@@ -216,12 +317,26 @@ def in_container(tmp_path):
     def start(name: str) -> subprocess.Popen:
         manifest = yaml.safe_load((image / f"k8s/jobs/{name}.yaml").read_text())
         main = container(manifest["spec"]["jobTemplate"]["spec"]["template"])
-        environ = {variable["name"]: variable["value"].replace("/volume", f"{tmp_path}/volume") for variable in main["env"]}
-        environ |= {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(tmp_path / "tmp"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1",
-                    "FRAUD_CHAMPION_URL": str(tmp_path / "served/champion")}
+        environ = {
+            variable["name"]: variable["value"].replace("/volume", f"{tmp_path}/volume") for variable in main["env"]
+        }
+        environ |= {
+            "PATH": f"{BIN}:/usr/bin:/bin",
+            "HOME": str(tmp_path / "tmp"),
+            "TMPDIR": str(tmp_path / "tmp"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "FRAUD_CHAMPION_URL": str(tmp_path / "served/champion"),
+        }
         python, *words = main["command"]
         assert python == "python"
-        return subprocess.Popen([sys.executable, *words], cwd=image, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            [sys.executable, *words],
+            cwd=image,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     yield start, tmp_path
     assert {path: path.stat().st_mtime_ns for path in image.rglob("*")} == before
@@ -268,7 +383,12 @@ def steps() -> Iterator[dict]:
 
 
 def test_workflow_schema():
-    done = subprocess.run([BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -280,7 +400,9 @@ def test_workflow_asks_for_little():
     used = [step["uses"] for step in steps() if "uses" in step]
     assert used and all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", one) for one in used)
     assert [step for step in steps() if "checkout" in step.get("uses", "")][0]["with"]["persist-credentials"] is False
-    assert not [step for step in steps() if "${{" in step.get("run", "")]  # what others write reaches scripts as variables only
+    assert not [
+        step for step in steps() if "${{" in step.get("run", "")
+    ]  # what others write reaches scripts as variables only
 
 
 def test_workflow_runs_what_the_front_matter_says():
@@ -290,10 +412,15 @@ def test_workflow_runs_what_the_front_matter_says():
     assert on["workflow_dispatch"]["inputs"]["job"]["options"] == [job.name for job in JOBS]
     minutes = json.loads(re.search(r"fromJSON\('(.*)'\)", workflow["jobs"]["run"]["timeout-minutes"])[1])
     assert minutes.keys() == {job.name for job in JOBS} | {job.schedule for job in JOBS if job.schedule}
-    assert all(minutes[job.name] * 60 > sum(one.deadline for one in with_needs(job, JOBS)) for job in JOBS) and max(minutes.values()) <= LONGEST
+    assert (
+        all(minutes[job.name] * 60 > sum(one.deadline for one in with_needs(job, JOBS)) for job in JOBS)
+        and max(minutes.values()) <= LONGEST
+    )
 
 
-@pytest.mark.parametrize("asked", [job.name for job in JOBS] + sorted({job.schedule for job in JOBS if job.schedule}) + ["nothing"])
+@pytest.mark.parametrize(
+    "asked", [job.name for job in JOBS] + sorted({job.schedule for job in JOBS if job.schedule}) + ["nothing"]
+)
 def test_workflow_scripts_run(tmp_path, asked):
     """The step with the settings and the one that chooses, in bash as GitHub starts it, with a stand-in for Python."""
     scripts = {step["name"]: step["run"] for step in steps() if "run" in step}
@@ -305,17 +432,35 @@ def test_workflow_scripts_run(tmp_path, asked):
     environ |= {"GITHUB_ENV": str(tmp_path / "env"), "GITHUB_PATH": str(tmp_path / "path")}
 
     def run(name: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", scripts[name]], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=20)
+        return subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", scripts[name]],
+            cwd=tmp_path,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
 
     assert run("Settings").returncode == 0
-    assert (tmp_path / "env").read_text().splitlines() == ["FRAUD_PIPELINE_PUSH=false", "FRAUD_TRAIN_TRIALS=3", "AWS_REGION=eu-central-1"]
+    assert (tmp_path / "env").read_text().splitlines() == [
+        "FRAUD_PIPELINE_PUSH=false",
+        "FRAUD_TRAIN_TRIALS=3",
+        "AWS_REGION=eu-central-1",
+    ]
     done, wanted = run("Run"), [job for job in JOBS if asked in (job.name, job.schedule)]
-    assert [line.removeprefix("-m fraud_pkg.pipeline.schedule ").split() for line in done.stdout.splitlines()] == [command(job) for job in wanted]
+    assert [line.removeprefix("-m fraud_pkg.pipeline.schedule ").split() for line in done.stdout.splitlines()] == [
+        command(job) for job in wanted
+    ]
     assert done.returncode == (0 if wanted else 1)
 
 
 def test_workflow_scripts_are_clean(tmp_path):
     for number, step in enumerate(step for step in steps() if "run" in step):
         (tmp_path / f"{number}.sh").write_text(f"#!/usr/bin/env bash\n{step['run']}")
-    done = subprocess.run([servers.program("shellcheck", "shellcheck"), *tmp_path.glob("*.sh")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [servers.program("shellcheck", "shellcheck"), *tmp_path.glob("*.sh")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout

@@ -37,10 +37,15 @@ from fraud_pkg.stream.worker import LAST_WAIT
 PROJECT = Path(__file__).resolve().parents[1]
 VERSION = "1.32"  # of Kubernetes
 OVERLAYS = ("base", "overlays/minikube", "overlays/production")
-WITH_COMPONENTS = ("overlays/minikube", "overlays/production")  # once more, with a canary, the other policy for a store that is away, and KEDA
+WITH_COMPONENTS = (
+    "overlays/minikube",
+    "overlays/production",
+)  # once more, with a canary, the other policy for a store that is away, and KEDA
 OPTIONAL = ("canary", "degrade", "keda")
 RENDERED = [(name, ()) for name in OVERLAYS] + [(name, OPTIONAL) for name in WITH_COMPONENTS]
-every_overlay = pytest.mark.parametrize("overlay, components", RENDERED, ids=[" ".join((name, *more)) for name, more in RENDERED])
+every_overlay = pytest.mark.parametrize(
+    "overlay, components", RENDERED, ids=[" ".join((name, *more)) for name, more in RENDERED]
+)
 # What the Secrets hold, by name: `k8s/minikube.sh` makes the first two, docs/kubernetes.md says how.
 MINIKUBE_SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-store": {"url", "password"}}
 SECRETS = MINIKUBE_SECRETS | {"fraud-kafka": {"user", "password"}}
@@ -78,7 +83,9 @@ def of_kind(objects, *kinds: str) -> list[dict]:
 
 def workloads(objects) -> dict[str, dict]:
     """The pod templates by the name of what makes pods of them."""
-    return {item["metadata"]["name"]: item["spec"]["template"] for item in of_kind(objects, "Deployment", "StatefulSet")}
+    return {
+        item["metadata"]["name"]: item["spec"]["template"] for item in of_kind(objects, "Deployment", "StatefulSet")
+    }
 
 
 def api_pods(objects) -> dict[str, dict]:
@@ -112,7 +119,11 @@ def closed(schema):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    more = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" else {}
+    more = (
+        {"additionalProperties": False}
+        if isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+        else {}
+    )
     return {key: closed(value) for key, value in schema.items()} | more
 
 
@@ -125,7 +136,10 @@ def custom_resources() -> Iterator[tuple[str, dict]]:
     # A PodMonitor's list of endpoints has another name; what we use of it is the same.
     spec = monitor["properties"]["spec"]
     used = spec["properties"] | {"podMetricsEndpoints": spec["properties"]["endpoints"]}
-    pods = spec | {"properties": {name: schema for name, schema in used.items() if name not in ("endpoints", "targetLabels")}, "required": ["podMetricsEndpoints", "selector"]}
+    pods = spec | {
+        "properties": {name: schema for name, schema in used.items() if name not in ("endpoints", "targetLabels")},
+        "required": ["podMetricsEndpoints", "selector"],
+    }
     yield "PodMonitor", monitor | {"properties": monitor["properties"] | {"spec": pods}}
     keda = json.loads((folder / "keda.json").read_text())
     yield from ((kind, closed(keda[kind])) for kind in ("ScaledObject", "TriggerAuthentication"))
@@ -145,15 +159,27 @@ def validate(item: dict) -> None:
 
 def spoiled(item: dict) -> Iterator[dict]:
     """The object with one unknown field more, at every place that has fields of its own."""
+
     def at(node, path):
         if isinstance(node, dict):
             yield path
             for key, value in node.items():
-                if key not in ("labels", "annotations", "matchLabels", "data", "selector", "limits", "requests", "capacity", "metadata"):  # names in these are free
+                if key not in (
+                    "labels",
+                    "annotations",
+                    "matchLabels",
+                    "data",
+                    "selector",
+                    "limits",
+                    "requests",
+                    "capacity",
+                    "metadata",
+                ):  # names in these are free
                     yield from at(value, (*path, key))
         elif isinstance(node, list):
             for i, value in enumerate(node):
                 yield from at(value, (*path, i))
+
     for path in at(item, ()):
         copy = json.loads(json.dumps(item))
         place = copy
@@ -199,28 +225,54 @@ def test_selectors_meet_their_pods(render, overlay, components):
     for name, service in services.items():
         pods = selected({"matchLabels": service["spec"]["selector"]}, objects)
         assert pods == (tracks if name == "fraud-api" else {name.removesuffix("-brokers")})
-        assert all({port["targetPort"] for port in service["spec"]["ports"]} <= ports for ports in port_names(pods, objects))
+        assert all(
+            {port["targetPort"] for port in service["spec"]["ports"]} <= ports for ports in port_names(pods, objects)
+        )
     for item in of_kind(objects, "StatefulSet"):  # the names that its pods go by
         assert item["spec"]["serviceName"] in services
     for budget in of_kind(objects, "PodDisruptionBudget"):
         name = budget["metadata"]["name"]
-        assert selected(budget["spec"]["selector"], objects) == (tracks if name == "fraud-api" else {name}) and budget["spec"]["maxUnavailable"] == 1
+        assert (
+            selected(budget["spec"]["selector"], objects) == (tracks if name == "fraud-api" else {name})
+            and budget["spec"]["maxUnavailable"] == 1
+        )
     for monitor in of_kind(objects, "ServiceMonitor"):
-        [service] = [s for s in of_kind(objects, "Service") if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
-        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}
+        [service] = [
+            s
+            for s in of_kind(objects, "Service")
+            if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()
+        ]
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {
+            port["name"] for port in service["spec"]["ports"]
+        }
         pushed = monitor["metadata"]["name"] == "fraud-pushgateway"
-        assert all(endpoint.get("honorLabels", False) == pushed for endpoint in monitor["spec"]["endpoints"])  # there the job is the one that pushed
-        assert "release" in monitor["metadata"]["labels"] and monitor["spec"].get("podTargetLabels", []) == ([] if pushed else ["track"])
+        assert all(
+            endpoint.get("honorLabels", False) == pushed for endpoint in monitor["spec"]["endpoints"]
+        )  # there the job is the one that pushed
+        assert "release" in monitor["metadata"]["labels"] and monitor["spec"].get("podTargetLabels", []) == (
+            [] if pushed else ["track"]
+        )
     for monitor in of_kind(objects, "PodMonitor"):
         pods = selected(monitor["spec"]["selector"], objects)
         asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
-        assert pods == CONSUMERS and all(asked <= ports for ports in port_names(pods, objects)) and "release" in monitor["metadata"]["labels"]
-        assert all(template["metadata"]["labels"][monitor["spec"]["jobLabel"]] == name for name, template in consumers(objects).items())
+        assert (
+            pods == CONSUMERS
+            and all(asked <= ports for ports in port_names(pods, objects))
+            and "release" in monitor["metadata"]["labels"]
+        )
+        assert all(
+            template["metadata"]["labels"][monitor["spec"]["jobLabel"]] == name
+            for name, template in consumers(objects).items()
+        )
     scalers = of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject")
     scaled = {scaler["spec"]["scaleTargetRef"]["name"] for scaler in scalers}
     assert len(scaled) == len(scalers) and scaled == ({"fraud-api", "fraud-stream"} if components else {"fraud-api"})
     # Or every `kubectl apply` would undo the autoscaler's work, and `kubectl scale`'s.
-    assert not [d["metadata"]["name"] for d in of_kind(objects, "Deployment") if "replicas" in d["spec"] and d["metadata"]["name"] in scaled | CONSUMERS]
+    assert not [
+        d["metadata"]["name"]
+        for d in of_kind(objects, "Deployment")
+        if "replicas" in d["spec"] and d["metadata"]["name"] in scaled | CONSUMERS
+    ]
 
 
 def open_ways(policies: dict[str, dict], objects) -> tuple[set, set, set]:
@@ -232,14 +284,28 @@ def open_ways(policies: dict[str, dict], objects) -> tuple[set, set, set]:
             for peer in rule["from"]:
                 names = {port["port"] for port in rule["ports"]}
                 if place := peer.get("namespaceSelector"):
-                    from_outside |= {(place["matchLabels"]["kubernetes.io/metadata.name"], pod, name) for pod in pods for name in names}
+                    from_outside |= {
+                        (place["matchLabels"]["kubernetes.io/metadata.name"], pod, name)
+                        for pod in pods
+                        for name in names
+                    }
                 else:
-                    taken |= {(client, pod, name) for client in selected(peer["podSelector"], objects) for pod in pods for name in names}
+                    taken |= {
+                        (client, pod, name)
+                        for client in selected(peer["podSelector"], objects)
+                        for pod in pods
+                        for name in names
+                    }
         for rule in policy.get("egress", []):
             for peer in rule["to"]:
                 names = {port["port"] for port in rule["ports"]}
                 if peer.keys() == {"podSelector"}:
-                    out |= {(pod, server, name) for pod in pods for server in selected(peer["podSelector"], objects) for name in names}
+                    out |= {
+                        (pod, server, name)
+                        for pod in pods
+                        for server in selected(peer["podSelector"], objects)
+                        for name in names
+                    }
                 else:
                     to_outside |= {(pod, name) for pod in pods for name in names}
     return out & taken, from_outside, to_outside
@@ -250,24 +316,39 @@ def test_network_is_closed_but_for_what_is_needed(render, overlay, components):
     objects = render(overlay, components)
     policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(objects, "NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    elsewhere = {"fraud-kafka-from-keda"} if overlay.endswith("production") else set()  # the brokers are not in this cluster
+    elsewhere = (
+        {"fraud-kafka-from-keda"} if overlay.endswith("production") else set()
+    )  # the brokers are not in this cluster
     for name, policy in policies.items():
         pods = selected(policy["podSelector"], objects)
         assert pods or name in elsewhere, name
         for rule in policy.get("ingress", []):
-            assert rule["from"] and all({port["port"] for port in rule["ports"]} <= ports for ports in port_names(pods, objects)), name
+            assert rule["from"] and all(
+                {port["port"] for port in rule["ports"]} <= ports for ports in port_names(pods, objects)
+            ), name
         for rule in policy.get("egress", []):
             named = {port["port"] for port in rule["ports"] if isinstance(port["port"], str)}
             there = set.union(set(), *(selected(to["podSelector"], objects) for to in rule["to"] if named))
-            assert rule["to"] and bool(there) == bool(named) and all(named <= ports for ports in port_names(there, objects)), name
+            assert (
+                rule["to"]
+                and bool(there) == bool(named)
+                and all(named <= ports for ports in port_names(there, objects))
+            ), name
     tracks, streaming = set(api_pods(objects)), set(consumers(objects))
     between, from_outside, to_outside = open_ways(policies, objects)
     decided, outside = {("ingress-nginx", pod, "http") for pod in tracks}, {(pod, 53) for pod in tracks | streaming}
     if overlay.endswith("minikube"):
-        assert between == {(pod, "fraud-redis", "redis") for pod in tracks | streaming} | {(pod, "fraud-kafka", "kafka") for pod in streaming}
-        assert from_outside == decided | ({("keda", "fraud-kafka", "kafka")} if components else set()) and to_outside == outside
+        assert between == {(pod, "fraud-redis", "redis") for pod in tracks | streaming} | {
+            (pod, "fraud-kafka", "kafka") for pod in streaming
+        }
+        assert (
+            from_outside == decided | ({("keda", "fraud-kafka", "kafka")} if components else set())
+            and to_outside == outside
+        )
     elif overlay.endswith("production"):
-        assert not between and from_outside == decided | {("monitoring", pod, "http") for pod in tracks} | {("monitoring", pod, "metrics") for pod in streaming} | {("monitoring", "fraud-pushgateway", "push")}
+        assert not between and from_outside == decided | {("monitoring", pod, "http") for pod in tracks} | {
+            ("monitoring", pod, "metrics") for pod in streaming
+        } | {("monitoring", "fraud-pushgateway", "push")}
         aws, broker = {(pod, 443) for pod in tracks | {"fraud-stream"}}, {(pod, 9096) for pod in streaming}
         assert to_outside == outside | aws | broker | {(pod, 6379) for pod in tracks | streaming}
     else:
@@ -280,11 +361,21 @@ def test_references(render, overlay, components):
     objects = render(overlay, components)
     names = {(item["kind"], item["metadata"]["name"]) for item in objects}
     assert {item["metadata"].get("namespace") for item in objects} == {"fraud", None}
-    assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {"Namespace", "PersistentVolume"}
+    assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {
+        "Namespace",
+        "PersistentVolume",
+    }
     for name, template in workloads(objects).items():
         spec, main = template["spec"], container(template)
-        claims = [claim["metadata"]["name"] for s in of_kind(objects, "StatefulSet") if s["metadata"]["name"] == name for claim in s["spec"]["volumeClaimTemplates"]]
-        assert sorted(mount["name"] for mount in main["volumeMounts"]) == sorted([volume["name"] for volume in spec["volumes"]] + claims)
+        claims = [
+            claim["metadata"]["name"]
+            for s in of_kind(objects, "StatefulSet")
+            if s["metadata"]["name"] == name
+            for claim in s["spec"]["volumeClaimTemplates"]
+        ]
+        assert sorted(mount["name"] for mount in main["volumeMounts"]) == sorted(
+            [volume["name"] for volume in spec["volumes"]] + claims
+        )
         for volume in spec["volumes"]:
             if "configMap" in volume:
                 assert ("ConfigMap", volume["configMap"]["name"]) in names
@@ -302,13 +393,23 @@ def test_references(render, overlay, components):
     for account in of_kind(objects, "TriggerAuthentication"):
         assert all(source["key"] in SECRETS[source["name"]] for source in account["spec"]["secretTargetRef"])
     for scaled in of_kind(objects, "ScaledObject"):
-        assert all(("TriggerAuthentication", trigger["authenticationRef"]["name"]) in names for trigger in scaled["spec"]["triggers"] if "authenticationRef" in trigger)
+        assert all(
+            ("TriggerAuthentication", trigger["authenticationRef"]["name"]) in names
+            for trigger in scaled["spec"]["triggers"]
+            if "authenticationRef" in trigger
+        )
     for claim in of_kind(objects, "PersistentVolumeClaim"):
-        [volume] = [v for v in of_kind(objects, "PersistentVolume") if v["metadata"]["name"] == claim["spec"]["volumeName"]]
+        [volume] = [
+            v for v in of_kind(objects, "PersistentVolume") if v["metadata"]["name"] == claim["spec"]["volumeName"]
+        ]
         assert volume["spec"]["claimRef"] == {"namespace": "fraud", "name": claim["metadata"]["name"]}
 
 
-WRITABLE = {"fraud-redis": {"/data"}, "fraud-pushgateway": {"/data"}, "fraud-kafka": {"/var/lib/kafka/data", "/opt/kafka/config", "/opt/kafka/logs", "/tmp"}}  # the last three as in docker-compose.yml
+WRITABLE = {
+    "fraud-redis": {"/data"},
+    "fraud-pushgateway": {"/data"},
+    "fraud-kafka": {"/var/lib/kafka/data", "/opt/kafka/config", "/opt/kafka/logs", "/tmp"},
+}  # the last three as in docker-compose.yml
 
 
 @every_overlay
@@ -319,8 +420,15 @@ def test_least_privilege(render, overlay, components):
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     for name, template in workloads(objects).items():
         spec, main = template["spec"], container(template)
-        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert main["securityContext"] == {"allowPrivilegeEscalation": False, "privileged": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"] == {
+            "type": "RuntimeDefault"
+        }
+        assert main["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
         assert main["resources"]["requests"]["memory"] == main["resources"]["limits"]["memory"]
         writable = {mount["mountPath"] for mount in main["volumeMounts"] if not mount.get("readOnly")}
@@ -330,15 +438,27 @@ def test_least_privilege(render, overlay, components):
         if name not in SERVERS:
             assert (spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]) == (10001, 10001)
             version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
-            assert repository == "fraud-api@sha256" if overlay.endswith("production") else (repository, tag) == ("fraud-api", version)
+            assert (
+                repository == "fraud-api@sha256"
+                if overlay.endswith("production")
+                else (repository, tag) == ("fraud-api", version)
+            )
 
 
-SECRET_VALUES = {("fraud-store", "url"): "redis://:secret@fraud-redis:6379/0", ("fraud-kafka", "user"): "fraud", ("fraud-kafka", "password"): "secret"}
+SECRET_VALUES = {
+    ("fraud-store", "url"): "redis://:secret@fraud-redis:6379/0",
+    ("fraud-kafka", "user"): "fraud",
+    ("fraud-kafka", "password"): "secret",
+}
 
 
 def declared_environment(template: dict, secrets: dict[tuple[str, str], str] = SECRET_VALUES) -> dict[str, str]:
     """What the container finds in its environment; the Secrets' values as docs/kubernetes.md has them."""
-    sources = {variable["name"]: variable["valueFrom"]["secretKeyRef"] for variable in container(template)["env"] if "valueFrom" in variable}
+    sources = {
+        variable["name"]: variable["valueFrom"]["secretKeyRef"]
+        for variable in container(template)["env"]
+        if "valueFrom" in variable
+    }
     given = {variable["name"]: variable["value"] for variable in container(template)["env"] if "value" in variable}
     return given | {name: secrets[source["name"], source["key"]] for name, source in sources.items()}
 
@@ -358,7 +478,10 @@ def declared_settings(template: dict, objects, folder: Path) -> tuple[Settings, 
 
 def declared_probes(main: dict) -> dict[str, tuple[str, str]]:
     """Path and port of every probe."""
-    return {probe: (main[f"{probe}Probe"]["httpGet"]["path"], main[f"{probe}Probe"]["httpGet"]["port"]) for probe in ("startup", "readiness", "liveness")}
+    return {
+        probe: (main[f"{probe}Probe"]["httpGet"]["path"], main[f"{probe}Probe"]["httpGet"]["port"])
+        for probe in ("startup", "readiness", "liveness")
+    }
 
 
 @every_overlay
@@ -374,7 +497,9 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         assert Path(environ["FRAUD_API_KEYS_FILE"]) == Path(mounts["api-keys"], "api-keys")
         wanted = "challenger" if name.endswith("canary") else "champion"
         if overlay != "base":
-            assert settings.serve.bundle == (f"s3://BUCKET/{wanted}" if overlay.endswith("production") else f"{mounts['models']}/{wanted}")
+            assert settings.serve.bundle == (
+                f"s3://BUCKET/{wanted}" if overlay.endswith("production") else f"{mounts['models']}/{wanted}"
+            )
         asleep = main["lifecycle"]["preStop"]["sleep"]["seconds"]
         assert spec["terminationGracePeriodSeconds"] >= asleep + settings.serve.drain + 5
         probes = declared_probes(main)
@@ -382,13 +507,21 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         expected = ("degrade", "/readyz", "/healthz") if components else ("fail", "/healthz", "/readyz")
         assert (settings.serve.on_store_error, probes["startup"][0], probes["readiness"][0]) == expected
         assert all(("GET", path) in OPEN for path, _ in probes.values())  # a probe has no key
-        assert all(main[f"{probe}Probe"]["timeoutSeconds"] > settings.store.timeout for probe, (path, _) in probes.items() if path == "/readyz")
+        assert all(
+            main[f"{probe}Probe"]["timeoutSeconds"] > settings.store.timeout
+            for probe, (path, _) in probes.items()
+            if path == "/readyz"
+        )
 
 
 @every_overlay
 def test_stream_settings_load_as_declared(render, tmp_path, overlay, components):
     objects, production = render(overlay, components), overlay.endswith("production")
-    services = {f"{service['metadata']['name']}.fraud.svc:{port['port']}" for service in of_kind(objects, "Service") for port in service["spec"]["ports"]}
+    services = {
+        f"{service['metadata']['name']}.fraud.svc:{port['port']}"
+        for service in of_kind(objects, "Service")
+        for port in service["spec"]["ports"]
+    }
     for name, template in consumers(objects).items():
         environ, spec, main = declared_environment(template), template["spec"], container(template)
         settings, others = declared_settings(template, objects, tmp_path)
@@ -396,46 +529,82 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
         assert others == {"FRAUD_ROOT"} | ({"FRAUD_KAFKA_USER", "FRAUD_KAFKA_PASSWORD"} if production else set())
         options = client_options(stream, environ)
         if production:
-            assert (options["security_protocol"], options["sasl_mechanism"], options["sasl_plain_username"]) == ("SASL_SSL", "SCRAM-SHA-512", "fraud")
-            assert stream.bootstrap_servers == tuple(f"BROKER-{number}:9096" for number in (1, 2, 3)) and stream.replication == 3
+            assert (options["security_protocol"], options["sasl_mechanism"], options["sasl_plain_username"]) == (
+                "SASL_SSL",
+                "SCRAM-SHA-512",
+                "fraud",
+            )
+            assert (
+                stream.bootstrap_servers == tuple(f"BROKER-{number}:9096" for number in (1, 2, 3))
+                and stream.replication == 3
+            )
         else:
             assert set(stream.bootstrap_servers) <= services and stream.replication == 1
         assert settings.store.url.startswith("redis://") and not stream.via  # many share it
-        assert stream.host == "0.0.0.0" and [(port["name"], port["containerPort"]) for port in main["ports"]] == [("metrics", stream.port)]
-        assert main["command"] == ["python", "-m", "fraud_pkg.stream.worker", *(["labels"] if name.endswith("labels") else [])]
+        assert stream.host == "0.0.0.0" and [(port["name"], port["containerPort"]) for port in main["ports"]] == [
+            ("metrics", stream.port)
+        ]
+        assert main["command"] == [
+            "python",
+            "-m",
+            "fraud_pkg.stream.worker",
+            *(["labels"] if name.endswith("labels") else []),
+        ]
         if name == "fraud-stream":
             mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
             assert settings.serve.bundle == ("s3://BUCKET/champion" if production else f"{mounts['models']}/champion")
         else:
             assert not settings.bundle_place.exists()
         assert spec["terminationGracePeriodSeconds"] >= LAST_WAIT + 20
-        assert declared_probes(main) == {"startup": ("/healthz", "metrics"), "readiness": ("/readyz", "metrics"), "liveness": ("/healthz", "metrics")}
+        assert declared_probes(main) == {
+            "startup": ("/healthz", "metrics"),
+            "readiness": ("/readyz", "metrics"),
+            "liveness": ("/healthz", "metrics"),
+        }
         assert all(Health(StreamMetrics()).answer(path)[0] != 404 for path in ("/healthz", "/readyz", "/metrics"))
         for scaled in of_kind(objects, "ScaledObject"):
             [trigger] = scaled["spec"]["triggers"]
             given = trigger["metadata"]
-            assert (given["consumerGroup"], given["topic"], scaled["spec"]["maxReplicaCount"]) == (stream.group, stream.transactions, stream.partitions)
-            assert environ[given["bootstrapServersFromEnv"]].split(",") == list(stream.bootstrap_servers) and int(given["lagThreshold"]) > stream.batch
+            assert (given["consumerGroup"], given["topic"], scaled["spec"]["maxReplicaCount"]) == (
+                stream.group,
+                stream.transactions,
+                stream.partitions,
+            )
+            assert (
+                environ[given["bootstrapServersFromEnv"]].split(",") == list(stream.bootstrap_servers)
+                and int(given["lagThreshold"]) > stream.batch
+            )
             secured = {"sasl": stream.sasl_mechanism.lower().replace("-", "_").replace("sha_", "sha"), "tls": "enable"}
-            assert {key: given[key] for key in ("sasl", "tls") if key in given} == (secured if production else {}) and ("authenticationRef" in trigger) == production
+            assert {key: given[key] for key in ("sasl", "tls") if key in given} == (secured if production else {}) and (
+                "authenticationRef" in trigger
+            ) == production
 
 
 def test_settings_copy():
     """kustomize reads no file above its own folder; `make export` copies the settings there."""
-    assert (PROJECT / "k8s/base/settings.ini").read_bytes() == (PROJECT / "settings.ini").read_bytes(), "k8s/base/settings.ini is not the project's: make export"
+    assert (PROJECT / "k8s/base/settings.ini").read_bytes() == (PROJECT / "settings.ini").read_bytes(), (
+        "k8s/base/settings.ini is not the project's: make export"
+    )
 
 
 def test_changed_settings_roll_the_pods(render, tmp_path):
     shutil.copytree(PROJECT / "k8s", tmp_path / "k8s")
     with (tmp_path / "k8s/base/settings.ini").open("a") as file:
         file.write("# changed\n")
-    done = subprocess.run(["kubectl", "kustomize", str(tmp_path / "k8s/overlays/minikube")], capture_output=True, text=True, check=True)
-    changed, before = workloads(yaml.safe_load_all(done.stdout))["fraud-api"], workloads(render("overlays/minikube"))["fraud-api"]
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(tmp_path / "k8s/overlays/minikube")], capture_output=True, text=True, check=True
+    )
+    changed, before = (
+        workloads(yaml.safe_load_all(done.stdout))["fraud-api"],
+        workloads(render("overlays/minikube"))["fraud-api"],
+    )
     assert changed != before and changed["spec"]["volumes"] != before["spec"]["volumes"]
 
 
 def mebibytes(quantity: str) -> int:
-    return int(quantity.removesuffix("Mi").removesuffix("mb").removesuffix("Gi")) * (1024 if quantity.endswith("Gi") else 1)
+    return int(quantity.removesuffix("Mi").removesuffix("mb").removesuffix("Gi")) * (
+        1024 if quantity.endswith("Gi") else 1
+    )
 
 
 def test_redis_as_declared(render, tmp_path):
@@ -448,17 +617,25 @@ def test_redis_as_declared(render, tmp_path):
     assert mebibytes(limit) * 2 <= mebibytes(main["resources"]["limits"]["memory"])
     (tmp_path / "redis.conf").write_text(text.replace("dir /data", f"dir {tmp_path}"))
     [configured] = [mount["mountPath"] for mount in main["volumeMounts"] if mount["name"] == "config"]
-    program, *arguments = [word.replace("$(REDISCLI_AUTH)", password).replace(f"{configured}/", f"{tmp_path}/") for word in main["command"]]
+    program, *arguments = [
+        word.replace("$(REDISCLI_AUTH)", password).replace(f"{configured}/", f"{tmp_path}/") for word in main["command"]
+    ]
     command = [server, *arguments, "--port", str(port), "--bind", servers.HOST]
     assert program == "redis-server" and [variable["name"] for variable in main["env"]] == ["REDISCLI_AUTH"]
 
     def probe(name: str, key: str = password) -> int:
-        words = " ".join(main[name]["exec"]["command"]).removeprefix("sh -c ").replace("redis-cli", f"redis-cli -p {port}")
-        return subprocess.run(["sh", "-c", words], env=os.environ | {"REDISCLI_AUTH": key}, capture_output=True, timeout=10).returncode
+        words = (
+            " ".join(main[name]["exec"]["command"]).removeprefix("sh -c ").replace("redis-cli", f"redis-cli -p {port}")
+        )
+        return subprocess.run(
+            ["sh", "-c", words], env=os.environ | {"REDISCLI_AUTH": key}, capture_output=True, timeout=10
+        ).returncode
 
     def persistence() -> list[str]:
         command = ["redis-cli", "-p", str(port), "info", "persistence"]
-        return subprocess.run(command, env=os.environ | {"REDISCLI_AUTH": password}, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(
+            command, env=os.environ | {"REDISCLI_AUTH": password}, capture_output=True, text=True, check=True
+        ).stdout.split()
 
     def store(key: str = password):
         return open_store(f"redis://:{key}@{servers.HOST}:{port}/0", 1000, 1)
@@ -494,30 +671,60 @@ def broker_as_declared(objects, folder: Path) -> Iterator[str]:
     Yields the broker's address."""
     template = workloads(objects)["fraud-kafka"]
     environ, main = declared_environment(template), container(template)
-    version = re.search("<version>([0-9.]+)</version>\\s*</dependency>", (PROJECT / "tests/servers/kafka/pom.xml").read_text())[1]
+    version = re.search(
+        "<version>([0-9.]+)</version>\\s*</dependency>", (PROJECT / "tests/servers/kafka/pom.xml").read_text()
+    )[1]
     assert main["image"] == f"docker.io/apache/kafka:{version}"
-    assert main["image"].endswith("/" + yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["kafka"]["image"])
+    assert main["image"].endswith(
+        "/" + yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["kafka"]["image"]
+    )
     [volume] = [mount["mountPath"] for mount in main["volumeMounts"] if mount["name"] == "data"]
     [(name, port)] = [(port["name"], port["containerPort"]) for port in main["ports"]]
     inside, local, controller = (servers.free_port() for _ in range(3))
     loopback = {"localhost:9092": f"localhost:{local}"}
-    listened = {f"INSIDE://:{port}": f"INSIDE://{servers.HOST}:{inside}", "localhost:9093": f"localhost:{controller}"} | loopback
+    listened = {
+        f"INSIDE://:{port}": f"INSIDE://{servers.HOST}:{inside}",
+        "localhost:9093": f"localhost:{controller}",
+    } | loopback
     advertised = {f"fraud-kafka-0.fraud-kafka-brokers.fraud.svc:{port}": f"{servers.HOST}:{inside}"} | loopback
-    environ |= {"KAFKA_LISTENERS": moved(environ["KAFKA_LISTENERS"], listened), "KAFKA_ADVERTISED_LISTENERS": moved(environ["KAFKA_ADVERTISED_LISTENERS"], advertised),
-                "KAFKA_CONTROLLER_QUORUM_VOTERS": moved(environ["KAFKA_CONTROLLER_QUORUM_VOTERS"], {"9093": str(controller)}),
-                "KAFKA_LOG_DIRS": moved(environ["KAFKA_LOG_DIRS"], {volume: str(folder / "volume")})}
+    environ |= {
+        "KAFKA_LISTENERS": moved(environ["KAFKA_LISTENERS"], listened),
+        "KAFKA_ADVERTISED_LISTENERS": moved(environ["KAFKA_ADVERTISED_LISTENERS"], advertised),
+        "KAFKA_CONTROLLER_QUORUM_VOTERS": moved(environ["KAFKA_CONTROLLER_QUORUM_VOTERS"], {"9093": str(controller)}),
+        "KAFKA_LOG_DIRS": moved(environ["KAFKA_LOG_DIRS"], {volume: str(folder / "volume")}),
+    }
     heap = environ["KAFKA_HEAP_OPTS"].split()
-    assert int(re.fullmatch(r"-Xmx(\d+)m", heap[-1])[1]) * 2 <= mebibytes(main["resources"]["limits"]["memory"])  # the other half is for what a JVM needs beside its heap
+    assert int(re.fullmatch(r"-Xmx(\d+)m", heap[-1])[1]) * 2 <= mebibytes(
+        main["resources"]["limits"]["memory"]
+    )  # the other half is for what a JVM needs beside its heap
     java = [servers.program("java", "openjdk-17-jre-headless"), *heap, "-cp", servers.kafka_classpath()]
     for made in ("image", "mounted", "config", "volume"):
         (folder / made).mkdir()
     for file in ("server.properties", "log4j2.yaml", "tools-log4j2.yaml"):
         (folder / "image" / file).touch()
-    setup = [*java, "kafka.docker.KafkaDockerWrapper", "setup", "--default-configs-dir", "image", "--mounted-configs-dir", "mounted", "--final-configs-dir", "config"]
-    done = subprocess.run(setup, cwd=folder, env={"PATH": os.environ["PATH"], **environ}, capture_output=True, text=True, timeout=60)
+    setup = [
+        *java,
+        "kafka.docker.KafkaDockerWrapper",
+        "setup",
+        "--default-configs-dir",
+        "image",
+        "--mounted-configs-dir",
+        "mounted",
+        "--final-configs-dir",
+        "config",
+    ]
+    done = subprocess.run(
+        setup, cwd=folder, env={"PATH": os.environ["PATH"], **environ}, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(main[f"{probe}Probe"]["tcpSocket"] == {"port": name} for probe in ("startup", "liveness", "readiness"))
-    with servers.running([*java, "kafka.Kafka", "config/server.properties"], servers.answers(inside), folder / "kafka.log", seconds=60, cwd=folder):
+    with servers.running(
+        [*java, "kafka.Kafka", "config/server.properties"],
+        servers.answers(inside),
+        folder / "kafka.log",
+        seconds=60,
+        cwd=folder,
+    ):
         yield f"{servers.HOST}:{inside}"
 
 
@@ -533,18 +740,31 @@ def test_stream_as_declared(render, tmp_path):
     objects = render("overlays/minikube")
     example_bundle(tmp_path / "models/champion")
     with contextlib.ExitStack() as running:
-        store, broker = running.enter_context(servers.redis(tmp_path)), running.enter_context(broker_as_declared(objects, tmp_path))
+        store, broker = (
+            running.enter_context(servers.redis(tmp_path)),
+            running.enter_context(broker_as_declared(objects, tmp_path)),
+        )
         processes, urls = {}, {}
         for name, template in consumers(objects).items():
             port, settings = servers.free_port(), declared_settings(template, objects, tmp_path)[0]
             environ = declared_environment(template, {("fraud-store", "url"): store})
-            environ |= {"FRAUD_ROOT": str(tmp_path), "FRAUD_STREAM_HOST": servers.HOST, "FRAUD_STREAM_PORT": str(port),
-                        "FRAUD_SERVE_BUNDLE": environ["FRAUD_SERVE_BUNDLE"].replace("/models", str(tmp_path / "models")),
-                        "FRAUD_STREAM_BOOTSTRAP_SERVERS": moved(environ["FRAUD_STREAM_BOOTSTRAP_SERVERS"], {"fraud-kafka.fraud.svc:19092": broker})}
+            environ |= {
+                "FRAUD_ROOT": str(tmp_path),
+                "FRAUD_STREAM_HOST": servers.HOST,
+                "FRAUD_STREAM_PORT": str(port),
+                "FRAUD_SERVE_BUNDLE": environ["FRAUD_SERVE_BUNDLE"].replace("/models", str(tmp_path / "models")),
+                "FRAUD_STREAM_BOOTSTRAP_SERVERS": moved(
+                    environ["FRAUD_STREAM_BOOTSTRAP_SERVERS"], {"fraud-kafka.fraud.svc:19092": broker}
+                ),
+            }
             (python, *arguments), urls[name] = container(template)["command"], f"http://{servers.HOST}:{port}"
             assert python == "python"
             environ |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
-            processes[name] = running.enter_context(servers.running([sys.executable, *arguments], lambda: True, tmp_path / f"{name}.log", cwd=tmp_path, env=environ))
+            processes[name] = running.enter_context(
+                servers.running(
+                    [sys.executable, *arguments], lambda: True, tmp_path / f"{name}.log", cwd=tmp_path, env=environ
+                )
+            )
 
         def probed(name: str, kind: str) -> bool:
             assert processes[name].poll() is None, (tmp_path / f"{name}.log").read_text()
@@ -555,13 +775,24 @@ def test_stream_as_declared(render, tmp_path):
             assert probed(name, "startup") and probed(name, "liveness")
         with contextlib.closing(KafkaProducer(bootstrap_servers=broker)) as producer:
             producer.send(settings.stream.transactions, json.dumps(EXAMPLE).encode()).get(timeout=10)
-        until(lambda: 'fraud_stream_messages_total{outcome="decided"} 1.0' in httpx.get(f"{urls['fraud-stream']}/metrics").text, 10)
+        until(
+            lambda: (
+                'fraud_stream_messages_total{outcome="decided"} 1.0'
+                in httpx.get(f"{urls['fraud-stream']}/metrics").text
+            ),
+            10,
+        )
         assert EXAMPLE["transaction_id"] in open_store(store, 1000, 1).read([], [EXAMPLE["transaction_id"]], 0).recorded
         for name, process in processes.items():
             peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
-            assert peak < mebibytes(container(workloads(objects)[name])["resources"]["limits"]["memory"]), f"{name}: {peak:.0f} MiB"
+            assert peak < mebibytes(container(workloads(objects)[name])["resources"]["limits"]["memory"]), (
+                f"{name}: {peak:.0f} MiB"
+            )
             process.send_signal(signal.SIGTERM)
-        assert {name: process.wait(workloads(objects)[name]["spec"]["terminationGracePeriodSeconds"]) for name, process in processes.items()} == dict.fromkeys(CONSUMERS, 0)
+        assert {
+            name: process.wait(workloads(objects)[name]["spec"]["terminationGracePeriodSeconds"])
+            for name, process in processes.items()
+        } == dict.fromkeys(CONSUMERS, 0)
     for name in CONSUMERS:  # nothing to complain of, in lines of JSON
         assert all(json.loads(line)["level"] == "INFO" for line in (tmp_path / f"{name}.log").read_text().splitlines())
 
@@ -575,20 +806,39 @@ def test_checkov(render, checkov, tmp_path):
     """Every rule passes, or the object says why it does not apply; without a network."""
     for overlay in WITH_COMPONENTS:
         (tmp_path / f"{Path(overlay).name}.yaml").write_text(yaml.safe_dump_all(render(overlay, OPTIONAL)))
-    command = [checkov, "--directory", tmp_path, "--framework", "kubernetes", "--skip-download", "--compact", "--output", "json"]
-    done = subprocess.run(command, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+    command = [
+        checkov,
+        "--directory",
+        tmp_path,
+        "--framework",
+        "kubernetes",
+        "--skip-download",
+        "--compact",
+        "--output",
+        "json",
+    ]
+    done = subprocess.run(
+        command, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
     results = json.loads(done.stdout)["results"]
     failed = [f"{check['resource']}: {check['check_id']} {check['check_name']}" for check in results["failed_checks"]]
     assert not failed and done.returncode == 0, "\n".join(failed)
     assert len(results["passed_checks"]) > 300 and not results["parsing_errors"]
-    skipped = {(check["resource"].split(".")[0], check["check_id"], check["check_result"]["suppress_comment"]) for check in results["skipped_checks"]}
-    everywhere = {(kind, rule) for kind in ("Deployment", "StatefulSet") for rule in ("CKV_K8S_15", "CKV_K8S_35", "CKV_K8S_43")}
+    skipped = {
+        (check["resource"].split(".")[0], check["check_id"], check["check_result"]["suppress_comment"])
+        for check in results["skipped_checks"]
+    }
+    everywhere = {
+        (kind, rule) for kind in ("Deployment", "StatefulSet") for rule in ("CKV_K8S_15", "CKV_K8S_35", "CKV_K8S_43")
+    }
     assert {(kind, rule) for kind, rule, _ in skipped} == everywhere | {("StatefulSet", "CKV_K8S_40")}
     assert all(len(reason) > 20 for *_, reason in skipped)
 
 
 def test_script_is_clean():
-    done = subprocess.run([servers.program("shellcheck", "shellcheck"), str(PROJECT / "k8s/minikube.sh")], capture_output=True, text=True)
+    done = subprocess.run(
+        [servers.program("shellcheck", "shellcheck"), str(PROJECT / "k8s/minikube.sh")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -618,7 +868,27 @@ STAND_INS = {
             "port-forward "*) echo "Forwarding from 127.0.0.1:$API -> 8000"; exec sleep 20 ;;
         esac""",
 }
-BASICS = ("bash", "basename", "cat", "chmod", "cp", "curl", "cut", "date", "dirname", "env", "head", "mkdir", "mv", "od", "rm", "sed", "sleep", "touch", "tr")
+BASICS = (
+    "bash",
+    "basename",
+    "cat",
+    "chmod",
+    "cp",
+    "curl",
+    "cut",
+    "date",
+    "dirname",
+    "env",
+    "head",
+    "mkdir",
+    "mv",
+    "od",
+    "rm",
+    "sed",
+    "sleep",
+    "touch",
+    "tr",
+)
 
 
 @pytest.fixture
@@ -635,12 +905,21 @@ def minikube(tmp_path):
     for name in BASICS:
         (programs / name).symlink_to(servers.program(name, name))
     for name, text in STAND_INS.items():
-        (programs / name).write_text(f'#!{programs}/bash\nset -eu\nHERE={here}; KUBECTL={kubectl}\nFROM=$PWD; cd "$HERE"\n{text}\n')
+        (programs / name).write_text(
+            f'#!{programs}/bash\nset -eu\nHERE={here}; KUBECTL={kubectl}\nFROM=$PWD; cd "$HERE"\n{text}\n'
+        )
         (programs / name).chmod(0o755)
 
     def run(port: int = 0, **variables: str) -> subprocess.CompletedProcess:
         environ = {"PATH": str(programs), "API": str(port), **variables}
-        return subprocess.run([str(programs / "bash"), "k8s/minikube.sh"], cwd=project, env=environ, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [str(programs / "bash"), "k8s/minikube.sh"],
+            cwd=project,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     run.project, run.programs, run.here = project, programs, here
     return run
@@ -652,7 +931,11 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 
 
 def test_minikube_says_what_is_missing(minikube):
-    for name, words in (("docker", "docker is not installed"), ("kubectl", "kubectl is not installed"), ("minikube", "minikube is not installed")):
+    for name, words in (
+        ("docker", "docker is not installed"),
+        ("kubectl", "kubectl is not installed"),
+        ("minikube", "minikube is not installed"),
+    ):
         (minikube.programs / name).rename(minikube.programs / f"{name}.away")
         assert last_line(minikube()).startswith(f"error: {words}; how to install it: https://")
     for name in STAND_INS:
@@ -672,7 +955,9 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert not (here / "applied").exists()
     (here / "broken").unlink()
     (here / "unready").touch()
-    assert last_line(minikube()).startswith("error: statefulset/fraud-redis is not ready after five minutes; see why with: kubectl ")
+    assert last_line(minikube()).startswith(
+        "error: statefulset/fraud-redis is not ready after five minutes; see why with: kubectl "
+    )
     (here / "unready").unlink()
 
     secrets = {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in MINIKUBE_SECRETS}
@@ -687,13 +972,28 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     # Again, with a service behind the door that knows the first run's keys and serves what was copied to the node.
     newer = example_bundle(minikube.project / "models/champion", bias=-13.0).manifest.version
     port = servers.free_port()
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "FRAUD_ROOT": str(PROJECT), "FRAUD_SERVE_PORT": str(port), "FRAUD_SERVE_BUNDLE": str(here / "node/champion"),
-               "FRAUD_SERVE_RELOAD_SECONDS": "0.1", "FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}
-    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, tmp_path / "api.log", env=environ):
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(PROJECT),
+        "FRAUD_ROOT": str(PROJECT),
+        "FRAUD_SERVE_PORT": str(port),
+        "FRAUD_SERVE_BUNDLE": str(here / "node/champion"),
+        "FRAUD_SERVE_RELOAD_SECONDS": "0.1",
+        "FRAUD_API_KEYS_FILE": str(tmp_path / "keys"),
+    }
+    with servers.running(
+        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200,
+        tmp_path / "api.log",
+        env=environ,
+    ):
         done = minikube(port)
         assert done.returncode == 0, done.stdout + done.stderr
         end = time.monotonic() + 10
-        while httpx.get(f"http://{servers.HOST}:{port}/model", headers={"X-API-Key": key.decode()}).json()["version"] != newer:  # swapped without a restart
+        while (
+            httpx.get(f"http://{servers.HOST}:{port}/model", headers={"X-API-Key": key.decode()}).json()["version"]
+            != newer
+        ):  # swapped without a restart
             assert time.monotonic() < end
             time.sleep(0.05)
     assert "refused" not in (tmp_path / "api.log").read_text()
@@ -701,7 +1001,10 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert answer["transaction_id"] == EXAMPLE["transaction_id"] and answer["decision"] in ("allow", "review", "block")
     assert {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in MINIKUBE_SECRETS} == secrets
     said = done.stdout + done.stderr
-    assert not any(value in said for value in (key.decode(), store["password"])) and "Again, and from your own programs" in said
+    assert (
+        not any(value in said for value in (key.decode(), store["password"]))
+        and "Again, and from your own programs" in said
+    )
 
     log = (here / "log").read_text().splitlines()
     assert log[:2] == ["status", "start --cni=calico --addons=metrics-server"] and "addons enable metrics-server" in log
@@ -709,6 +1012,8 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     applied = list(yaml.safe_load_all((here / "applied").read_text()))
     assert {container(workloads(applied)[name])["image"] for name in {"fraud-api"} | CONSUMERS} == {built}
     waited = [line.split()[2] for line in log if line.startswith("rollout status")]
-    assert set(waited) >= {f"{item['kind'].lower()}/{item['metadata']['name']}" for item in of_kind(applied, "Deployment", "StatefulSet")}
+    assert set(waited) >= {
+        f"{item['kind'].lower()}/{item['metadata']['name']}" for item in of_kind(applied, "Deployment", "StatefulSet")
+    }
     assert waited.index("statefulset/fraud-kafka") < waited.index("deployment/fraud-stream")
     assert json.loads(done.stdout.split("--data '")[1].split("' http")[0]) == EXAMPLE

@@ -24,13 +24,34 @@ from fraud_pkg.stream.replay import label_message, transaction_messages
 from fraud_pkg.core.settings import Simulate
 from fraud_pkg.data.simulate import simulate
 
-BASE, CALM, DRIFTED, DELAY = 44, 14, 24, 48  # days of the champion's log, without drift, with drift; hours until labels are known
+BASE, CALM, DRIFTED, DELAY = (
+    44,
+    14,
+    24,
+    48,
+)  # days of the champion's log, without drift, with drift; hours until labels are known
 NEW = "structuring"
 AFTER = 6  # days that are watched then
 LEARNED = 16  # days after which a challenger may have learned it
 SEEDS = [int(seed) for seed in os.environ.get("FRAUD_LOOP_SEEDS", "7").split(",")]
-SETTINGS = {"features.engine": "local", "features.windows": "1, 24, 168", "features.label_delay": DELAY, "split.test_hours": 336, "split.validation_hours": 96, "monitor.reference_hours": 336, "retrain.test_hours": 120, "retrain.validation_hours": 48,
-            "xgboost.rounds": 80, "tensorflow.epochs": 2, "train.ablation": False, "evaluate.resamples": 100, "pipeline.push": False, "stream.partitions": 1, "stream.port": 0, "serve.reload_seconds": 0.5}
+SETTINGS = {
+    "features.engine": "local",
+    "features.windows": "1, 24, 168",
+    "features.label_delay": DELAY,
+    "split.test_hours": 336,
+    "split.validation_hours": 96,
+    "monitor.reference_hours": 336,
+    "retrain.test_hours": 120,
+    "retrain.validation_hours": 48,
+    "xgboost.rounds": 80,
+    "tensorflow.epochs": 2,
+    "train.ablation": False,
+    "evaluate.resamples": 100,
+    "pipeline.push": False,
+    "stream.partitions": 1,
+    "stream.port": 0,
+    "serve.reload_seconds": 0.5,
+}
 
 
 class Live:
@@ -46,12 +67,20 @@ class Live:
         given = self.project.overrides | {key.replace("__", "."): value for key, value in more.items()}
         environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as output:
-            return subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", *arguments], cwd=self.project.root, env=environ, stdout=output, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                [sys.executable, "-m", "fraud_pkg.cli", *arguments],
+                cwd=self.project.root,
+                env=environ,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def send(self, first_day: int, end_day: int) -> None:
         """The transactions of these days, a day after the other; what became known by then of older ones comes before, as in life, where a day is long."""
         step, number, fraud = (self.table[name].to_numpy() for name in ("step", "tx_id", "isFraud"))
-        with contextlib.closing(KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)) as producer:
+        with contextlib.closing(
+            KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)
+        ) as producer:
             for day in range(first_day, end_day):
                 for told in number[(fraud == 1) & ((step + DELAY) // 24 == day)].tolist():
                     producer.send("labels", label_message(str(told), True, "json"), key=str(told).encode())
@@ -82,8 +111,14 @@ class Live:
 
     def recall(self, scenario: str, first_day: int, end_day: int) -> float:
         """The share of this kind of fraud that was reviewed or blocked."""
-        table = read_decisions(self.project.root / "data/decisions", ["transaction_id", "decision"], 24 * first_day, 24 * end_day)
-        flagged = [decision != "allow" for number, decision in zip(*(column.to_pylist() for column in table.columns), strict=True) if self.scenario[number] == scenario]
+        table = read_decisions(
+            self.project.root / "data/decisions", ["transaction_id", "decision"], 24 * first_day, 24 * end_day
+        )
+        flagged = [
+            decision != "allow"
+            for number, decision in zip(*(column.to_pylist() for column in table.columns), strict=True)
+            if self.scenario[number] == scenario
+        ]
         return float(np.mean(flagged))
 
     def champion_at(self, url: str) -> str:
@@ -101,7 +136,16 @@ def ended(process: subprocess.Popen) -> None:
 
 @pytest.fixture(params=SEEDS)
 def live(request, workspace, tmp_path):
-    table = simulate(Simulate(rows=1000 * (BASE + CALM + DRIFTED), days=BASE + CALM + DRIFTED, fraud_rate=0.02, seed=request.param, drift_step=24 * (BASE + CALM), drift_scenario=NEW))
+    table = simulate(
+        Simulate(
+            rows=1000 * (BASE + CALM + DRIFTED),
+            days=BASE + CALM + DRIFTED,
+            fraud_rate=0.02,
+            seed=request.param,
+            drift_step=24 * (BASE + CALM),
+            drift_scenario=NEW,
+        )
+    )
     pq.write_table(table.filter(pc.less(table["step"], 24 * BASE)), tmp_path / "base.parquet")
     project = workspace()
     project.overrides = SETTINGS | {"data.source": tmp_path / "base.parquet"}
@@ -136,16 +180,26 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
     within = DELAY // 24 + 3 + 1  # windows: until labels are known, then three bad ones, and the one that is not over
     live.send(drift, drift + within)
     alarmed = live.check()
-    assert alarmed["verdict"] == "retrain" and next(c for c in alarmed["checks"] if c["check"] == "recall")["alarm"], alarmed["reasons"]
-    assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in servers.fetch(f"{live.gateway}/metrics")
+    assert alarmed["verdict"] == "retrain" and next(c for c in alarmed["checks"] if c["check"] == "recall")["alarm"], (
+        alarmed["reasons"]
+    )
+    assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in servers.fetch(
+        f"{live.gateway}/metrics"
+    )
 
     day, tried = drift + within, []
-    while not (tried and tried[-1]["promoted"]) and day < drift + DRIFTED - AFTER:  # a challenger needs days of the new fraud to learn from, and later ones to be judged on
+    while (
+        not (tried and tried[-1]["promoted"]) and day < drift + DRIFTED - AFTER
+    ):  # a challenger needs days of the new fraud to learn from, and later ones to be judged on
         later = min(day + (LEARNED - within if not tried else 2), drift + DRIFTED - AFTER)
         live.send(day, later)
         day = later
         live.check(retrain=True)
-        tried = [json.loads(line) for line in (live.project.root / "reports/watch/history.jsonl").read_text().splitlines() if '"retraining"' in line]
+        tried = [
+            json.loads(line)
+            for line in (live.project.root / "reports/watch/history.jsonl").read_text().splitlines()
+            if '"retraining"' in line
+        ]
     assert tried[-1]["promoted"], [t["gate"]["reasons"] for t in tried]
     second = tried[-1]["after"]
     live._wait(lambda: live.champion_at(live.url) == second, seconds=10)
@@ -165,4 +219,6 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
     assert re.search(r"retrain", (live.project.root / "reports/index.html").read_text())
     with capsys.disabled():
         gate = next(r["detail"] for r in tried[-1]["gate"]["reasons"] if r["check"] == "champion")
-        print(f"\n{NEW}: recall {before:.2f} before, {after:.2f} after; alarm after {within} days, champion after {day - drift} days and {len(tried)} tries; {gate}")
+        print(
+            f"\n{NEW}: recall {before:.2f} before, {after:.2f} after; alarm after {within} days, champion after {day - drift} days and {len(tried)} tries; {gate}"
+        )

@@ -37,14 +37,20 @@ DOCS = RUNBOOKS + (PROJECT / "docs/monitoring.md").read_text(encoding="utf-8")
 
 def check(program: str, package: str, *arguments: object) -> str:
     """Runs a checking program, which has to be content."""
-    done = subprocess.run([servers.program(program, package), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [servers.program(program, package), *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def resolved(receivers: str = f"http://{servers.HOST}:9") -> str:
     """alertmanager.yml with the receivers' addresses in place of the files that hold them, which Debian's Alertmanager does not read yet."""
-    text, found = re.subn(r"url_file: /etc/alertmanager/receivers/(\w+)", rf"url: {receivers}/\1", (MONITORING / "alertmanager.yml").read_text())
+    text, found = re.subn(
+        r"url_file: /etc/alertmanager/receivers/(\w+)",
+        rf"url: {receivers}/\1",
+        (MONITORING / "alertmanager.yml").read_text(),
+    )
     assert found == 2
     return text
 
@@ -56,7 +62,9 @@ def test_rules_and_configurations_are_valid(tmp_path):
     check("promtool", "prometheus", "check", "rules", *RULE_FILES)
     (tmp_path / "prometheus.yml").write_text((PROJECT / "compose/prometheus.yml").read_text())
     (tmp_path / "rules").symlink_to(MONITORING / "rules")
-    assert f"{len(RULE_FILES)} rule files found" in check("promtool", "prometheus", "check", "config", tmp_path / "prometheus.yml")
+    assert f"{len(RULE_FILES)} rule files found" in check(
+        "promtool", "prometheus", "check", "config", tmp_path / "prometheus.yml"
+    )
     (tmp_path / "alertmanager.yml").write_text(resolved())
     check("amtool", "prometheus-alertmanager", "check-config", tmp_path / "alertmanager.yml")
 
@@ -64,7 +72,18 @@ def test_rules_and_configurations_are_valid(tmp_path):
 @pytest.mark.parametrize("severity", ["page", "ticket"])
 def test_who_is_told(tmp_path, severity):
     (tmp_path / "alertmanager.yml").write_text(resolved())
-    assert check("amtool", "prometheus-alertmanager", "config", "routes", "test", f"--config.file={tmp_path / 'alertmanager.yml'}", f"severity={severity}").strip() == severity
+    assert (
+        check(
+            "amtool",
+            "prometheus-alertmanager",
+            "config",
+            "routes",
+            "test",
+            f"--config.file={tmp_path / 'alertmanager.yml'}",
+            f"severity={severity}",
+        ).strip()
+        == severity
+    )
 
 
 @pytest.mark.parametrize("file", sorted((MONITORING / "tests").glob("*.yml")), ids=lambda file: file.stem)
@@ -73,8 +92,12 @@ def test_alerts_fire_when_they_should(file):
 
 
 def test_every_alert_is_tested_and_explained():
-    tests = [test for file in (MONITORING / "tests").glob("*.yml") for test in yaml.safe_load(file.read_text())["tests"]]
-    assert {(unit["alertname"], bool(unit["exp_alerts"])) for test in tests for unit in test["alert_rule_test"]} == {(alert, fires) for alert in ALERTS for fires in (True, False)}
+    tests = [
+        test for file in (MONITORING / "tests").glob("*.yml") for test in yaml.safe_load(file.read_text())["tests"]
+    ]
+    assert {(unit["alertname"], bool(unit["exp_alerts"])) for test in tests for unit in test["alert_rule_test"]} == {
+        (alert, fires) for alert in ALERTS for fires in (True, False)
+    }
     headings = re.findall(r"^### (\w+)$", RUNBOOKS, re.MULTILINE)
     assert sorted(headings) == sorted(ALERTS)
     for name, rule in ALERTS.items():
@@ -94,7 +117,9 @@ def test_inhibitions_name_alerts():
 
 def test_commands_in_the_docs_exist():
     command, code = typer.main.get_command(app), "\n".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", DOCS, re.DOTALL))
-    named = set(re.findall(r"(?:^|[` ])(?<!-n )fraud ([a-z]+)(?: ([a-z]+))?", code, re.MULTILINE))  # not `kubectl -n fraud ...`
+    named = set(
+        re.findall(r"(?:^|[` ])(?<!-n )fraud ([a-z]+)(?: ([a-z]+))?", code, re.MULTILINE)
+    )  # not `kubectl -n fraud ...`
     assert ("models", "rollback") in named
     for first, second in named:
         assert first in command.commands, first
@@ -114,27 +139,55 @@ def test_every_panel_explains_itself():
     assert len({board["uid"] for board in boards}) == len({board["title"] for board in boards}) == 3
     for board in boards:
         [variable] = board["templating"]["list"]
-        assert (variable["type"], variable["name"], variable["query"]) == ("datasource", "datasource", "prometheus") and board["description"]
+        assert (variable["type"], variable["name"], variable["query"]) == (
+            "datasource",
+            "datasource",
+            "prometheus",
+        ) and board["description"]
         panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-        assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"]) and len({panel["title"] for panel in panels}) >= len(panels) - 1
+        assert (
+            len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+            and len({panel["title"] for panel in panels}) >= len(panels) - 1
+        )
         for panel in panels:
-            assert panel["description"] and panel["targets"] and panel["datasource"]["uid"] == "${datasource}" and panel["fieldConfig"]["defaults"]["unit"]
+            assert (
+                panel["description"]
+                and panel["targets"]
+                and panel["datasource"]["uid"] == "${datasource}"
+                and panel["fieldConfig"]["defaults"]["unit"]
+            )
 
 
 def test_pushgateway_as_declared(tmp_path):
     """Its own arguments on a real one: it answers its probes, and what was pushed outlives a restart of the container."""
-    [template] = [yaml.safe_load((PROJECT / "k8s/components/pushgateway/deployment.yaml").read_text())["spec"]["template"]["spec"]]
+    [template] = [
+        yaml.safe_load((PROJECT / "k8s/components/pushgateway/deployment.yaml").read_text())["spec"]["template"]["spec"]
+    ]
     [main], port = template["containers"], servers.free_port()
-    declared = {"--web.listen-address=:9091": f"--web.listen-address={servers.HOST}:{port}", "--persistence.file=/data/figures": f"--persistence.file={tmp_path}/figures"}
-    command = [servers.program("prometheus-pushgateway", "prometheus-pushgateway"), *(declared.get(word, word) for word in main["args"])]
+    declared = {
+        "--web.listen-address=:9091": f"--web.listen-address={servers.HOST}:{port}",
+        "--persistence.file=/data/figures": f"--persistence.file={tmp_path}/figures",
+    }
+    command = [
+        servers.program("prometheus-pushgateway", "prometheus-pushgateway"),
+        *(declared.get(word, word) for word in main["args"]),
+    ]
     assert declared.keys() < set(main["args"]) and [mount["mountPath"] for mount in main["volumeMounts"]] == ["/data"]
-    probes, url = {main[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness")}, f"http://{servers.HOST}:{port}"
+    probes, url = (
+        {main[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness")},
+        f"http://{servers.HOST}:{port}",
+    )
     (tmp_path / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
     for again in (False, True):
-        with servers.running(command, lambda: all(servers.status(url + path) == 200 for path in probes), tmp_path / "pushgateway.log"):
+        with servers.running(
+            command, lambda: all(servers.status(url + path) == 200 for path in probes), tmp_path / "pushgateway.log"
+        ):
             if not again:
                 bad_monitor(tmp_path, url)
-            assert 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1' in httpx.get(f"{url}/metrics").text
+            assert (
+                'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1'
+                in httpx.get(f"{url}/metrics").text
+            )
 
 
 # A system that runs
@@ -143,6 +196,7 @@ def test_pushgateway_as_declared(tmp_path):
 @dataclass
 class System:
     """Where everything is, and what receivers were told."""
+
     prometheus: str
     alertmanager: str
     told: list[tuple[str, dict]]
@@ -159,6 +213,7 @@ class System:
 @contextlib.contextmanager
 def receivers(told: list) -> Iterator[str]:
     """Webhooks that keep what they are told, by their path."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -181,21 +236,48 @@ def receivers(told: list) -> Iterator[str]:
 def fraud(folder: Path, *arguments: str, **overrides) -> Iterator[int]:
     """A command that answers probes and /metrics; yields its port."""
     port = servers.free_port()
-    given = {"serve.port": port, "stream.port": port, "serve.bundle": folder / "champion", "serve.shadow": folder / "shadow", "serve.reload_seconds": 0.2}
+    given = {
+        "serve.port": port,
+        "stream.port": port,
+        "serve.bundle": folder / "champion",
+        "serve.shadow": folder / "shadow",
+        "serve.reload_seconds": 0.2,
+    }
     given |= {"rules.review_above": 1} | {key.replace("__", "."): value for key, value in overrides.items()}
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(folder), "PYTHONPATH": str(PROJECT)}
+    environ |= {
+        "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
+        "FRAUD_ROOT": str(folder),
+        "PYTHONPATH": str(PROJECT),
+    }
     log = folder / f"{'-'.join(arguments)}-{port}.log"
     alive = f"http://{servers.HOST}:{port}/healthz"
-    with servers.running([sys.executable, "-m", "fraud_pkg.cli", *arguments], lambda: servers.status(alive) == 200, log, env=environ, cwd=folder):
+    with servers.running(
+        [sys.executable, "-m", "fraud_pkg.cli", *arguments],
+        lambda: servers.status(alive) == 200,
+        log,
+        env=environ,
+        cwd=folder,
+    ):
         yield port
 
 
 def bad_monitor(folder: Path, pushgateway: str) -> None:
     """A look of the monitor that asks for a new model, pushed as `fraud watch` pushes it."""
-    checks = [{"check": name, "value": 0.3, "threshold": 0.2, "bad": 3, "judged": 5} for name in ("features", "score", "recall", "precision")]
-    found = {"verdict": "retrain", "checks": checks, "age_days": 3000, "labels_used": 7, "windows": [{"labelled": True, "average_precision": 0.4}]}
-    push_figures(found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={}))
+    checks = [
+        {"check": name, "value": 0.3, "threshold": 0.2, "bad": 3, "judged": 5}
+        for name in ("features", "score", "recall", "precision")
+    ]
+    found = {
+        "verdict": "retrain",
+        "checks": checks,
+        "age_days": 3000,
+        "labels_used": 7,
+        "windows": [{"labelled": True, "average_precision": 0.4}],
+    }
+    push_figures(
+        found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={})
+    )
 
 
 @contextlib.contextmanager
@@ -205,7 +287,10 @@ def traffic(ports: list[int], broker: str) -> Iterator[None]:
 
     def send() -> None:
         number = 0
-        with contextlib.closing(KafkaProducer(bootstrap_servers=broker, linger_ms=0)) as producer, httpx.Client(timeout=10) as client:
+        with (
+            contextlib.closing(KafkaProducer(bootstrap_servers=broker, linger_ms=0)) as producer,
+            httpx.Client(timeout=10) as client,
+        ):
             while not stop.wait(0.05):
                 number += 1
                 good = {**EXAMPLE, "transaction_id": f"t{number}", "amount": 1 + 400.0 * (number % 5)}
@@ -229,11 +314,19 @@ def traffic(ports: list[int], broker: str) -> Iterator[None]:
 def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str) -> str:
     """compose/prometheus.yml, every second and with where things are here."""
     content = yaml.safe_load((PROJECT / "compose/prometheus.yml").read_text())
-    places = {job: [f"{servers.HOST}:{port}" for port in ports] for job, ports in targets.items()} | {"pushgateway": [pushgateway.removeprefix("http://")]}
+    places = {job: [f"{servers.HOST}:{port}" for port in ports] for job, ports in targets.items()} | {
+        "pushgateway": [pushgateway.removeprefix("http://")]
+    }
     jobs = {job["job_name"]: job for job in content["scrape_configs"]}
     assert places.keys() - jobs.keys() == {"fraud-sink"}
-    content["scrape_configs"] = [{"job_name": name, "honor_labels": jobs.get(name, {}).get("honor_labels", False), "static_configs": [{"targets": there}]}
-                                 for name, there in places.items()]
+    content["scrape_configs"] = [
+        {
+            "job_name": name,
+            "honor_labels": jobs.get(name, {}).get("honor_labels", False),
+            "static_configs": [{"targets": there}],
+        }
+        for name, there in places.items()
+    ]
     content["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     content["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager.removeprefix("http://")]}]}]}
     return yaml.safe_dump(content)
@@ -254,14 +347,27 @@ def system(tmp_path_factory) -> Iterator[System]:
         broker, pushed, hooks = enter(servers.kafka(folder)), enter(servers.pushgateway(folder)), enter(receivers(told))
         manager = enter(servers.alertmanager(folder, re.sub(r"group_wait: \w+", "group_wait: 1s", resolved(hooks))))
         stream = {"stream__bootstrap_servers": broker, "stream__partitions": 1}
-        away = {"store__url": f"redis://{servers.HOST}:{servers.free_port()}/0", "store__timeout": 0.2, "serve__on_store_error": "degrade"}
-        ports = {"fraud-api": [enter(fraud(folder, "serve")), enter(fraud(folder, "serve", **away))],
-                 "fraud-stream": [enter(fraud(folder, "stream", "score", **stream))], "fraud-sink": [enter(fraud(folder, "stream", "sink", **stream))]}
+        away = {
+            "store__url": f"redis://{servers.HOST}:{servers.free_port()}/0",
+            "store__timeout": 0.2,
+            "serve__on_store_error": "degrade",
+        }
+        ports = {
+            "fraud-api": [enter(fraud(folder, "serve")), enter(fraud(folder, "serve", **away))],
+            "fraud-stream": [enter(fraud(folder, "stream", "score", **stream))],
+            "fraud-sink": [enter(fraud(folder, "stream", "sink", **stream))],
+        }
         bad_monitor(folder, pushed)
         enter(traffic(ports["fraud-api"], broker))
         watching = enter(servers.prometheus(folder, scraping(ports, pushed, manager)))
         found = System(watching, manager, told)
-        until(lambda: found.query("sum by (reason) (fraud_stream_waits_total)") and found.query('fraud_requests_total{status="503"}'), "503s and waits without a model")
+        until(
+            lambda: (
+                found.query("sum by (reason) (fraud_stream_waits_total)")
+                and found.query('fraud_requests_total{status="503"}')
+            ),
+            "503s and waits without a model",
+        )
         example_bundle(folder / "shadow", bias=-6.0)
         example_bundle(folder / "champion")
         yield found
@@ -274,7 +380,21 @@ def until(holds, what: object, seconds: float = 40) -> None:
         time.sleep(0.3)
 
 
-WORDS = {"by", "without", "on", "ignoring", "group_left", "group_right", "and", "or", "unless", "bool", "offset", "inf", "nan"}
+WORDS = {
+    "by",
+    "without",
+    "on",
+    "ignoring",
+    "group_left",
+    "group_right",
+    "and",
+    "or",
+    "unless",
+    "bool",
+    "offset",
+    "inf",
+    "nan",
+}
 
 
 def selectors(expr: str) -> set[str]:
@@ -282,7 +402,11 @@ def selectors(expr: str) -> set[str]:
     grouping = r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)"
     bare = re.sub(rf"#.*|\[[^\]]*\]|{grouping}|\boffset\s+\w+", " ", expr)
     found = re.finditer(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\})?\s*(\()?", bare)
-    return {name + (where or "") for name, where, call in (match.groups() for match in found) if not call and name.lower() not in WORDS}
+    return {
+        name + (where or "")
+        for name, where, call in (match.groups() for match in found)
+        if not call and name.lower() not in WORDS
+    }
 
 
 def without_comparing(expr: str) -> str:
@@ -297,12 +421,18 @@ def panel_queries() -> dict[str, str]:
     for file in sorted((MONITORING / "dashboards").glob("*.json")):
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel.get("targets", ()):
-                found[f"{file.stem}: {panel['title']}: {target['legendFormat']}"] = target["expr"].replace("$__rate_interval", "1m")
+                found[f"{file.stem}: {panel['title']}: {target['legendFormat']}"] = target["expr"].replace(
+                    "$__rate_interval", "1m"
+                )
     return found
 
 
 def test_taking_expressions_apart():
-    assert selectors('sum by (job) (rate(a_total{x=~"b"}[5m])) > 0.5 and on (job) up == 1 unless max(c offset 1h)') == {'a_total{x=~"b"}', "up", "c"}
+    assert selectors('sum by (job) (rate(a_total{x=~"b"}[5m])) > 0.5 and on (job) up == 1 unless max(c offset 1h)') == {
+        'a_total{x=~"b"}',
+        "up",
+        "c",
+    }
     assert without_comparing('a{x!="y"} >= 2 and b == 1') == 'a{x!="y"} >= bool 2 and b == bool 1'
 
 
@@ -329,13 +459,17 @@ def test_every_expression_gives_data(system):
 
 
 def test_series_that_do_not_exist_are_noticed(system):
-    assert not system.query("fraud_no_such_total") and selectors("rate(fraud_no_such_total[5m]) > 0") == {"fraud_no_such_total"}
+    assert not system.query("fraud_no_such_total") and selectors("rate(fraud_no_such_total[5m]) > 0") == {
+        "fraud_no_such_total"
+    }
 
 
 def test_rules_are_healthy(system):
     groups = httpx.get(f"{system.prometheus}/api/v1/rules").json()["data"]["groups"]
     found = {rule["name"]: (rule["health"], rule.get("lastError", "")) for group in groups for rule in group["rules"]}
-    assert found.keys() == {rule.get("alert") or rule["record"] for rule in RULES} and set(found.values()) == {("ok", "")}
+    assert found.keys() == {rule.get("alert") or rule["record"] for rule in RULES} and set(found.values()) == {
+        ("ok", "")
+    }
 
 
 def test_people_are_told(system):
@@ -343,10 +477,16 @@ def test_people_are_told(system):
     tickets = {"FraudDeadLetters", "FraudVerdictRetrain", "FraudDrift", "FraudModelStale", "FraudSinkUnreadable"}
     expected = {("page", "FraudDegraded")} | {("ticket", name) for name in tickets}
     until(lambda: expected <= {(place, alert["labels"]["alertname"]) for place, alert in system.told}, "webhooks")
-    assert all(alert["labels"]["severity"] == place and alert["annotations"].keys() == {"summary", "description", "runbook_url"} for place, alert in system.told)
+    assert all(
+        alert["labels"]["severity"] == place
+        and alert["annotations"].keys() == {"summary", "description", "runbook_url"}
+        for place, alert in system.told
+    )
 
     def muted() -> bool:
         alerts = httpx.get(f"{system.alertmanager}/api/v2/alerts").json()
-        return any(alert["labels"]["alertname"] == "FraudStoreErrors" and alert["status"]["inhibitedBy"] for alert in alerts)
+        return any(
+            alert["labels"]["alertname"] == "FraudStoreErrors" and alert["status"]["inhibitedBy"] for alert in alerts
+        )
 
     until(muted, "FraudStoreErrors is not muted")

@@ -1,6 +1,5 @@
 """What is decided online is what was learned offline: replayed transaction by transaction, features equal Spark's, bit for bit."""
 
-
 import itertools
 from collections.abc import Iterator
 
@@ -29,15 +28,23 @@ fresh = itertools.count()  # accounts that no example used before
 
 def live(row: dict) -> TransactionRequest:
     """A row of the raw table as its sender would have sent it."""
-    return TransactionRequest(transaction_id=str(row["tx_id"]), step=row["step"], type=row["type"], amount=row["amount"], nameOrig=row["nameOrig"],
-                       oldbalanceOrg=row["oldbalanceOrg"], nameDest=row["nameDest"], oldbalanceDest=row["oldbalanceDest"])
+    return TransactionRequest(
+        transaction_id=str(row["tx_id"]),
+        step=row["step"],
+        type=row["type"],
+        amount=row["amount"],
+        nameOrig=row["nameOrig"],
+        oldbalanceOrg=row["oldbalanceOrg"],
+        nameDest=row["nameDest"],
+        oldbalanceDest=row["oldbalanceDest"],
+    )
 
 
 def requests(rows: list[dict], batch: int) -> Iterator[list[dict]]:
     """Requests of at most `batch` rows of one step: what was fraud an hour ago cannot be known while it is still being decided."""
     for _, hour in itertools.groupby(rows, key=lambda row: row["step"]):
         hour = list(hour)
-        yield from (hour[i: i + batch] for i in range(0, len(hour), batch))
+        yield from (hour[i : i + batch] for i in range(0, len(hour), batch))
 
 
 def replay(rows: list[dict], store, label_delay: int, batch: int) -> np.ndarray:
@@ -47,8 +54,12 @@ def replay(rows: list[dict], store, label_delay: int, batch: int) -> np.ndarray:
         while waiting and waiting[0]["step"] <= part[0]["step"] - label_delay:
             assert store.label({str(waiting.pop(0)["tx_id"]): True}) == []
         transactions = [live(row) for row in part]
-        events = [Transaction(t.transaction_id, t.step, t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions]
-        reading = store.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
+        events = [
+            Transaction(t.transaction_id, t.step, t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions
+        ]
+        reading = store.read(
+            {a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step
+        )
         found.append(matrix(request_features(transactions, events), look_back(events, reading, WINDOWS, label_delay)))
         assert all(store.record(events))
         waiting += [row for row in part if row["isFraud"]]
@@ -66,7 +77,6 @@ def check(root, rows: int, label_delay: int, url: str, batch: int) -> None:
     assert offline.dtype == online.dtype == np.float32 and names == NAMES
     different = ~((online == offline) | (np.isnan(online) & np.isnan(offline)))
     assert not different.any(), f"{different.sum()} values of {sorted({names[j] for j in np.nonzero(different)[1]})}"
-
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +120,13 @@ def table(tmp_path, monkeypatch) -> str:
 @pytest.fixture(scope="module")
 def quiet_month(workspace):
     """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each. The local engine's files are Spark's, byte for byte (test_pipeline)."""
-    project = workspace(simulate__rows=1_500, simulate__days=31, simulate__fraud_rate=0.02, features__label_delay=24, features__engine="local")
+    project = workspace(
+        simulate__rows=1_500,
+        simulate__days=31,
+        simulate__fraud_rate=0.02,
+        features__label_delay=24,
+        features__engine="local",
+    )
     project.fraud("jobs", "run", "acquire")
     project.fraud("jobs", "run", "features")
     return project.root
@@ -137,7 +153,14 @@ def test_paysim_dynamodb(paysim, table):
     check(paysim, 3_000, 1, table, 100)
 
 
-moment = st.tuples(st.integers(0, 60), st.sampled_from("ABCD"), st.sampled_from("ABCD"), st.integers(0, 10**7), st.booleans(), st.integers(0, 30))
+moment = st.tuples(
+    st.integers(0, 60),
+    st.sampled_from("ABCD"),
+    st.sampled_from("ABCD"),
+    st.integers(0, 10**7),
+    st.booleans(),
+    st.integers(0, 30),
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +170,63 @@ def redis_url(tmp_path_factory):
 
 
 @pytest.mark.parametrize("place", ["memory", "redis"])
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(drawn=st.lists(moment, min_size=1, max_size=25), delay=st.integers(0, 30), cuts=st.integers(1, 4))
 def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
     """Random accounts that also pay themselves, random cuts into requests, and labels that come at any time up to the delay: the kernel's values."""
     windows, prefix = (1, 5, 24), f"h{next(fresh)}-"
     cuts = cuts if delay else 1  # a label of the own hour cannot be known to a request that is still being decided
-    rows = [{"tx_id": i, "step": step, "type": "TRANSFER", "amount": cents / 100, "nameOrig": prefix + orig, "oldbalanceOrg": 5.0, "nameDest": prefix + dest, "oldbalanceDest": None,
-             "isFraud": int(fraud), "known": step + min(late, delay)} for i, (step, orig, dest, cents, fraud, late) in enumerate(sorted(drawn, key=lambda one: one[0]))]
-    raw = pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in (("tx_id", pa.int64()), ("step", pa.int32()), ("amount", pa.float64()), ("nameOrig", pa.string()), ("nameDest", pa.string()), ("isFraud", pa.int8()))})
-    store = open_store("memory://" if place == "memory" else request.getfixturevalue("redis_url"), max(windows) + delay, timeout=10)
+    rows = [
+        {
+            "tx_id": i,
+            "step": step,
+            "type": "TRANSFER",
+            "amount": cents / 100,
+            "nameOrig": prefix + orig,
+            "oldbalanceOrg": 5.0,
+            "nameDest": prefix + dest,
+            "oldbalanceDest": None,
+            "isFraud": int(fraud),
+            "known": step + min(late, delay),
+        }
+        for i, (step, orig, dest, cents, fraud, late) in enumerate(sorted(drawn, key=lambda one: one[0]))
+    ]
+    raw = pa.table(
+        {
+            name: pa.array([row[name] for row in rows], kind)
+            for name, kind in (
+                ("tx_id", pa.int64()),
+                ("step", pa.int32()),
+                ("amount", pa.float64()),
+                ("nameOrig", pa.string()),
+                ("nameDest", pa.string()),
+                ("isFraud", pa.int8()),
+            )
+        }
+    )
+    store = open_store(
+        "memory://" if place == "memory" else request.getfixturevalue("redis_url"), max(windows) + delay, timeout=10
+    )
     online, waiting = [], []
     for part in requests(rows, cuts):
         due = [row for row in waiting if row["known"] <= part[0]["step"]]
         waiting = [row for row in waiting if row not in due]
         store.label({prefix + str(row["tx_id"]): True for row in due})
-        events = [Transaction(prefix + str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)) for row in part]
-        reading = store.read({a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step)
+        events = [
+            Transaction(
+                prefix + str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)
+            )
+            for row in part
+        ]
+        reading = store.read(
+            {a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step
+        )
         online.append(look_back(events, reading, windows, delay))
         assert all(store.record(events))
         waiting += [row for row in part if row["isFraud"]]

@@ -22,7 +22,10 @@ def test_first_run_does_everything(finished):
 
 
 def test_bake_off_shows_baselines_and_intervals(finished):
-    rows = {row["name"]: row["metrics"]["average_precision"] for row in finished.json("reports/bakeoff/bakeoff.json")["rows"]}
+    rows = {
+        row["name"]: row["metrics"]["average_precision"]
+        for row in finished.json("reports/bakeoff/bakeoff.json")["rows"]
+    }
     assert {"rule", "plain_xgboost", "xgboost", "xgboost_without_history", "tensorflow"} <= rows.keys()
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rows.values())
     assert rows["xgboost"]["low"] > rows["rule"]["high"]
@@ -53,8 +56,15 @@ def test_engines_and_repetition_give_the_same_champion(finished, workspace):
 def test_changed_training_does_not_touch_features(finished):
     before = finished.json("data/features/manifest.json")
     finished.fraud("run", train__seed=8)
-    assert finished.states() | {"monitor": "", "report": ""} == {"acquire": "cached", "features": "cached", "train_xgboost": "done",
-                                                             "train_tensorflow": "done", "promote": "done", "monitor": "", "report": ""}
+    assert finished.states() | {"monitor": "", "report": ""} == {
+        "acquire": "cached",
+        "features": "cached",
+        "train_xgboost": "done",
+        "train_tensorflow": "done",
+        "promote": "done",
+        "monitor": "",
+        "report": "",
+    }
     assert finished.json("data/features/manifest.json") == before
 
 

@@ -5,19 +5,37 @@ from conftest import shared
 
 pytestmark = pytest.mark.external
 
-HANDBOOK = {"columns__tx_id": "TRANSACTION_ID", "columns__timestamp": "TX_DATETIME", "columns__nameOrig": "CUSTOMER_ID", "columns__nameDest": "TERMINAL_ID",
-            "columns__amount": "TX_AMOUNT", "columns__isFraud": "TX_FRAUD", "columns__scenario": "TX_FRAUD_SCENARIO",
-            "data__orig_prefix": "C", "data__dest_prefix": "M"}
+HANDBOOK = {
+    "columns__tx_id": "TRANSACTION_ID",
+    "columns__timestamp": "TX_DATETIME",
+    "columns__nameOrig": "CUSTOMER_ID",
+    "columns__nameDest": "TERMINAL_ID",
+    "columns__amount": "TX_AMOUNT",
+    "columns__isFraud": "TX_FRAUD",
+    "columns__scenario": "TX_FRAUD_SCENARIO",
+    "data__orig_prefix": "C",
+    "data__dest_prefix": "M",
+}
 
 
 def average_precision(space) -> dict[str, float]:
-    return {row["name"]: row["metrics"]["average_precision"]["value"] for row in space.json("reports/bakeoff/bakeoff.json")["rows"]}
+    return {
+        row["name"]: row["metrics"]["average_precision"]["value"]
+        for row in space.json("reports/bakeoff/bakeoff.json")["rows"]
+    }
 
 
 def test_paysim_head(workspace):
     """Eight hours, 81 frauds: a label delay of an hour, and the rule that gives PaySim away."""
-    space = workspace(data__source=shared("paysim_head.csv"), features__engine="local", features__windows="1, 24", features__label_delay=1, split__test_hours=2,
-                      split__validation_hours=1, gate__min_average_precision=0.01)
+    space = workspace(
+        data__source=shared("paysim_head.csv"),
+        features__engine="local",
+        features__windows="1, 24",
+        features__label_delay=1,
+        split__test_hours=2,
+        split__validation_hours=1,
+        gate__min_average_precision=0.01,
+    )
     space.fraud("run")
     raw = space.json("data/raw/manifest.json")
     assert (raw["rows"], raw["quarantined"], raw["first_step"], raw["last_step"]) == (19_999, 0, 1, 8)

@@ -41,8 +41,15 @@ def recorded_scorer(folder: Path) -> Scorer:
     nothing = np.full(50, None), np.zeros(50, bool)
     sample = Sample(x, names, rows % 5 == 0, x[:, 0].astype(float), rows.astype(np.int32), rows, rows, *nothing)
     trained = Trained("recorded", (RECORDED / "model.onnx").read_bytes(), names, {}, [], 0.0, 1.0)
-    data = {"fingerprint": "0" * 12, "rows": 50, "source": "recorded", "periods": {}, "epoch": None,
-            "windows": WINDOWS, "label_delay": 24}
+    data = {
+        "fingerprint": "0" * 12,
+        "rows": 50,
+        "source": "recorded",
+        "periods": {},
+        "epoch": None,
+        "windows": WINDOWS,
+        "label_delay": 24,
+    }
     metrics = {"average_precision": 0.5}
     write_bundle(folder, trained, Calibration(1, 1, 0), Thresholds(0.5, 0.6), metrics, sample, data, Settings())
     return Scorer(load_bundle(folder), Settings().serve, Settings().rules)
@@ -53,9 +60,18 @@ def replay(folder: Path) -> Iterator[Output]:
     scorer, topics, messages = recorded_scorer(folder / "bundle"), topics_of(Settings().stream), lines("messages.jsonl")
     store = JournaledStore(folder / "journal", scorer.retention)
     for begin in range(0, len(messages), BATCH):
-        records = [SimpleNamespace(topic=message["topic"], partition=0, offset=begin + i, key=None, headers=[],
-                                   value=json.dumps(message["value"]).encode(), timestamp=0)
-                   for i, message in enumerate(messages[begin:begin + BATCH])]
+        records = [
+            SimpleNamespace(
+                topic=message["topic"],
+                partition=0,
+                offset=begin + i,
+                key=None,
+                headers=[],
+                value=json.dumps(message["value"]).encode(),
+                timestamp=0,
+            )
+            for i, message in enumerate(messages[begin : begin + BATCH])
+        ]
         step = Step()
         decide_batch(scorer, store, [r for r in records if r.topic == topics.transactions], topics, "json", step)
         label_batch(store, [r for r in records if r.topic == topics.labels], topics, step)

@@ -27,11 +27,22 @@ PROJECT = Path(__file__).resolve().parents[1]
 def api(folder: Path, ready: bool = True, variables: dict[str, str] | None = None, **overrides: str):
     """A running service; yields its URL and its process."""
     port = servers.free_port()
-    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2} | {key.replace("__", "."): value for key, value in overrides.items()}
+    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2} | {
+        key.replace("__", "."): value for key, value in overrides.items()
+    }
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(PROJECT), "PYTHONPATH": str(PROJECT)} | (variables or {})
+    environ |= {
+        "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
+        "FRAUD_ROOT": str(PROJECT),
+        "PYTHONPATH": str(PROJECT),
+    } | (variables or {})
     url = f"http://{servers.HOST}:{port}"
-    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], lambda: servers.status(f"{url}/{'readyz' if ready else 'healthz'}") == 200, folder / "api.log", env=environ) as process:
+    with servers.running(
+        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        lambda: servers.status(f"{url}/{'readyz' if ready else 'healthz'}") == 200,
+        folder / "api.log",
+        env=environ,
+    ) as process:
         yield url, process
 
 
@@ -68,7 +79,10 @@ async def load(url: str, seconds: float, clients: int, keep: list) -> None:
 def test_champion_swap_under_load(tmp_path):
     """Six swaps among four champions while sixteen clients send: every request is answered, by a version that existed, with that version's probability."""
     made = [example_bundle(tmp_path / f"made{i}", bias=-14.0 - i) for i in range(4)]
-    expected = {bundle.manifest.version: round(float(1 / (1 + 2.718281828459045 ** -(15.205 - 14.0 - i))), 4) for i, bundle in enumerate(made)}
+    expected = {
+        bundle.manifest.version: round(float(1 / (1 + 2.718281828459045 ** -(15.205 - 14.0 - i))), 4)
+        for i, bundle in enumerate(made)
+    }
     example_bundle(tmp_path / "champion", bias=-14.0)
     answers: list = []
     with api(tmp_path) as (url, _):
@@ -99,7 +113,10 @@ def test_flipped_byte_is_refused(tmp_path):
         while "fraud_model_refused_total 1.0" not in httpx.get(f"{url}/metrics").text:
             assert time.monotonic() < end
             time.sleep(0.05)
-        assert httpx.get(f"{url}/model").json()["version"] == good and httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
+        assert (
+            httpx.get(f"{url}/model").json()["version"] == good
+            and httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
+        )
     assert "its hash does not match" in (tmp_path / "api.log").read_text()
 
 
@@ -108,7 +125,11 @@ def test_slow_and_rude_clients(tmp_path):
     example_bundle(tmp_path / "champion")
     with api(tmp_path, serve__timeout=1) as (url, _):
         address = (servers.HOST, int(url.rsplit(":", 1)[1]))
-        with socket.create_connection(address) as headers, socket.create_connection(address) as body, socket.create_connection(address) as idle:
+        with (
+            socket.create_connection(address) as headers,
+            socket.create_connection(address) as body,
+            socket.create_connection(address) as idle,
+        ):
             headers.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Slow: ")
             body.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
             assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
@@ -122,7 +143,9 @@ def test_slow_and_rude_clients(tmp_path):
         assert (large.status_code, large.json()["problems"][0]["field"]) == (413, "body")
         unannounced = httpx.post(f"{url}/predict", content=(b" " * 100_000 for _ in range(100)))
         assert unannounced.status_code == 413
-        many = httpx.post(f"{url}/predict/batch", json={"transactions": [transaction(i) for i in range(100_000)]}, timeout=30)
+        many = httpx.post(
+            f"{url}/predict/batch", json={"transactions": [transaction(i) for i in range(100_000)]}, timeout=30
+        )
         assert many.status_code == 413
         assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
 
@@ -146,7 +169,10 @@ def test_store_away(tmp_path, policy):
     """Redis goes and comes back; in between the answer is 503, or one that says that it does without."""
     example_bundle(tmp_path / "champion")
     port = servers.free_port()
-    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, store__url=redis_url, store__timeout=0.3, serve__on_store_error=policy) as (url, _):
+    with (
+        servers.redis(tmp_path, port) as redis_url,
+        api(tmp_path, store__url=redis_url, store__timeout=0.3, serve__on_store_error=policy) as (url, _),
+    ):
         assert httpx.post(f"{url}/predict", json=transaction(1)).json()["history"] is True
         subprocess.run(["redis-cli", "-p", str(port), "shutdown", "nosave"], check=False)
         away = httpx.post(f"{url}/predict", json=transaction(2))
@@ -155,7 +181,10 @@ def test_store_away(tmp_path, policy):
         if policy == "fail":
             assert (away.status_code, away.json()["problems"][0]["field"]) == (503, "store")
         else:
-            assert (away.status_code, away.json()["history"]) == (200, False) and "fraud_degraded_decisions_total 1.0" in metrics
+            assert (away.status_code, away.json()["history"]) == (
+                200,
+                False,
+            ) and "fraud_degraded_decisions_total 1.0" in metrics
         assert servers.status(f"{url}/healthz") == 200 and servers.status(f"{url}/readyz") == 503
         with servers.redis(tmp_path, port):
             back = httpx.post(f"{url}/predict", json=transaction(3))
@@ -168,7 +197,9 @@ def test_stop_finishes_what_is_in_flight(tmp_path):
     with api(tmp_path) as (url, process):
         content = json.dumps(EXAMPLE).encode()
         with socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as half:
-            half.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content[:20])
+            half.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content[:20]
+            )
             time.sleep(0.3)
             process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
@@ -189,13 +220,26 @@ def test_hung_store_keeps_no_probe_waiting(tmp_path):
     """Redis is there and says nothing, and decisions pile up: the process is alive, and says what it counts."""
     example_bundle(tmp_path / "champion")
     port = servers.free_port()
-    with servers.redis(tmp_path, port) as redis_url, api(tmp_path, store__url=redis_url, store__timeout=0.5) as (url, _):
-        pid = int(next(line for line in subprocess.run(["redis-cli", "-p", str(port), "info", "server"], capture_output=True, text=True).stdout.splitlines() if line.startswith("process_id")).split(":")[1])
+    with (
+        servers.redis(tmp_path, port) as redis_url,
+        api(tmp_path, store__url=redis_url, store__timeout=0.5) as (url, _),
+    ):
+        pid = int(
+            next(
+                line
+                for line in subprocess.run(
+                    ["redis-cli", "-p", str(port), "info", "server"], capture_output=True, text=True
+                ).stdout.splitlines()
+                if line.startswith("process_id")
+            ).split(":")[1]
+        )
         os.kill(pid, signal.SIGSTOP)
         try:
 
             async def probe() -> list[float]:
-                async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+                async with httpx.AsyncClient(
+                    base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)
+                ) as client:
                     waiting = [asyncio.create_task(client.post("/predict", json=transaction(i))) for i in range(200)]
                     await asyncio.sleep(0.5)
                     spent = []
@@ -244,7 +288,9 @@ def test_a_step_far_ahead_erases_nobody(tmp_path):
                 assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
                 far = httpx.post(f"{url}/predict", json=transaction(2, step=9_000_000))
                 assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "step")
-                assert httpx.post(f"{url}/feedback", json={"labels": [{"transaction_id": "t1", "is_fraud": True}]}).json() == {"recorded": 1, "unknown": []}
+                assert httpx.post(
+                    f"{url}/feedback", json={"labels": [{"transaction_id": "t1", "is_fraud": True}]}
+                ).json() == {"recorded": 1, "unknown": []}
 
 
 def test_a_snapshot_that_cannot_be_written_is_no_good_end(tmp_path):

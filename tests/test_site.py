@@ -41,7 +41,9 @@ def test_pages_are_accessible_and_fit(browser, served, look):  # noqa: F811
             seen.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
             assert (look == "phone" and page not in RICHEST) or seen.violations() == [], page
             assert seen.page.evaluate("document.documentElement.scrollWidth") <= size[0], page
-            assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == ("rgb(18, 23, 28)" if dark else "rgb(249, 249, 246)"), page
+            assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+                "rgb(18, 23, 28)" if dark else "rgb(249, 249, 246)"
+            ), page
 
 
 def test_every_page_opens_from_disk(browser, finished):  # noqa: F811
@@ -77,8 +79,10 @@ def test_charts_answer_pointer_and_keys(browser, finished):  # noqa: F811
 
 def test_a_reader_chooses_day_or_night(browser, served):  # noqa: F811
     with visit(browser, f"{served}/index.html") as seen:
+
         def paper() -> str:
             return seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+
         by_day = paper()
         seen.page.get_by_role("button", name="Dark").click()
         assert paper() != by_day
@@ -90,13 +94,23 @@ def test_a_reader_chooses_day_or_night(browser, served):  # noqa: F811
 
 def test_pages_say_what_was_measured(finished):
     """The card beside the bundle's own metrics, and the first page beside the card."""
-    card, metrics = finished.json("reports/bakeoff/card.json"), load_bundle(finished.root / "models/champion").manifest.metrics
+    card, metrics = (
+        finished.json("reports/bakeoff/card.json"),
+        load_bundle(finished.root / "models/champion").manifest.metrics,
+    )
     used = {point["name"]: point for point in card["points"]}
     assert 1 - card["worth"]["cost"] / card["worth"]["at_risk"] == pytest.approx(metrics["money_saved_share"]["value"])
     assert used["budget"]["recall"] == pytest.approx(metrics["recall_at_budget"]["value"])
     assert used["thresholds"]["saved"] == pytest.approx(metrics["money_saved_share"]["value"])
-    assert {row["decision"]: row["honest"] + row["frauds"] for row in card["worth"]["decisions"]} == metrics["decisions"]
+    assert {row["decision"]: row["honest"] + row["frauds"] for row in card["worth"]["decisions"]} == metrics[
+        "decisions"
+    ]
     kinds = {part["name"]: part["within_budget"]["value"] for part in card["segments"] if part["by"] == "kind of fraud"}
     assert kinds == pytest.approx({name: found["recall_at_budget"] for name, found in metrics["scenarios"].items()})
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", (finished.root / "reports/index.html").read_text(encoding="utf-8")))
-    assert f"saves {metrics['money_saved_share']['value']:.0%} of what fraud costs" in text and f"frauds were after {card['worth']['at_risk']:,.0f}" in text
+    text = re.sub(
+        r"\s+", " ", re.sub(r"<[^>]+>", " ", (finished.root / "reports/index.html").read_text(encoding="utf-8"))
+    )
+    assert (
+        f"saves {metrics['money_saved_share']['value']:.0%} of what fraud costs" in text
+        and f"frauds were after {card['worth']['at_risk']:,.0f}" in text
+    )

@@ -21,8 +21,21 @@ ACCOUNTS = [f"C{i}" for i in range(5)]
 fresh = itertools.count()  # names that no example used before: servers are not emptied between examples
 
 operation = st.one_of(
-    st.tuples(st.just("record"), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60), st.sampled_from(ACCOUNTS), st.sampled_from(ACCOUNTS), st.integers(0, 10**12)), max_size=4)),
-    st.tuples(st.just("label"), st.dictionaries(st.integers(0, 11), st.booleans(), max_size=3)))
+    st.tuples(
+        st.just("record"),
+        st.lists(
+            st.tuples(
+                st.integers(0, 9),
+                st.integers(0, 60),
+                st.sampled_from(ACCOUNTS),
+                st.sampled_from(ACCOUNTS),
+                st.integers(0, 10**12),
+            ),
+            max_size=4,
+        ),
+    ),
+    st.tuples(st.just("label"), st.dictionaries(st.integers(0, 11), st.booleans(), max_size=3)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,10 @@ def url(request):
 def seen(store, prefix: str, step: int) -> tuple:
     """All that a store answers about the example `prefix`, without hours before the last RETENTION, which it may have kept or not."""
     reading = store.read([prefix + account for account in ACCOUNTS], [f"{prefix}{i}" for i in range(12)], step)
-    rows = {account: [row for row in history.rows() if row[0] > step - RETENTION and any(row[1:])] for account, history in reading.histories.items()}
+    rows = {
+        account: [row for row in history.rows() if row[0] > step - RETENTION and any(row[1:])]
+        for account, history in reading.histories.items()
+    }
     return rows, reading.recorded
 
 
@@ -61,7 +77,10 @@ def test_same_as_memory(url, operations):
     prefix, memory, remote = f"x{next(fresh)}-", MemoryStore(RETENTION), open_store(url, RETENTION, timeout=5)
     for kind, content in operations:
         if kind == "record":
-            events = [Transaction(f"{prefix}{i}", step, prefix + orig, prefix + dest, cents) for i, step, orig, dest, cents in content]
+            events = [
+                Transaction(f"{prefix}{i}", step, prefix + orig, prefix + dest, cents)
+                for i, step, orig, dest, cents in content
+            ]
             assert remote.record(events) == memory.record(events)
         else:
             labels = {f"{prefix}{i}": fraud for i, fraud in content.items()}
@@ -114,7 +133,10 @@ def test_redis_one_round_trip_each(redis_url):
     calls = {key: value["calls"] for key, value in client.info("commandstats").items()}
     assert calls.get("cmdstat_evalsha") == 1 and not [key for key in calls if "script" in key]
     client.script_flush()  # as after a restart
-    assert store.record([Transaction(f"{name}-1", 10, name, "C9", 5), Transaction(f"{name}-2", 10, name, "C9", 5)]) == [False, True]
+    assert store.record([Transaction(f"{name}-1", 10, name, "C9", 5), Transaction(f"{name}-2", 10, name, "C9", 5)]) == [
+        False,
+        True,
+    ]
 
 
 def test_redis_keys_expire(redis_url):
@@ -141,7 +163,12 @@ def test_server_that_went_away(tmp_path):
     with servers.redis(tmp_path) as url:
         store = open_store(url, RETENTION, timeout=0.3)
         store.record([Transaction("t", 1, "a", "b", 5)])
-    for call in (lambda: store.read(["a"], ["t"], 1), lambda: store.record([Transaction("u", 1, "a", "b", 5)]), lambda: store.label({"t": True}), store.ping):
+    for call in (
+        lambda: store.read(["a"], ["t"], 1),
+        lambda: store.record([Transaction("u", 1, "a", "b", 5)]),
+        lambda: store.label({"t": True}),
+        store.ping,
+    ):
         with pytest.raises(StoreError, match=r"store redis://127\.0\.0\.1:\d+/0: "):
             call()
 
@@ -152,10 +179,20 @@ def test_missing_table(dynamodb_url):
 
 
 step = st.tuples(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60), st.sampled_from(ACCOUNTS), st.sampled_from(ACCOUNTS), st.integers(0, 10**12)), max_size=3),
+    st.lists(
+        st.tuples(
+            st.integers(0, 9),
+            st.integers(0, 60),
+            st.sampled_from(ACCOUNTS),
+            st.sampled_from(ACCOUNTS),
+            st.integers(0, 10**12),
+        ),
+        max_size=3,
+    ),
     st.dictionaries(st.integers(0, 11), st.booleans(), max_size=2),
     st.dictionaries(st.integers(0, 2), st.tuples(st.integers(1, 5), st.binary(max_size=8), st.booleans()), max_size=3),
-    st.booleans())
+    st.booleans(),
+)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -167,12 +204,22 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
     at: dict[str, PartitionProgress] = {}
     recorded: set[str] = set()
     for content, known, partitions, ends in steps:
-        events = [Transaction(f"{prefix}{i}", hour, prefix + orig, prefix + dest, cents) for i, hour, orig, dest, cents in content]
+        events = [
+            Transaction(f"{prefix}{i}", hour, prefix + orig, prefix + dest, cents)
+            for i, hour, orig, dest, cents in content
+        ]
         labels = {f"{prefix}{i}": fraud for i, fraud in known.items()}
         names = {f"{prefix}{number}": given for number, given in partitions.items()}
         begins = {name: at[name].position if name in at else None for name in names}
-        moves = {name: OffsetAdvance((begins[name] or 0) + 7 if wrong else begins[name], (begins[name] or 0) + further, outputs) for name, (further, outputs, wrong) in names.items()}
-        refused = any(wrong for _, _, wrong in names.values()) or any(event.transaction_id in recorded for event in events)
+        moves = {
+            name: OffsetAdvance(
+                (begins[name] or 0) + 7 if wrong else begins[name], (begins[name] or 0) + further, outputs
+            )
+            for name, (further, outputs, wrong) in names.items()
+        }
+        refused = any(wrong for _, _, wrong in names.values()) or any(
+            event.transaction_id in recorded for event in events
+        )
         for store in (journaled, shared):
             if refused:
                 with pytest.raises(ConflictError, match="another consumer has moved on"):
@@ -194,7 +241,9 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
 def test_a_step_in_a_redis_that_forgot_its_scripts(redis_url):
     store = RedisOutboxStore(redis_url, RETENTION, 5)
     store._client.script_flush()
-    store.step([Transaction("script-1", 5, "script-a", "script-b", 10)], {}, {"script/0": OffsetAdvance(None, 1, b"\xff\x00")})
+    store.step(
+        [Transaction("script-1", 5, "script-a", "script-b", 10)], {}, {"script/0": OffsetAdvance(None, 1, b"\xff\x00")}
+    )
     assert store.progress(["script/0"]) == {"script/0": PartitionProgress(1, b"\xff\x00")}
     assert store.read(["script-a"], [], 5).histories["script-a"].rows() == [(5, 1, 10, 0, 0, 0)]
 

@@ -42,7 +42,9 @@ from fraud_pkg.train.xgboost import train_xgboost
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROWS, RETENTION = 100_000, 720 + 168
-SESSION = 6 if "FRAUD_STREAM_BOOTSTRAP_SERVERS" in os.environ else 1  # seconds; the least that a broker takes unless it is told otherwise, and what ours takes
+SESSION = (
+    6 if "FRAUD_STREAM_BOOTSTRAP_SERVERS" in os.environ else 1
+)  # seconds; the least that a broker takes unless it is told otherwise, and what ours takes
 DAYS = 28  # within the retention: nothing is forgotten, so that stores can be compared as a whole
 
 
@@ -63,7 +65,9 @@ class Broker:
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory):
     if address := os.environ.get("FRAUD_STREAM_BOOTSTRAP_SERVERS"):
-        yield SimpleNamespace(address=address, stop=lambda: pytest.skip("the broker is not ours to stop"), start=lambda: None)
+        yield SimpleNamespace(
+            address=address, stop=lambda: pytest.skip("the broker is not ours to stop"), start=lambda: None
+        )
         return
     made = Broker(tmp_path_factory.mktemp("broker"))
     yield made
@@ -79,9 +83,10 @@ def redis_url(tmp_path_factory):
 @dataclass(frozen=True)
 class World:
     """Transactions, a model that learned from them, and what batch scoring says of them while nobody knows what was fraud."""
+
     bundle: Path
-    table: pa.Table   # 100,000 transactions with labels
-    quiet: Path       # the same in a file, without labels
+    table: pa.Table  # 100,000 transactions with labels
+    quiet: Path  # the same in a file, without labels
     features: np.ndarray
     probability: np.ndarray
     decision: list[str]
@@ -93,29 +98,51 @@ def world(tmp_path_factory) -> World:
     shutil.copy(PROJECT / "settings.ini", root)
 
     def settings(**more):
-        given = {"simulate.rows": ROWS, "simulate.days": DAYS, "simulate.fraud_rate": 0.01, "features.engine": "local", "split.test_hours": 144, "split.validation_hours": 96, "xgboost.rounds": 60, "evaluate.resamples": 20}
-        return load_settings(cli=given | {key.replace("__", "."): value for key, value in more.items()}, file=root / "settings.ini", environ={})
+        given = {
+            "simulate.rows": ROWS,
+            "simulate.days": DAYS,
+            "simulate.fraud_rate": 0.01,
+            "features.engine": "local",
+            "split.test_hours": 144,
+            "split.validation_hours": 96,
+            "xgboost.rounds": 60,
+            "evaluate.resamples": 20,
+        }
+        return load_settings(
+            cli=given | {key.replace("__", "."): value for key, value in more.items()},
+            file=root / "settings.ini",
+            environ={},
+        )
 
     learning = settings()
     table = pq.read_table(learning.data_dir / "raw" / acquire(learning)["file"])
     build_features(learning)
     periods = load_periods(learning)
-    evaluate_contender(train_xgboost(periods.train, periods.validation, learning, tell=lambda line: None), periods, learning)
+    evaluate_contender(
+        train_xgboost(periods.train, periods.validation, learning, tell=lambda line: None), periods, learning
+    )
     quiet = root / "quiet.parquet"
-    pq.write_table(table.set_column(table.column_names.index("isFraud"), "isFraud", pa.array(np.zeros(len(table), np.int8))), quiet)
+    pq.write_table(
+        table.set_column(table.column_names.index("isFraud"), "isFraud", pa.array(np.zeros(len(table), np.int8))), quiet
+    )
     batch = settings(data__source=str(quiet), paths__data="batch")
     acquire(batch)
     names = build_features(batch)["features"]
-    parts = pa.concat_tables(pq.read_table(file) for file in sorted((batch.data_dir / "features").glob("part-*.parquet")))
+    parts = pa.concat_tables(
+        pq.read_table(file) for file in sorted((batch.data_dir / "features").glob("part-*.parquet"))
+    )
     features = np.stack([parts[name].to_numpy() for name in names], axis=1).astype(np.float32)
     bundle = load_bundle(learning.models_dir / "xgboost")
     p = bundle.probability(np.ascontiguousarray(features[:, [names.index(name) for name in bundle.manifest.features]]))
-    return World(bundle.folder, table, quiet, features, p, [DECISIONS[d] for d in decide(p, bundle.manifest.thresholds)])
+    return World(
+        bundle.folder, table, quiet, features, p, [DECISIONS[d] for d in decide(p, bundle.manifest.thresholds)]
+    )
 
 
 @dataclass
 class Case:
     """Topics, a group and folders of their own, and the command line on them."""
+
     folder: Path
     broker: Broker
     settings: dict
@@ -125,10 +152,25 @@ class Case:
     def _variables(self, more: Mapping) -> dict[str, str]:
         given = self.settings | {key.replace("__", "."): value for key, value in more.items()}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-        return environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(self.folder), "PYTHONPATH": str(PROJECT)} | self.environ
+        return (
+            environ
+            | {
+                "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
+                "FRAUD_ROOT": str(self.folder),
+                "PYTHONPATH": str(PROJECT),
+            }
+            | self.environ
+        )
 
     def fraud(self, *arguments: str, ok: bool = True, **more) -> subprocess.CompletedProcess:
-        done = subprocess.run([sys.executable, "-m", "fraud_pkg.cli", "stream", *arguments], cwd=self.folder, env=self._variables(more), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-m", "fraud_pkg.cli", "stream", *arguments],
+            cwd=self.folder,
+            env=self._variables(more),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0 or not ok, f"{arguments}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
         return done
 
@@ -136,7 +178,13 @@ class Case:
         port = servers.free_port()
         self.ports.append(port)
         with (self.folder / "log").open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", "fraud_pkg.cli", "stream", *arguments], cwd=self.folder, env=self._variables({"stream.port": port, **more}), stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fraud_pkg.cli", "stream", *arguments],
+                cwd=self.folder,
+                env=self._variables({"stream.port": port, **more}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         process.port = port
         return process
 
@@ -156,14 +204,24 @@ class Case:
         return (self.folder / "log").read_text()[-6000:]
 
     def topic(self, name: str) -> str:
-        return {"transactions": self.settings["stream.transactions"], "decisions": self.settings["stream.decisions"], "labels": self.settings["stream.labels"],
-                "dead": f"{self.settings['stream.transactions']}.dlq", "dead labels": f"{self.settings['stream.labels']}.dlq"}[name]
+        return {
+            "transactions": self.settings["stream.transactions"],
+            "decisions": self.settings["stream.decisions"],
+            "labels": self.settings["stream.labels"],
+            "dead": f"{self.settings['stream.transactions']}.dlq",
+            "dead labels": f"{self.settings['stream.labels']}.dlq",
+        }[name]
 
     def read(self, name: str) -> list:
         """Every message of a topic, in the order of its partitions."""
-        consumer = KafkaConsumer(bootstrap_servers=self.broker.address, auto_offset_reset="earliest", enable_auto_commit=False)
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.broker.address, auto_offset_reset="earliest", enable_auto_commit=False
+        )
         with contextlib.closing(consumer):
-            partitions = [TopicPartition(self.topic(name), number) for number in sorted(consumer.partitions_for_topic(self.topic(name)) or ())]
+            partitions = [
+                TopicPartition(self.topic(name), number)
+                for number in sorted(consumer.partitions_for_topic(self.topic(name)) or ())
+            ]
             consumer.assign(partitions)
             ends, found = consumer.end_offsets(partitions), []
             while any(consumer.position(p) < ends[p] for p in partitions):
@@ -173,10 +231,19 @@ class Case:
     def count(self, name: str) -> int:
         consumer = KafkaConsumer(bootstrap_servers=self.broker.address, enable_auto_commit=False)
         with contextlib.closing(consumer):
-            return sum(consumer.end_offsets([TopicPartition(self.topic(name), number) for number in consumer.partitions_for_topic(self.topic(name)) or ()]).values())
+            return sum(
+                consumer.end_offsets(
+                    [
+                        TopicPartition(self.topic(name), number)
+                        for number in consumer.partitions_for_topic(self.topic(name)) or ()
+                    ]
+                ).values()
+            )
 
     def send(self, name: str, messages: list[tuple[bytes | None, bytes | None]]) -> None:
-        with contextlib.closing(KafkaProducer(bootstrap_servers=self.broker.address, linger_ms=20, batch_size=1 << 18)) as producer:
+        with contextlib.closing(
+            KafkaProducer(bootstrap_servers=self.broker.address, linger_ms=20, batch_size=1 << 18)
+        ) as producer:
             for future in [producer.send(self.topic(name), value, key=key) for key, value in messages]:
                 future.get(30) if future.is_done else None
             producer.flush()
@@ -196,9 +263,20 @@ def case(tmp_path, broker, world) -> Callable[..., Case]:
         folder.mkdir()
         shutil.copy(PROJECT / "settings.ini", folder)
         tag = f"{os.getpid()}-{time.time_ns()}"
-        settings = {"stream.bootstrap_servers": broker.address, "stream.transactions": f"t-{tag}", "stream.decisions": f"d-{tag}", "stream.labels": f"l-{tag}", "stream.group": f"g-{tag}", "stream.partitions": 1,
-                    "stream.session_timeout": SESSION, "stream.port": 0, "serve.bundle": world.bundle, "features.engine": "local"}
+        settings = {
+            "stream.bootstrap_servers": broker.address,
+            "stream.transactions": f"t-{tag}",
+            "stream.decisions": f"d-{tag}",
+            "stream.labels": f"l-{tag}",
+            "stream.group": f"g-{tag}",
+            "stream.partitions": 1,
+            "stream.session_timeout": SESSION,
+            "stream.port": 0,
+            "serve.bundle": world.bundle,
+            "features.engine": "local",
+        }
         return Case(folder, broker, settings | {key.replace("__", "."): value for key, value in more.items()})
+
     return make
 
 
@@ -209,11 +287,18 @@ def metric(process: subprocess.Popen, name: str, **labels: str) -> float:
     except OSError:
         return 0.0
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line) and all(w in line for w in wanted))
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if re.match(rf"{name}[ {{]", line) and all(w in line for w in wanted)
+    )
 
 
 def events_of(table: pa.Table) -> list[Transaction]:
-    return [Transaction(str(r["tx_id"]), r["step"], r["nameOrig"], r["nameDest"], round(r["amount"] * 100)) for r in table.select(["tx_id", "step", "nameOrig", "nameDest", "amount"]).to_pylist()]
+    return [
+        Transaction(str(r["tx_id"]), r["step"], r["nameOrig"], r["nameDest"], round(r["amount"] * 100))
+        for r in table.select(["tx_id", "step", "nameOrig", "nameDest", "amount"]).to_pylist()
+    ]
 
 
 def everything(store: MemoryStore) -> dict:
@@ -225,7 +310,13 @@ def expected_store(table: pa.Table, frauds: bool) -> MemoryStore:
     store = MemoryStore(RETENTION)
     store.record(events_of(table))
     if frauds:
-        store.label({str(i): True for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True) if fraud})
+        store.label(
+            {
+                str(i): True
+                for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True)
+                if fraud
+            }
+        )
     return store
 
 
@@ -254,8 +345,22 @@ def uninterrupted(tmp_path_factory, broker, world) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("uninterrupted")
     shutil.copy(PROJECT / "settings.ini", folder)
     tag = f"u-{os.getpid()}-{time.time_ns()}"
-    made = Case(folder, broker, {"stream.bootstrap_servers": broker.address, "stream.transactions": f"t-{tag}", "stream.decisions": f"d-{tag}", "stream.labels": f"l-{tag}", "stream.group": f"g-{tag}", "stream.partitions": 1,
-                                 "stream.session_timeout": SESSION, "stream.port": 0, "serve.bundle": world.bundle, "features.engine": "local"})
+    made = Case(
+        folder,
+        broker,
+        {
+            "stream.bootstrap_servers": broker.address,
+            "stream.transactions": f"t-{tag}",
+            "stream.decisions": f"d-{tag}",
+            "stream.labels": f"l-{tag}",
+            "stream.group": f"g-{tag}",
+            "stream.partitions": 1,
+            "stream.session_timeout": SESSION,
+            "stream.port": 0,
+            "serve.bundle": world.bundle,
+            "features.engine": "local",
+        },
+    )
     said = made.fraud("produce", str(world.quiet)).stdout
     with made.running("score") as process:
         made.until(lambda: made.count("decisions") >= ROWS, process=process)
@@ -291,14 +396,20 @@ def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command:
 
 def test_killed_twenty_times(case, uninterrupted, world):
     """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the same store."""
-    made = case(stream__batch=100, stream__transactions=uninterrupted.case.topic("transactions"), stream__labels=uninterrupted.case.topic("labels"))
+    made = case(
+        stream__batch=100,
+        stream__transactions=uninterrupted.case.topic("transactions"),
+        stream__labels=uninterrupted.case.topic("labels"),
+    )
     made.fraud("redrive", "--dry-run")  # makes the topics
     seed = int.from_bytes(os.urandom(4), "big")
     print("seed", seed)
     busy = killed(made, 20, seed, lambda: made.count("decisions") >= ROWS)
     assert busy >= 10, "the consumer was through before it could be killed"
     with made.running("score", stream__batch=500) as process:
-        made.until(lambda: metric(process, "fraud_stream_lag") == 0 and made.count("decisions") >= ROWS, process=process)
+        made.until(
+            lambda: metric(process, "fraud_stream_lag") == 0 and made.count("decisions") >= ROWS, process=process
+        )
     decisions = made.read("decisions")
     print(f"{busy} of 20 kills in the middle of work, {len(decisions) - ROWS} decisions repeated")
     assert once(decisions) == once(uninterrupted.decisions)
@@ -309,29 +420,55 @@ def test_killed_twenty_times(case, uninterrupted, world):
 
 def redis_store(url: str, table: pa.Table) -> tuple[dict, set]:
     """Histories and recorded transactions of everybody in `table`."""
-    store, accounts = RedisOutboxStore(url, RETENTION, 10), sorted(set(table["nameOrig"].to_pylist()) | set(table["nameDest"].to_pylist()))
+    store, accounts = (
+        RedisOutboxStore(url, RETENTION, 10),
+        sorted(set(table["nameOrig"].to_pylist()) | set(table["nameDest"].to_pylist())),
+    )
     reading = store.read(accounts, map(str, table["tx_id"].to_pylist()), int(max(table["step"].to_pylist())))
     store.close()
-    return {account: history.rows() for account, history in reading.histories.items() if history.hours}, set(reading.recorded)
+    return {account: history.rows() for account, history in reading.histories.items() if history.hours}, set(
+        reading.recorded
+    )
 
 
 def test_killed_with_a_shared_store(case, world, redis_url):
     """Redis, three partitions, labels in a process of their own, two scorers and a labeller that are killed."""
-    made, table = case(stream__partitions=3, stream__batch=100, store__url=redis_url.replace("/0", "/1")), world.table.slice(0, 40_000)
+    made, table = (
+        case(stream__partitions=3, stream__batch=100, store__url=redis_url.replace("/0", "/1")),
+        world.table.slice(0, 40_000),
+    )
     source = made.folder / "source.parquet"
     pq.write_table(table, source)
     frauds = sum(table["isFraud"].to_pylist())
     made.fraud("produce", str(source))
-    made.send("labels", [(str(i).encode(), label_message(str(i), True, "json")) for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True) if fraud])
+    made.send(
+        "labels",
+        [
+            (str(i).encode(), label_message(str(i), True, "json"))
+            for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True)
+            if fraud
+        ],
+    )
     seed = int.from_bytes(os.urandom(4), "big")
     print("seed", seed)
     with made.running("score") as beside:
         killed(made, 6, seed, lambda: made.count("decisions") >= len(table))
         killed(made, 4, seed + 1, lambda: made.count("decisions") >= len(table), "labels")
-        made.until(lambda: made.count("decisions") >= len(table) and metric(beside, "fraud_stream_lag") == 0, process=beside)
+        made.until(
+            lambda: made.count("decisions") >= len(table) and metric(beside, "fraud_stream_lag") == 0, process=beside
+        )
         for _ in range(3):  # labels that were too early come back
             with made.running("labels") as labeller:
-                made.until(lambda: (metric(labeller, "fraud_stream_messages_total") > 0 or metric(labeller, "fraud_stream_lag") == 0) and servers.status(f"http://{servers.HOST}:{labeller.port}/readyz") == 200, process=labeller)
+                made.until(
+                    lambda: (
+                        (
+                            metric(labeller, "fraud_stream_messages_total") > 0
+                            or metric(labeller, "fraud_stream_lag") == 0
+                        )
+                        and servers.status(f"http://{servers.HOST}:{labeller.port}/readyz") == 200
+                    ),
+                    process=labeller,
+                )
                 time.sleep(1.5)
             made.fraud("redrive", "--labels")
         with made.running("labels") as labeller:
@@ -341,7 +478,9 @@ def test_killed_with_a_shared_store(case, world, redis_url):
     assert found.keys() == set(map(str, table["tx_id"].to_pylist()))
     histories, recorded = redis_store(made.settings["store.url"], table)
     expected = expected_store(table, frauds=True)
-    assert recorded == found.keys() and histories == {account: history.rows() for account, history in expected._accounts.items()}
+    assert recorded == found.keys() and histories == {
+        account: history.rows() for account, history in expected._accounts.items()
+    }
     assert sum(row[-1] for rows in histories.values() for row in rows) == 2 * frauds
 
 
@@ -375,7 +514,9 @@ def test_consumers_join_and_leave(case, world, redis_url):
     found = once(decisions)
     assert found.keys() == set(map(str, world.table["tx_id"].to_pylist()[:rows]))
     histories, recorded = redis_store(made.settings["store.url"], world.table.slice(0, rows))
-    assert recorded == found.keys() and histories == {a: h.rows() for a, h in expected_store(world.table.slice(0, rows), frauds=False)._accounts.items()}
+    assert recorded == found.keys() and histories == {
+        a: h.rows() for a, h in expected_store(world.table.slice(0, rows), frauds=False)._accounts.items()
+    }
     order: dict[bytes, list[int]] = defaultdict(list)
     for record in decisions:
         order[record.key].append(int(read_record(record.value)["transaction_id"]))
@@ -390,7 +531,10 @@ def test_a_memory_store_is_not_shared(case, world):
         beside = made.fraud("score", ok=False)
         assert beside.returncode == 1 and "another consumer keeps its memory store here" in beside.stderr
         elsewhere = made.fraud("score", ok=False, stream__state="data/elsewhere")
-        assert elsewhere.returncode == 1 and "a memory store must see them all; several consumers need [store] url = redis://" in elsewhere.stderr
+        assert (
+            elsewhere.returncode == 1
+            and "a memory store must see them all; several consumers need [store] url = redis://" in elsewhere.stderr
+        )
         labeller = made.fraud("labels", ok=False, stream__state="data/elsewhere")
         assert labeller.returncode == 1 and "a memory store lives in `fraud stream score`" in labeller.stderr
         made.fraud("produce", str(world.quiet), "--limit", "1000", "--prefix", "again-")
@@ -399,13 +543,34 @@ def test_a_memory_store_is_not_shared(case, world):
 
 POISON = {
     "empty": [None, b""],
-    "encoding": [b"{", b"[" * 100_000, b"\xff\xfe\x00", b"not json", TRANSACTION_FORMAT.write(EXAMPLE)[:-4], TRANSACTION_FORMAT.write(EXAMPLE) + b"\x00"],
-    "schema": [json.dumps({"schema": 2, **EXAMPLE}).encode(), json.dumps({"schema": "1", **EXAMPLE}).encode(), b"\xc3\x01" + bytes(8) + b"x", DECISION_FORMAT.head + b"x"],
-    "contract": [b"[]", b"null", b"{}", json.dumps({"schema": 1, **EXAMPLE, "amount": -5}).encode(), json.dumps({"schema": 1, **EXAMPLE, "amount": 1e300}).encode(), json.dumps({"schema": 1, **EXAMPLE, "extra": 1}).encode(),
-                 json.dumps({"schema": 1, **EXAMPLE, "timestamp": "2026-01-05T10:00:00Z"}).encode(), json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "far", "step": 20_000}).encode(),
-                 b'{"transaction_id": "' + b"y" * 1_040_000 + b'"}',
-                 json.dumps({"schema": 1, **EXAMPLE, "nameOrig": "x" * 65}).encode()],
-    "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "0", "amount": 1.0, "step": 3}).encode()]}
+    "encoding": [
+        b"{",
+        b"[" * 100_000,
+        b"\xff\xfe\x00",
+        b"not json",
+        TRANSACTION_FORMAT.write(EXAMPLE)[:-4],
+        TRANSACTION_FORMAT.write(EXAMPLE) + b"\x00",
+    ],
+    "schema": [
+        json.dumps({"schema": 2, **EXAMPLE}).encode(),
+        json.dumps({"schema": "1", **EXAMPLE}).encode(),
+        b"\xc3\x01" + bytes(8) + b"x",
+        DECISION_FORMAT.head + b"x",
+    ],
+    "contract": [
+        b"[]",
+        b"null",
+        b"{}",
+        json.dumps({"schema": 1, **EXAMPLE, "amount": -5}).encode(),
+        json.dumps({"schema": 1, **EXAMPLE, "amount": 1e300}).encode(),
+        json.dumps({"schema": 1, **EXAMPLE, "extra": 1}).encode(),
+        json.dumps({"schema": 1, **EXAMPLE, "timestamp": "2026-01-05T10:00:00Z"}).encode(),
+        json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "far", "step": 20_000}).encode(),
+        b'{"transaction_id": "' + b"y" * 1_040_000 + b'"}',
+        json.dumps({"schema": 1, **EXAMPLE, "nameOrig": "x" * 65}).encode(),
+    ],
+    "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "0", "amount": 1.0, "step": 3}).encode()],
+}
 
 
 def test_poison_among_good_ones(case, world):
@@ -416,24 +581,38 @@ def test_poison_among_good_ones(case, world):
     messages = list(good)
     for i, (_, value) in enumerate(bad):
         messages.insert(200 + 70 * i, (b"\xff\x00key", value))
-    with contextlib.closing(KafkaProducer(bootstrap_servers=made.broker.address, compression_type="gzip", max_request_size=8 << 20)) as producer:  # larger than anybody's usual limit once it is unpacked
-        producer.send(made.topic("transactions"), b'{"transaction_id": "' + b"z" * 3_000_000 + b'"}', key=b"\xff\x00key").get(30)
+    with contextlib.closing(
+        KafkaProducer(bootstrap_servers=made.broker.address, compression_type="gzip", max_request_size=8 << 20)
+    ) as producer:  # larger than anybody's usual limit once it is unpacked
+        producer.send(
+            made.topic("transactions"), b'{"transaction_id": "' + b"z" * 3_000_000 + b'"}', key=b"\xff\x00key"
+        ).get(30)
     made.send("transactions", messages[:1000] + [messages[5], messages[700]] + messages[1000:] + [messages[9]])
     with made.running("score") as process:
         made.until(lambda: metric(process, "fraud_stream_messages_total") == len(messages) + 4, process=process)
         assert metric(process, "fraud_stream_messages_total", outcome="duplicate") == 3
-        assert {kind: metric(process, "fraud_stream_dead_letters_total", kind=kind) for kind in POISON} == {kind: len(values) + (kind == "contract") for kind, values in POISON.items()}
+        assert {kind: metric(process, "fraud_stream_dead_letters_total", kind=kind) for kind in POISON} == {
+            kind: len(values) + (kind == "contract") for kind, values in POISON.items()
+        }
         text = urllib.request.urlopen(f"http://{servers.HOST}:{process.port}/metrics").read()
-        check = subprocess.run([servers.program("promtool", "prometheus"), "check", "metrics"], input=text, capture_output=True)
+        check = subprocess.run(
+            [servers.program("promtool", "prometheus"), "check", "metrics"], input=text, capture_output=True
+        )
         assert check.returncode == 0, check.stdout + check.stderr
     check_decisions(once(made.read("decisions")), world, rows)
     dead = made.read("dead")
     large = [d for d in dead if d.value and len(d.value) > 3_000_000]
-    assert len(large) == 1 and Counter((dict(d.headers)["fraud-kind"].decode(), d.value) for d in dead if d not in large) == Counter((kind, value) for kind, value in bad)
+    assert len(large) == 1 and Counter(
+        (dict(d.headers)["fraud-kind"].decode(), d.value) for d in dead if d not in large
+    ) == Counter((kind, value) for kind, value in bad)
     source = {r.offset: r.value for r in made.read("transactions")}
     for letter in dead:
         headers = {name: value.decode() for name, value in letter.headers}
-        assert letter.key == b"\xff\x00key" and headers["fraud-topic"] == made.topic("transactions") and source[int(headers["fraud-offset"])] == letter.value
+        assert (
+            letter.key == b"\xff\x00key"
+            and headers["fraud-topic"] == made.topic("transactions")
+            and source[int(headers["fraud-offset"])] == letter.value
+        )
         assert json.loads(headers["fraud-reason"])[0]["reason"]
     assert "20 dead letters are there" not in made.fraud("redrive", "--dry-run").stdout
 
@@ -442,7 +621,11 @@ def test_dead_letters_come_back_when_what_was_wrong_is_mended(case, world):
     """Timestamps need the moment of step 0; without it they are dead letters, with it they are decided."""
     made = case()
     made.fraud("redrive", "--dry-run")
-    timed = [{key: value for key, value in EXAMPLE.items() if key != "step"} | {"transaction_id": f"t{i}", "timestamp": f"2026-01-05T10:{i:02}:00Z"} for i in range(40)]
+    timed = [
+        {key: value for key, value in EXAMPLE.items() if key != "step"}
+        | {"transaction_id": f"t{i}", "timestamp": f"2026-01-05T10:{i:02}:00Z"}
+        for i in range(40)
+    ]
     made.send("transactions", [(b"C1001", json.dumps(t).encode()) for t in timed] + [(b"C1001", b"{")])
     with made.running("score") as process:
         made.until(lambda: made.count("dead") == 41, process=process)
@@ -462,8 +645,18 @@ def api(folder: Path, bundle: Path, port: int) -> Iterator[subprocess.Popen]:
     """The service with a memory store that survives a friendly stop."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
     given = {"serve.port": port, "serve.bundle": bundle, "store.url": f"memory://{folder}/store.npz"}
-    environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "FRAUD_ROOT": str(PROJECT), "PYTHONPATH": str(PROJECT), "FRAUD_API_KEYS": "stream:0123456789abcdef"}
-    with servers.running([sys.executable, "-m", "fraud_pkg.serve.api"], lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200, folder / "api.log", env=environ) as process:
+    environ |= {
+        "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
+        "FRAUD_ROOT": str(PROJECT),
+        "PYTHONPATH": str(PROJECT),
+        "FRAUD_API_KEYS": "stream:0123456789abcdef",
+    }
+    with servers.running(
+        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200,
+        folder / "api.log",
+        env=environ,
+    ) as process:
         yield process
 
 
@@ -474,18 +667,29 @@ def test_the_service_decides_goes_away_and_comes_back(case, world, tmp_path):
     made.environ["FRAUD_API_KEY"] = "0123456789abcdef"
     made.fraud("produce", str(world.quiet), "--limit", str(rows))
     with made.running("score") as process:
-        made.until(lambda: metric(process, "fraud_stream_waits_total", reason="service") >= 2, process=process)  # nobody there yet
+        made.until(
+            lambda: metric(process, "fraud_stream_waits_total", reason="service") >= 2, process=process
+        )  # nobody there yet
         with api(tmp_path, world.bundle, port):
             made.until(lambda: made.count("decisions") > 2_000, process=process)
         made.until(lambda: metric(process, "fraud_stream_circuit_open") == 1, 60, process)
-        assert servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 503 and servers.status(f"http://{servers.HOST}:{process.port}/healthz") == 200
+        assert (
+            servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 503
+            and servers.status(f"http://{servers.HOST}:{process.port}/healthz") == 200
+        )
         with api(tmp_path, world.bundle, port):
             made.until(lambda: made.count("decisions") > 5_000, process=process)
             process.kill()
             process.wait()
             killed(made, 3, 5, lambda: made.count("decisions") >= rows)
             with made.running("score") as last:
-                made.until(lambda: made.count("decisions") >= rows and servers.status(f"http://{servers.HOST}:{last.port}/readyz") == 200, process=last)
+                made.until(
+                    lambda: (
+                        made.count("decisions") >= rows
+                        and servers.status(f"http://{servers.HOST}:{last.port}/readyz") == 200
+                    ),
+                    process=last,
+                )
             process.send_signal = lambda number: setattr(process, "returncode", 0)  # it is gone already
     decisions = made.read("decisions")
     assert len(decisions) == rows
@@ -499,7 +703,10 @@ def test_labels_through_the_service(case, world, tmp_path):
     made.fraud("produce", str(world.quiet), "--limit", "1000")
     with api(tmp_path, world.bundle, port), made.running("score") as scorer:
         made.until(lambda: made.count("decisions") == 1000, process=scorer)
-        made.send("labels", [(b"7", label_message("7", True, "json")), (b"none", label_message("none", True, "avro")), (b"x", b"{}")])
+        made.send(
+            "labels",
+            [(b"7", label_message("7", True, "json")), (b"none", label_message("none", True, "avro")), (b"x", b"{}")],
+        )
         with made.running("labels") as labeller:
             made.until(lambda: metric(labeller, "fraud_stream_messages_total") == 3, process=labeller)
             assert metric(labeller, "fraud_stream_messages_total", outcome="label") == 1
@@ -538,10 +745,15 @@ def test_the_sink_writes_each_decision_once(case, world, uninterrupted):
     lake = made.folder / "data/decisions"
     table = pq.read_table(lake, filters=None, ignore_prefixes=["unreadable", "labels", "."])
     assert sorted(map(int, table["transaction_id"].to_pylist())) == world.table["tx_id"].to_pylist()
-    assert sorted(path.read_bytes() for path in (lake / "unreadable").iterdir()) == [b"no decision", b'{"schema":1,"transaction_id":"half"}']
+    assert sorted(path.read_bytes() for path in (lake / "unreadable").iterdir()) == [
+        b"no decision",
+        b'{"schema":1,"transaction_id":"half"}',
+    ]
     ordered = table.sort_by("source_offset")
     assert ordered["decision"].to_pylist() == world.decision
-    assert all(day == step // 24 for day, step in zip(ordered["day"].to_pylist(), ordered["step"].to_pylist(), strict=True))
+    assert all(
+        day == step // 24 for day, step in zip(ordered["day"].to_pylist(), ordered["step"].to_pylist(), strict=True)
+    )
     assert "0 decisions and 0 labels written" in made.fraud("sink", "--until-end").stdout
 
 
@@ -581,10 +793,19 @@ def test_replay_at_a_rate_with_labels(case, world):
     said = made.fraud("produce", str(source), "--rate", "3000", "--labels").stdout
     assert time.monotonic() - began > rows / 3000
     last = table["step"][rows - 1].as_py()
-    known = {str(r["tx_id"]) for r in table.slice(0, rows).select(["tx_id", "step", "isFraud"]).to_pylist() if r["isFraud"] and r["step"] + 24 <= last}
+    known = {
+        str(r["tx_id"])
+        for r in table.slice(0, rows).select(["tx_id", "step", "isFraud"]).to_pylist()
+        if r["isFraud"] and r["step"] + 24 <= last
+    }
     assert f"{rows:,} transactions and {len(known):,} labels" in said
     with made.running("score") as process:
-        made.until(lambda: made.count("decisions") == rows and metric(process, "fraud_stream_messages_total") == rows + len(known), process=process)
+        made.until(
+            lambda: (
+                made.count("decisions") == rows and metric(process, "fraud_stream_messages_total") == rows + len(known)
+            ),
+            process=process,
+        )
     made.fraud("redrive", "--labels")  # those that were read before their transactions
     with made.running("score") as process:
         made.until(lambda: servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 200, process=process)

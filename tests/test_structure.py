@@ -13,7 +13,20 @@ import pytest
 from conftest import PROJECT
 
 PACKAGE = PROJECT / "fraud_pkg"
-WINGS = ("core", "store", "features", "data", "train", "model", "serve", "stream", "monitor", "report", "pipeline", "cli")
+WINGS = (
+    "core",
+    "store",
+    "features",
+    "data",
+    "train",
+    "model",
+    "serve",
+    "stream",
+    "monitor",
+    "report",
+    "pipeline",
+    "cli",
+)
 
 
 def modules() -> dict[str, Path]:
@@ -40,7 +53,7 @@ def imported(name: str, file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = here[:len(here) - node.level + 1] if node.level else []
+            base = here[: len(here) - node.level + 1] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
             found = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         else:
@@ -73,8 +86,12 @@ def test_no_wing_imports_a_wing_below_it(arrows):
 
 def test_inside_a_wing_only_lower_numbers_are_imported(arrows):
     number = numbers() | {"cli": 0}
-    wrong = [f"{name} -> {other}" for name, others in arrows.items() for other in others
-             if wing(other) == wing(name) and number[other] >= number[name]]
+    wrong = [
+        f"{name} -> {other}"
+        for name, others in arrows.items()
+        for other in others
+        if wing(other) == wing(name) and number[other] >= number[name]
+    ]
     assert not wrong
 
 
@@ -82,12 +99,15 @@ def test_no_import_goes_in_a_circle(arrows):
     assert len(list(graphlib.TopologicalSorter(arrows).static_order())) == len(arrows)
 
 
-@pytest.mark.parametrize(("module", "absent"), [
-    ("serve.scorer", ("pyarrow", "pandas", "xgboost", "tensorflow", "mlflow", "fastapi")),
-    ("stream.worker", ("fastapi", "uvicorn", "pyarrow", "pandas", "xgboost", "tensorflow", "mlflow")),
-    ("serve.api", ("pyarrow", "pandas", "xgboost", "tensorflow", "mlflow")),
-    ("cli", ("pyarrow", "pandas", "xgboost", "tensorflow", "mlflow", "fastapi", "onnxruntime")),
-])
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("serve.scorer", ("pyarrow", "pandas", "xgboost", "tensorflow", "mlflow", "fastapi")),
+        ("stream.worker", ("fastapi", "uvicorn", "pyarrow", "pandas", "xgboost", "tensorflow", "mlflow")),
+        ("serve.api", ("pyarrow", "pandas", "xgboost", "tensorflow", "mlflow")),
+        ("cli", ("pyarrow", "pandas", "xgboost", "tensorflow", "mlflow", "fastapi", "onnxruntime")),
+    ],
+)
 def test_what_decides_loads_nothing_that_trains(module, absent):
     code = f"import sys, fraud_pkg.{module}; print(*(name for name in {absent!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)

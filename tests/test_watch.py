@@ -22,20 +22,36 @@ LEARNED, WATCHED = 90, 200  # days
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory) -> tuple[list[dict], Reference]:
     """Daily windows after a champion's test period, in a world without drift."""
-    given = {"simulate.rows": 1500 * (LEARNED + WATCHED), "simulate.days": LEARNED + WATCHED, "simulate.fraud_rate": 0.01, "features.engine": "local", "evaluate.resamples": 20, "xgboost.rounds": 80}
-    settings = load_settings(cli=given, file=PROJECT / "settings.ini", environ={}).model_copy(update={"root": tmp_path_factory.mktemp("calm")})
+    given = {
+        "simulate.rows": 1500 * (LEARNED + WATCHED),
+        "simulate.days": LEARNED + WATCHED,
+        "simulate.fraud_rate": 0.01,
+        "features.engine": "local",
+        "evaluate.resamples": 20,
+        "xgboost.rounds": 80,
+    }
+    settings = load_settings(cli=given, file=PROJECT / "settings.ini", environ={}).model_copy(
+        update={"root": tmp_path_factory.mktemp("calm")}
+    )
     acquire(settings)
     made, folder = build_features(settings), settings.data_dir / "features"
     periods = split_periods(0, 24 * LEARNED - 1, settings.split, made["label_delay"])
     samples = {name: load_sample(folder, period, made["features"]) for name, period in periods.items()}
     data = json.loads((folder / "manifest.json").read_text())
-    learned = Periods(**samples, data={key: data[key] for key in ("fingerprint", "rows", "source", "epoch", "windows", "label_delay")})
-    evaluate_contender(train_xgboost(learned.train, learned.validation, settings, tell=lambda line: None), learned, settings)
+    learned = Periods(
+        **samples, data={key: data[key] for key in ("fingerprint", "rows", "source", "epoch", "windows", "label_delay")}
+    )
+    evaluate_contender(
+        train_xgboost(learned.train, learned.validation, settings, tell=lambda line: None), learned, settings
+    )
     bundle = load_bundle(settings.models_dir / "xgboost")
     reference = Reference(bundle, settings.monitor)
     live = load_sample(folder, Period("live", 24 * LEARNED, 24 * (LEARNED + WATCHED)), made["features"])
     p, x, day = bundle.probability(live.select(bundle.manifest.features)), live.select(reference.names), live.step // 24
-    windows = [DecisionWindow(24 * d, 24 * d + 24, x[day == d], p[day == d], live.y[day == d] == 1) for d in range(LEARNED, LEARNED + WATCHED)]
+    windows = [
+        DecisionWindow(24 * d, 24 * d + 24, x[day == d], p[day == d], live.y[day == d] == 1)
+        for d in range(LEARNED, LEARNED + WATCHED)
+    ]
     return [judge_window(window, reference) for window in windows], reference
 
 
@@ -53,6 +69,8 @@ def test_bad_windows_are_as_rare_as_promised(judged):
 def test_alarms_are_rarer_still(judged):
     """k of n: at most two days in a hundred have an alarm of any check."""
     windows, reference = judged
-    looks = [windows[max(0, i + 1 - reference.monitor.of_windows):i + 1] for i in range(WATCHED)]
-    alarms = sum(any(count_bad(look, check, reference.monitor)["alarm"] for check in reference.checks) for look in looks)
+    looks = [windows[max(0, i + 1 - reference.monitor.of_windows) : i + 1] for i in range(WATCHED)]
+    alarms = sum(
+        any(count_bad(look, check, reference.monitor)["alarm"] for check in reference.checks) for look in looks
+    )
     assert alarms <= 0.02 * WATCHED, alarms

@@ -28,7 +28,9 @@ STEPS = [(f"{file}: {name}", step) for file, name, job in JOBS for step in job.g
 
 def run(*command, ok: bool = True, **more) -> subprocess.CompletedProcess:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, **more)
-    assert done.returncode == 0 or not ok, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0 or not ok, (
+        f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     return done
 
 
@@ -47,8 +49,16 @@ def hooks() -> Path:
 
 # Workflows
 
-@pytest.mark.parametrize(("schema", "pattern"), [("vendor.github-workflows", "workflows/*.yml"), ("vendor.dependabot", "dependabot.yml"),
-                                                 ("vendor.github-issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"), ("vendor.github-issue-config", "ISSUE_TEMPLATE/config.yml")])
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("vendor.github-workflows", "workflows/*.yml"),
+        ("vendor.dependabot", "dependabot.yml"),
+        ("vendor.github-issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+        ("vendor.github-issue-config", "ISSUE_TEMPLATE/config.yml"),
+    ],
+)
 def test_schemas(schema, pattern):
     files = list((PROJECT / ".github").glob(pattern))
     assert files
@@ -78,10 +88,19 @@ def test_actions_are_pinned_and_permissions_are_least():
         assert yaml.safe_load(path.read_text())["permissions"] in ({}, {"contents": "read"})
     for file, name, job in JOBS:
         assert "uses" in job or "timeout-minutes" in job, f"{file}: {name}"
-    writing = {(file, name): {scope for scope, level in job.get("permissions", {}).items() if level == "write"} for file, name, job in JOBS}
+    writing = {
+        (file, name): {scope for scope, level in job.get("permissions", {}).items() if level == "write"}
+        for file, name, job in JOBS
+    }
     assert {place: scopes for place, scopes in writing.items() if scopes} == {
-        ("ci.yml", "comment"): {"pull-requests"}, ("cd.yml", "ci"): {"pull-requests"}, ("cd.yml", "images"): {"packages", "id-token"}, ("cd.yml", "lambda"): {"id-token"},
-        ("pages.yml", "deploy"): {"pages", "id-token"}, ("release.yml", "build"): {"id-token", "attestations"}, ("release.yml", "publish"): {"contents"}}
+        ("ci.yml", "comment"): {"pull-requests"},
+        ("cd.yml", "ci"): {"pull-requests"},
+        ("cd.yml", "images"): {"packages", "id-token"},
+        ("cd.yml", "lambda"): {"id-token"},
+        ("pages.yml", "deploy"): {"pages", "id-token"},
+        ("release.yml", "build"): {"id-token", "attestations"},
+        ("release.yml", "publish"): {"contents"},
+    }
     for place, step in STEPS:
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False, place
@@ -101,9 +120,17 @@ def test_variables_and_secrets_are_told():
 
 # The steps of ci.yml, here
 
-ROW = {"name": "xgboost", "kind": "contender", "version": "6b43b72b7114", "metrics": {"average_precision": {"value": 0.376, "low": 0.245, "high": 0.496}}}
+ROW = {
+    "name": "xgboost",
+    "kind": "contender",
+    "version": "6b43b72b7114",
+    "metrics": {"average_precision": {"value": 0.376, "low": 0.245, "high": 0.496}},
+}
 BAKE_OFF = {"champion": "6b43b72b7114", "rows": [ROW]}
-ELSEWHERE = {"The pipeline on a small simulation": "tests/test_pipeline.py runs it; FRAUD_CI_STEPS=all runs it here", "Every test": "that is what runs this"}
+ELSEWHERE = {
+    "The pipeline on a small simulation": "tests/test_pipeline.py runs it; FRAUD_CI_STEPS=all runs it here",
+    "Every test": "that is what runs this",
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +153,30 @@ def commands_of(folder: Path, job: str, scratch: Path) -> list[str]:
     files = {name: scratch / name for name in ("GITHUB_ENV", "GITHUB_PATH", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     for file in files.values():
         file.touch()
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("FRAUD_", "GITHUB_"))} | {"CI": "true", "PYTHONPATH": str(folder)}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("FRAUD_", "GITHUB_"))} | {
+        "CI": "true",
+        "PYTHONPATH": str(folder),
+    }
     environ |= {name: str(file) for name, file in files.items()}
     ran = []
     for step in yaml.safe_load((folder / ".github/workflows/ci.yml").read_text())["jobs"][job]["steps"]:
         if "run" not in step:
             continue
-        if step["name"] in ELSEWHERE and not (os.environ.get("FRAUD_CI_STEPS") == "all" and step["name"] != "Every test"):
+        if step["name"] in ELSEWHERE and not (
+            os.environ.get("FRAUD_CI_STEPS") == "all" and step["name"] != "Every test"
+        ):
             continue
         path = os.pathsep.join([*reversed(files["GITHUB_PATH"].read_text().split("\n")[:-1]), os.environ["PATH"]])
         more = dict(line.split("=", 1) for line in files["GITHUB_ENV"].read_text().splitlines())
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
-        done = subprocess.run(command, cwd=folder, env=environ | more | step.get("env", {}) | {"PATH": path}, capture_output=True, text=True, timeout=1500)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environ | more | step.get("env", {}) | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
         assert done.returncode == 0, f"{step['name']}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         ran.append(step["name"])
     return ran
@@ -157,10 +196,20 @@ def test_steps_of_ci_run_on_a_clean_clone(clone, tmp_path):
 def test_the_comment_stays_in_its_block(tmp_path):
     """What a pull request's code puts into its table is text, and not too much of it."""
     step = next(step for place, step in STEPS if place == "ci.yml: comment" and "run" in step)
-    (tmp_path / "bake-off.txt").write_text("xgboost 0.4\n```\n@everyone ![](https://example.org/x.png)\n" + "x" * 50_000)
+    (tmp_path / "bake-off.txt").write_text(
+        "xgboost 0.4\n```\n@everyone ![](https://example.org/x.png)\n" + "x" * 50_000
+    )
     (tmp_path / "gh").write_text('#!/bin/sh\necho "$@" > said\n')
     (tmp_path / "gh").chmod(0o755)
-    run("bash", "-eo", "pipefail", "-c", step["run"], cwd=tmp_path, env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUMBER": "7"})
+    run(
+        "bash",
+        "-eo",
+        "pipefail",
+        "-c",
+        step["run"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUMBER": "7"},
+    )
     comment = (tmp_path / "comment.md").read_text()
     assert comment.count("```") == 2 and comment.endswith("```\n") and len(comment) < 21_000
     assert (tmp_path / "said").read_text() == "pr comment 7 --body-file comment.md --edit-last --create-if-none\n"
@@ -168,7 +217,11 @@ def test_the_comment_stays_in_its_block(tmp_path):
 
 def test_pre_commit(hooks, clone, tmp_path):
     """Every hook on a clean clone: over every file but the notebooks, which are large, and over one of these."""
-    files = [file for file in run("git", "ls-files", cwd=clone).stdout.splitlines() if not file.endswith(".ipynb") or file == "nbs/features/01_kernel.ipynb"]
+    files = [
+        file
+        for file in run("git", "ls-files", cwd=clone).stdout.splitlines()
+        if not file.endswith(".ipynb") or file == "nbs/features/01_kernel.ipynb"
+    ]
     environ = os.environ | {"PRE_COMMIT_HOME": str(tmp_path), "PYTHONPATH": str(clone)}
     done = run(hooks / "pre-commit", "run", "--color", "never", "--files", *files, cwd=clone, env=environ, ok=False)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -198,7 +251,10 @@ def test_terraform_is_valid(checked):
     run("terraform", f"-chdir={folder}", "validate", "-no-color", env=environ)
 
 
-@pytest.mark.parametrize(("name", "value"), [("repository", "owner/*"), ("branch", "*"), ("name", "Acme"), ("region", "europe"), ("stages", '["DEV"]')])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("repository", "owner/*"), ("branch", "*"), ("name", "Acme"), ("region", "europe"), ("stages", '["DEV"]')],
+)
 def test_terraform_refuses(checked, tmp_path, name, value):
     shutil.copy(INFRA / "variables.tf", tmp_path)  # variables need no provider
     given = {"region": "eu-central-1", "repository": "owner/name", "name": "acme"} | {name: value}
@@ -216,8 +272,26 @@ def account(checked, tmp_path_factory):
     (applied / "bucket/lifecycle.tf").unlink()  # the provider waits a minute for a lifecycle to settle
     (applied / "override.tf").write_text('provider "aws" {\n  s3_use_path_style = true\n}\n')
     with servers.moto(tmp_path_factory.mktemp("moto")) as aws:
-        run("terraform", f"-chdir={applied}", "apply", "-no-color", "-auto-approve", "-input=false", *GIVEN, env=environ | aws)
-        again = run("terraform", f"-chdir={applied}", "plan", "-no-color", "-detailed-exitcode", "-input=false", *GIVEN, env=environ | aws)
+        run(
+            "terraform",
+            f"-chdir={applied}",
+            "apply",
+            "-no-color",
+            "-auto-approve",
+            "-input=false",
+            *GIVEN,
+            env=environ | aws,
+        )
+        again = run(
+            "terraform",
+            f"-chdir={applied}",
+            "plan",
+            "-no-color",
+            "-detailed-exitcode",
+            "-input=false",
+            *GIVEN,
+            env=environ | aws,
+        )
         assert "No changes" in again.stdout
         outputs = json.loads(run("terraform", f"-chdir={applied}", "output", "-json", env=environ).stdout)
         yield aws, {name: found["value"] for name, found in outputs.items()}
@@ -238,8 +312,13 @@ def test_buckets_are_closed(client, account):
     for bucket in ("fraud-models-acme", "fraud-dvc-acme"):
         assert s3.get_bucket_versioning(Bucket=bucket)["Status"] == "Enabled"
         assert all(s3.get_public_access_block(Bucket=bucket)["PublicAccessBlockConfiguration"].values())
-        assert s3.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]["Rules"][0]["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
-        statement, = json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
+        assert (
+            s3.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]["Rules"][0][
+                "ApplyServerSideEncryptionByDefault"
+            ]["SSEAlgorithm"]
+            == "AES256"
+        )
+        (statement,) = json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
         assert statement["Effect"] == "Deny" and statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
     assert account[1]["FRAUD_CHAMPION_URL"] == "s3://fraud-models-acme/champion"
 
@@ -251,11 +330,13 @@ def test_store_is_the_one_the_package_makes(client):
 
     create_table("made")
     dynamodb = client("dynamodb")
+
     def shape(table):
         found = dynamodb.describe_table(TableName=table)["Table"]
         life = dynamodb.describe_time_to_live(TableName=table)["TimeToLiveDescription"]
         keys = [sorted(map(str, found[part])) for part in ("KeySchema", "AttributeDefinitions")]
         return keys, found["BillingModeSummary"]["BillingMode"], life["TimeToLiveStatus"], life["AttributeName"]
+
     for stage in ("dev", "prod"):
         assert shape(f"fraud-store-{stage}") == shape("made")
         open_store(f"dynamodb://fraud-store-{stage}", 720, 5).ping()
@@ -263,9 +344,15 @@ def test_store_is_the_one_the_package_makes(client):
 
 def test_functions_can_log(client):
     """The group that a function writes to is there: its policy lets it make streams, and no group."""
-    groups = {found["logGroupName"]: found["retentionInDays"] for found in client("logs").describe_log_groups()["logGroups"]}
+    groups = {
+        found["logGroupName"]: found["retentionInDays"] for found in client("logs").describe_log_groups()["logGroups"]
+    }
     for stage in ("dev", "prod"):
-        statement, = (s for s in json.loads((PROJECT / f"chalice_app/.chalice/policy-{stage}.json").read_text())["Statement"] if s["Sid"] == "Logs")
+        (statement,) = (
+            s
+            for s in json.loads((PROJECT / f"chalice_app/.chalice/policy-{stage}.json").read_text())["Statement"]
+            if s["Sid"] == "Logs"
+        )
         assert groups[statement["Resource"].split(":log-group:")[1].removesuffix(":*")] == 90
 
 
@@ -276,7 +363,7 @@ def test_images_keep_their_tags(client):
 
 def policy(client, role: str) -> list[dict]:
     iam = client("iam")
-    name, = iam.list_role_policies(RoleName=role)["PolicyNames"]
+    (name,) = iam.list_role_policies(RoleName=role)["PolicyNames"]
     found = iam.get_role_policy(RoleName=role, PolicyName=name)["PolicyDocument"]
     return (json.loads(found) if isinstance(found, str) else found)["Statement"]
 
@@ -284,9 +371,12 @@ def policy(client, role: str) -> list[dict]:
 def test_roles_are_for_one_repository(client):
     """Its branch may push images, its environments may deploy; no pull request, no other repository."""
     iam = client("iam")
-    subjects = {"fraud-ci-images": {"repo:owner/name:ref:refs/heads/main"}, "fraud-ci-deploy": {"repo:owner/name:environment:dev", "repo:owner/name:environment:prod"}}
+    subjects = {
+        "fraud-ci-images": {"repo:owner/name:ref:refs/heads/main"},
+        "fraud-ci-deploy": {"repo:owner/name:environment:dev", "repo:owner/name:environment:prod"},
+    }
     for role, expected in subjects.items():
-        statement, = iam.get_role(RoleName=role)["Role"]["AssumeRolePolicyDocument"]["Statement"]
+        (statement,) = iam.get_role(RoleName=role)["Role"]["AssumeRolePolicyDocument"]["Statement"]
         assert list(statement["Condition"]) == ["StringEquals"]
         condition = statement["Condition"]["StringEquals"]
         found = condition["token.actions.githubusercontent.com:sub"]
@@ -296,22 +386,35 @@ def test_roles_are_for_one_repository(client):
             assert not any("*" in action for action in rule["Action"])
             assert rule["Resource"] != "*" or rule["Action"] == ["ecr:GetAuthorizationToken"]
     actions = {action for rule in policy(client, "fraud-ci-deploy") for action in rule["Action"]}
-    assert not {action for action in actions if re.search(r"iam:(Create|Attach|Delete|Update)|Delete(Function|Table|Object|Bucket)$", action)}
+    assert not {
+        action
+        for action in actions
+        if re.search(r"iam:(Create|Attach|Delete|Update)|Delete(Function|Table|Object|Bucket)$", action)
+    }
 
 
 def test_functions_stay_within_their_boundary(client):
     """The boundary allows what the stages' policies ask for, and the deploy role may write no policy without it."""
     boundary = f"arn:aws:iam::{client('sts').get_caller_identity()['Account']}:policy/fraud-function-boundary"
     for stage in ("dev", "prod"):
-        assert client("iam").get_role(RoleName=f"fraud-{stage}-api_handler")["Role"]["PermissionsBoundary"]["PermissionsBoundaryArn"] == boundary
-    rule, = (rule for rule in policy(client, "fraud-ci-deploy") if "iam:PutRolePolicy" in rule["Action"])
+        assert (
+            client("iam").get_role(RoleName=f"fraud-{stage}-api_handler")["Role"]["PermissionsBoundary"][
+                "PermissionsBoundaryArn"
+            ]
+            == boundary
+        )
+    (rule,) = (rule for rule in policy(client, "fraud-ci-deploy") if "iam:PutRolePolicy" in rule["Action"])
     assert rule["Condition"] == {"StringEquals": {"iam:PermissionsBoundary": boundary}}
-    allowed = client("iam").get_policy_version(PolicyArn=boundary, VersionId="v1")["PolicyVersion"]["Document"]["Statement"]
+    allowed = client("iam").get_policy_version(PolicyArn=boundary, VersionId="v1")["PolicyVersion"]["Document"][
+        "Statement"
+    ]
     for stage in ("dev", "prod"):
         for asked in json.loads((PROJECT / f"chalice_app/.chalice/policy-{stage}.json").read_text())["Statement"]:
             resource = asked["Resource"].replace(":*:*:", ":eu-central-1:123456789012:")
             for action in asked["Action"]:
-                assert any(action in rule["Action"] and fnmatchcase(resource, rule["Resource"]) for rule in allowed), f"{stage}: {action} on {resource}"
+                assert any(action in rule["Action"] and fnmatchcase(resource, rule["Resource"]) for rule in allowed), (
+                    f"{stage}: {action} on {resource}"
+                )
 
 
 RECORD = """
@@ -334,25 +437,64 @@ def test_deploy_role_may_do_what_chalice_does(client, account, tmp_path):
     (app / ".chalice").mkdir(parents=True)
     for name in ("config.json", "policy-dev.json"):
         shutil.copy(PROJECT / "chalice_app/.chalice" / name, app / ".chalice")
-    (app / "app.py").write_text('from chalice import Chalice\napp = Chalice(app_name="fraud")\n@app.route("/healthz")\ndef alive():\n    return {}\n')
+    (app / "app.py").write_text(
+        'from chalice import Chalice\napp = Chalice(app_name="fraud")\n@app.route("/healthz")\ndef alive():\n    return {}\n'
+    )
     called = set()
     for answer in ("{}", "{'again': 1}"):
         (app / "app.py").write_text((app / "app.py").read_text().replace("{}", answer))
-        done = run(sys.executable, "-c", RECORD, "--project-dir", app, "deploy", "--stage", "dev", "--no-autogen-policy", cwd=app, env=os.environ | account[0])
+        done = run(
+            sys.executable,
+            "-c",
+            RECORD,
+            "--project-dir",
+            app,
+            "deploy",
+            "--stage",
+            "dev",
+            "--no-autogen-policy",
+            cwd=app,
+            env=os.environ | account[0],
+        )
         lines = done.stdout.replace("API Gateway", "apigateway").replace("CloudWatch Logs", "logs").splitlines()
         called |= {tuple(line.split()[1:]) for line in lines if line.startswith("called ")}
     allowed = {action for rule in policy(client, "fraud-ci-deploy") for action in rule["Action"]}
-    needed = {f"apigateway:{VERBS[re.match('[A-Z][a-z]+', operation)[0]]}" if service == "apigateway" else f"{service.lower()}:{operation}" for service, operation in called}
+    needed = {
+        f"apigateway:{VERBS[re.match('[A-Z][a-z]+', operation)[0]]}"
+        if service == "apigateway"
+        else f"{service.lower()}:{operation}"
+        for service, operation in called
+    }
     assert needed <= allowed, needed - allowed
-    assert {"lambda:CreateFunction", "lambda:UpdateFunctionCode", "iam:PutRolePolicy", "apigateway:POST", "apigateway:PUT"} <= needed
+    assert {
+        "lambda:CreateFunction",
+        "lambda:UpdateFunctionCode",
+        "iam:PutRolePolicy",
+        "apigateway:POST",
+        "apigateway:PUT",
+    } <= needed
 
 
 def test_checkov_has_nothing_against_it(tmp_path):
     """Every rule passes, or the configuration says why it does not apply."""
-    done = run(environment("checkov", "checkov.lock") / "checkov", "--directory", INFRA, "--framework", "terraform", "--skip-download", "--compact", "--output", "json",
-               env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, ok=False)
+    done = run(
+        environment("checkov", "checkov.lock") / "checkov",
+        "--directory",
+        INFRA,
+        "--framework",
+        "terraform",
+        "--skip-download",
+        "--compact",
+        "--output",
+        "json",
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        ok=False,
+    )
     results = json.loads(done.stdout)["results"]
-    assert not [f"{check['resource']}: {check['check_id']} {check['check_name']}" for check in results["failed_checks"]] and done.returncode == 0
+    assert (
+        not [f"{check['resource']}: {check['check_id']} {check['check_name']}" for check in results["failed_checks"]]
+        and done.returncode == 0
+    )
     assert len(results["passed_checks"]) > 80 and not results["parsing_errors"]
     assert all(len(check["check_result"]["suppress_comment"]) > 30 for check in results["skipped_checks"])
 
@@ -360,15 +502,22 @@ def test_checkov_has_nothing_against_it(tmp_path):
 def test_argo_holds_the_cluster_to_the_overlay():
     project, application = yaml.safe_load_all((PROJECT / "k8s/argocd/application.yaml").read_text())
     source = application["spec"]["source"]
-    assert (PROJECT / source["path"] / "kustomization.yaml").is_file() and [source["repoURL"]] == project["spec"]["sourceRepos"]
+    assert (PROJECT / source["path"] / "kustomization.yaml").is_file() and [source["repoURL"]] == project["spec"][
+        "sourceRepos"
+    ]
     if not shutil.which("kubectl"):
         missing("kubectl is not installed")
     objects = list(yaml.safe_load_all(run("kubectl", "kustomize", PROJECT / source["path"]).stdout))
-    assert {item["metadata"].get("namespace", "fraud") for item in objects} == {project["spec"]["destinations"][0]["namespace"]}
-    assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {item["kind"] for item in project["spec"]["clusterResourceWhitelist"]}
+    assert {item["metadata"].get("namespace", "fraud") for item in objects} == {
+        project["spec"]["destinations"][0]["namespace"]
+    }
+    assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {
+        item["kind"] for item in project["spec"]["clusterResourceWhitelist"]
+    }
 
 
 # What cd.yml does around a deployment
+
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
@@ -389,7 +538,10 @@ def test_what_chalice_knows_goes_to_the_next_runner(stage, client):
     for name in ("manifest.json", "model.onnx", "reference.parquet"):
         s3.put_object(Bucket=bucket, Key=f"champion/{name}", Body=name.encode())
     stage.fetch("dev", bucket, f"s3://{bucket}/champion")
-    assert not stage.deployed_file("dev").exists() and (stage.ROOT / "models/champion/model.onnx").read_text() == "model.onnx"
+    assert (
+        not stage.deployed_file("dev").exists()
+        and (stage.ROOT / "models/champion/model.onnx").read_text() == "model.onnx"
+    )
     stage.deployed_file("dev").write_text("known")
     stage.store("dev", bucket)
     stage.deployed_file("dev").unlink()
@@ -409,20 +561,33 @@ def test_a_failed_deployment_is_taken_back(stage, client, tmp_path, monkeypatch)
     stage.keep("prod")  # nothing there yet
     with pytest.raises(SystemExit, match="no former function"):
         stage.restore("prod")
-    functions.create_function(FunctionName="fraud-prod", Runtime="python3.12", Role=role, Handler="app.app", Code={"ZipFile": former}, MemorySize=512,
-                              Environment={"Variables": {"A": "1"}})
+    functions.create_function(
+        FunctionName="fraud-prod",
+        Runtime="python3.12",
+        Role=role,
+        Handler="app.app",
+        Code={"ZipFile": former},
+        MemorySize=512,
+        Environment={"Variables": {"A": "1"}},
+    )
     before = functions.get_function(FunctionName="fraud-prod")["Configuration"]
     found = tmp_path / "former.zip"
     found.write_bytes(former)
     get = stage.urllib.request.urlopen
-    monkeypatch.setattr(stage.urllib.request, "urlopen", lambda url, timeout: get(found.as_uri()))  # moto's link to the code leads nowhere
+    monkeypatch.setattr(
+        stage.urllib.request, "urlopen", lambda url, timeout: get(found.as_uri())
+    )  # moto's link to the code leads nowhere
     stage.keep("prod")
     functions.update_function_code(FunctionName="fraud-prod", ZipFile=new)
-    functions.update_function_configuration(FunctionName="fraud-prod", MemorySize=1024, Environment={"Variables": {"A": "2"}})
+    functions.update_function_configuration(
+        FunctionName="fraud-prod", MemorySize=1024, Environment={"Variables": {"A": "2"}}
+    )
     assert functions.get_function(FunctionName="fraud-prod")["Configuration"]["CodeSha256"] != before["CodeSha256"]
     stage.restore("prod")
     after = functions.get_function(FunctionName="fraud-prod")["Configuration"]
-    assert {key: after[key] for key in ("CodeSha256", "MemorySize", "Environment")} == {key: before[key] for key in ("CodeSha256", "MemorySize", "Environment")}
+    assert {key: after[key] for key in ("CodeSha256", "MemorySize", "Environment")} == {
+        key: before[key] for key in ("CodeSha256", "MemorySize", "Environment")
+    }
 
 
 class Stage(BaseHTTPRequestHandler):
@@ -432,8 +597,18 @@ class Stage(BaseHTTPRequestHandler):
 
     def do_GET(self):
         type(self).asked += 1
-        body = {"/api/healthz": {"status": "alive"}, "/api/readyz": {"model": self.model}, "/api/predict": {"decision": self.decision}}[self.path]
-        self.send_response(503 if type(self).asked == 1 else 401 if self.path == "/api/predict" and self.headers["X-API-Key"] != "key" else 200)
+        body = {
+            "/api/healthz": {"status": "alive"},
+            "/api/readyz": {"model": self.model},
+            "/api/predict": {"decision": self.decision},
+        }[self.path]
+        self.send_response(
+            503
+            if type(self).asked == 1
+            else 401
+            if self.path == "/api/predict" and self.headers["X-API-Key"] != "key"
+            else 200
+        )
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
 
@@ -445,14 +620,22 @@ class Stage(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(("changes", "said"), [({}, None), ({"model": "another"}, "serves model another; expected 6b43b72b7114"),
-                                               ({"decision": "perhaps"}, "decision is 'perhaps'")])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"model": "another"}, "serves model another; expected 6b43b72b7114"),
+        ({"decision": "perhaps"}, "decision is 'perhaps'"),
+    ],
+)
 def test_smoke(stage, monkeypatch, tmp_path, changes, said):
     handler = type("Handler", (Stage,), changes)
     with ThreadingHTTPServer((servers.HOST, 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://{servers.HOST}:{server.server_port}/api"
-        stage.deployed_file("dev").write_text(json.dumps({"resources": [{"resource_type": "rest_api", "rest_api_url": f"{url}/"}]}))
+        stage.deployed_file("dev").write_text(
+            json.dumps({"resources": [{"resource_type": "rest_api", "rest_api_url": f"{url}/"}]})
+        )
         (stage.ROOT / "models/champion").mkdir(parents=True)
         (stage.ROOT / "models/champion/manifest.json").write_text('{"version": "6b43b72b7114"}')
         monkeypatch.setenv("FRAUD_API_KEY", "key")
@@ -470,11 +653,14 @@ def test_smoke(stage, monkeypatch, tmp_path, changes, said):
 
 # Releases, pages, licences
 
+
 def test_release_notes(tmp_path):
     notes = script("release_notes").notes
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n')
     changelog = tmp_path / "CHANGELOG.md"
-    changelog.write_text("# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-01-05\n\n- new\n\n## [1.1.0] - 2026-01-01\n\n- old\n")
+    changelog.write_text(
+        "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-01-05\n\n- new\n\n## [1.1.0] - 2026-01-01\n\n- old\n"
+    )
     assert notes("v1.2.0", tmp_path) == "- new"
     with pytest.raises(SystemExit, match="the tag is v1.3.0, and pyproject.toml has version 1.2.0"):
         notes("v1.3.0", tmp_path)
@@ -502,7 +688,10 @@ def test_pages_lead_somewhere(tmp_path):
             assert target.exists() or notebook.exists(), f"{page.relative_to(tmp_path)}: {link}"
 
 
-FREE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|CC0|Unlicense|MPL|Mozilla|Zope|CNRI-Python|TCL|AFL", re.IGNORECASE)
+FREE = re.compile(
+    r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|CC0|Unlicense|MPL|Mozilla|Zope|CNRI-Python|TCL|AFL",
+    re.IGNORECASE,
+)
 COPYLEFT = re.compile(r"GPL|General Public|EPL|SSPL|BUSL|Commons Clause|Proprietary", re.IGNORECASE)
 EXPLAINED = {
     "axe-playwright-python": "MIT, says its LICENSE file (and MPL-2.0 for the axe-core in it); finds faults of accessibility in tests, not served",
@@ -521,16 +710,31 @@ EXPLAINED = {
 
 def licence(found: metadata.Distribution) -> str:
     """What a distribution says of its licence."""
-    classifiers = [line.split("::")[-1].strip() for line in found.metadata.get_all("Classifier") or () if line.startswith("License ::")]
-    return found.metadata.get("License-Expression") or "; ".join(classifiers) or (found.metadata.get("License") or "").strip().split("\n")[0]
+    classifiers = [
+        line.split("::")[-1].strip()
+        for line in found.metadata.get_all("Classifier") or ()
+        if line.startswith("License ::")
+    ]
+    return (
+        found.metadata.get("License-Expression")
+        or "; ".join(classifiers)
+        or (found.metadata.get("License") or "").strip().split("\n")[0]
+    )
 
 
 def test_licences():
     """Whatever is installed from the lock may be used with an Apache-2.0 project; what needs a word has one."""
-    def normal(name): return re.sub(r"[-_.]+", "-", name).lower()
+
+    def normal(name):
+        return re.sub(r"[-_.]+", "-", name).lower()
+
     locked = set(re.findall(r"^([a-z0-9-]+)==", (PROJECT / "requirements.lock").read_text(), re.MULTILINE))
     installed = {normal(found.metadata["Name"]): licence(found) for found in metadata.distributions()}
-    doubtful = {name: text for name, text in installed.items() if name in locked and (COPYLEFT.search(text) or not FREE.search(text))}
+    doubtful = {
+        name: text
+        for name, text in installed.items()
+        if name in locked and (COPYLEFT.search(text) or not FREE.search(text))
+    }
     assert set(doubtful) <= set(EXPLAINED), {name: text for name, text in doubtful.items() if name not in EXPLAINED}
     assert set(EXPLAINED) <= locked, "an explanation without a package"
     served = set(re.findall(r"^([a-z0-9-]+)==", (PROJECT / "requirements-serve.lock").read_text(), re.MULTILINE))
@@ -538,9 +742,16 @@ def test_licences():
 
 
 def test_locks_name_hashes_and_no_index():
-    locks = [*PROJECT.glob("requirements*.lock"), *(PROJECT / "tests").glob("*.lock"), *(PROJECT / "chalice_app").glob("*.lock"), PROJECT / ".github/build.lock"]
+    locks = [
+        *PROJECT.glob("requirements*.lock"),
+        *(PROJECT / "tests").glob("*.lock"),
+        *(PROJECT / "chalice_app").glob("*.lock"),
+        PROJECT / ".github/build.lock",
+    ]
     assert len(locks) >= 8
     for lock in locks:
         text = lock.read_text()
         assert "index-url" not in text and "://" not in text, lock.name
-        assert len(re.findall(r"^[A-Za-z0-9._-]+==", text, re.MULTILINE)) == len(re.findall(r"^[A-Za-z0-9._-]+==[^\n]*\\\n +--hash=sha256:", text, re.MULTILINE)), lock.name
+        assert len(re.findall(r"^[A-Za-z0-9._-]+==", text, re.MULTILINE)) == len(
+            re.findall(r"^[A-Za-z0-9._-]+==[^\n]*\\\n +--hash=sha256:", text, re.MULTILINE)
+        ), lock.name

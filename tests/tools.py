@@ -31,8 +31,10 @@ def environment(name: str, lock: str) -> Path:
     """The programs of a lock in tests/, in an environment of their own: they pin what the project pins differently."""
     folder = PROJECT / ".venv" / name
     with one_at_a_time(name):
-        for command in (["venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder)],
-                        ["pip", "sync", "--quiet", "--require-hashes", "--python", str(folder), str(PROJECT / "tests" / lock)]):
+        for command in (
+            ["venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder)],
+            ["pip", "sync", "--quiet", "--require-hashes", "--python", str(folder), str(PROJECT / "tests" / lock)],
+        ):
             done = subprocess.run([sys.executable, "-m", "uv", *command], capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr
     return folder / "bin"
@@ -46,24 +48,43 @@ def go_program(module: str) -> Path:
         if not built.exists():
             if not shutil.which("go"):
                 missing(f"{name} is built with go, which is not installed: sudo apt-get install golang-go")
-            done = subprocess.run(["go", "install", module], env=os.environ | {"GOBIN": str(built.parent)}, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(
+                ["go", "install", module],
+                env=os.environ | {"GOBIN": str(built.parent)},
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
             assert done.returncode == 0, done.stderr
     return built
 
 
 def terraform_init(folder: Path, configuration: Path) -> dict[str, str]:
     """Initialises a Terraform configuration; the environment for what follows. Its provider comes from a folder of plugins, if there is one, or from the registry. Neither is in a package that the tests could install, so only GitHub's runner must have both."""
+
     def without(message: str) -> None:
         pytest.fail(message) if os.environ.get("GITHUB_ACTIONS") == "true" else pytest.skip(message)
+
     if not shutil.which("terraform"):
         without("terraform is not installed: https://developer.hashicorp.com/terraform/install")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("TF_", "AWS_"))} | {"TF_IN_AUTOMATION": "1", "CHECKPOINT_DISABLE": "1"}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("TF_", "AWS_"))} | {
+        "TF_IN_AUTOMATION": "1",
+        "CHECKPOINT_DISABLE": "1",
+    }
     named = os.environ.get("FRAUD_TERRAFORM_PLUGINS")
     mirrors = [Path(named)] if named else [path.parent for path in Path("/opt").glob("*/registry.terraform.io")]
     if mirrors:
-        configuration.write_text(f'provider_installation {{\n  filesystem_mirror {{\n    path = "{mirrors[0]}"\n  }}\n}}\n')
+        configuration.write_text(
+            f'provider_installation {{\n  filesystem_mirror {{\n    path = "{mirrors[0]}"\n  }}\n}}\n'
+        )
         environ["TF_CLI_CONFIG_FILE"] = str(configuration)
-    done = subprocess.run(["terraform", f"-chdir={folder}", "init", "-backend=false", "-input=false", "-no-color"], env=environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["terraform", f"-chdir={folder}", "init", "-backend=false", "-input=false", "-no-color"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     if done.returncode:
         without(f"terraform init: {done.stderr[-1000:]} (FRAUD_TERRAFORM_PLUGINS names a folder of providers)")
     return environ

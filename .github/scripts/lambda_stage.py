@@ -17,7 +17,16 @@ from botocore.exceptions import ClientError
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path(os.environ.get("RUNNER_TEMP", "/tmp")) / "kept-function"
-SMOKE = {"transaction_id": "smoke", "step": 1, "type": "PAYMENT", "amount": 1.00, "nameOrig": "C-smoke", "oldbalanceOrg": 10.00, "nameDest": "M-smoke", "oldbalanceDest": 0.00}
+SMOKE = {
+    "transaction_id": "smoke",
+    "step": 1,
+    "type": "PAYMENT",
+    "amount": 1.00,
+    "nameOrig": "C-smoke",
+    "oldbalanceOrg": 10.00,
+    "nameDest": "M-smoke",
+    "oldbalanceDest": 0.00,
+}
 
 
 def deployed_file(stage: str) -> Path:
@@ -44,11 +53,17 @@ def fetch(stage: str, bucket: str, champion_url: str) -> None:
     champion = ROOT / "models/champion"
     champion.mkdir(parents=True, exist_ok=True)
     try:
-        for name in ("manifest.json", "model.onnx", "reference.parquet"):  # verified by their hashes when they are packed
+        for name in (
+            "manifest.json",
+            "model.onnx",
+            "reference.parquet",
+        ):  # verified by their hashes when they are packed
             (champion / name).write_bytes(s3.get_object(Bucket=place, Key=f"{prefix}/{name}")["Body"].read())
     except ClientError as error:
         reason = error.response["Error"]["Code"]
-        sys.exit(f"error: {champion_url}/{name}: {reason}; a champion is expected there: run the workflow jobs with promote, or fraud models publish {champion_url}")
+        sys.exit(
+            f"error: {champion_url}/{name}: {reason}; a champion is expected there: run the workflow jobs with promote, or fraud models publish {champion_url}"
+        )
 
 
 def store(stage: str, bucket: str) -> None:
@@ -71,7 +86,9 @@ def keep(stage: str) -> None:
         (KEPT / f"{stage}.zip").write_bytes(response.read())
     configuration = found["Configuration"]
     variables = configuration.get("Environment", {}).get("Variables", {})
-    kept = {"Environment": {"Variables": variables}} | {key: configuration[key] for key in ("MemorySize", "Timeout", "Runtime")}
+    kept = {"Environment": {"Variables": variables}} | {
+        key: configuration[key] for key in ("MemorySize", "Timeout", "Runtime")
+    }
     (KEPT / f"{stage}.json").write_text(json.dumps(kept))
 
 
@@ -79,7 +96,9 @@ def restore(stage: str) -> None:
     """The function as `keep` found it."""
     zipped = KEPT / f"{stage}.zip"
     if not zipped.exists():
-        sys.exit(f"error: {stage}: there is no former function to come back to; `fraud deploy remove --stage {stage}` takes this one away")
+        sys.exit(
+            f"error: {stage}: there is no former function to come back to; `fraud deploy remove --stage {stage}` takes this one away"
+        )
     client, name = boto3.client("lambda"), f"fraud-{stage}"
     client.update_function_configuration(FunctionName=name, **json.loads((KEPT / f"{stage}.json").read_text()))
     client.get_waiter("function_updated").wait(FunctionName=name)

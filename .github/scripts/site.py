@@ -34,12 +34,19 @@ def linked(html: str) -> str:
 def texts(site: Path) -> None:
     """Every Markdown file as a page; a README is its folder's index."""
     markdown = MarkdownIt("commonmark").enable("table")
-    for source in sorted([*ROOT.glob("*.md"), *(path for folder in ("docs", "benchmarks", "infra") for path in (ROOT / folder).rglob("*.md"))]):
+    for source in sorted(
+        [
+            *ROOT.glob("*.md"),
+            *(path for folder in ("docs", "benchmarks", "infra") for path in (ROOT / folder).rglob("*.md")),
+        ]
+    ):
         name = source.relative_to(ROOT)
         target = site / (name.parent / "index.html" if source.name == "README.md" else name.with_suffix(".html"))
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text(encoding="utf-8")
-        target.write_text(PAGE.format(title=text.splitlines()[0].lstrip("# "), body=linked(markdown.render(text))), encoding="utf-8")
+        target.write_text(
+            PAGE.format(title=text.splitlines()[0].lstrip("# "), body=linked(markdown.render(text))), encoding="utf-8"
+        )
     shutil.copy(ROOT / "LICENSE", site)
     shutil.copytree(ROOT / "docs/pictures", site / "docs/pictures")
 
@@ -47,7 +54,21 @@ def texts(site: Path) -> None:
 def notebooks(site: Path) -> None:
     """Every notebook of the package as a page."""
     sources = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "ERROR", "--to", "html", "--output-dir", str(site / "nbs"), *map(str, sources)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "nbconvert",
+            "--log-level",
+            "ERROR",
+            "--to",
+            "html",
+            "--output-dir",
+            str(site / "nbs"),
+            *map(str, sources),
+        ],
+        check=True,
+    )
     for page in (site / "nbs").glob("*.html"):
         page.write_text(linked(page.read_text(encoding="utf-8")), encoding="utf-8")
 
