@@ -94,7 +94,7 @@ def headlines(results: dict) -> str:
                 figure(table, start),
                 {name: figure(table, peer) for name, peer in peers.items()},
             )
-    return "\n".join(["| | here | beside it |", "|---|---|---|", *lines])
+    return "\n".join(["| | here | alternative |", "|---|---|---|", *lines])
 
 
 def main() -> None:
