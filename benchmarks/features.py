@@ -1,4 +1,6 @@
-"""Both engines beside Polars, DuckDB and the common Spark script: a log of transactions to a file of features, as ratios, with peak memory. What is measured: benchmarks/README.md."""
+"""Both engines beside Polars, DuckDB and the common Spark script: a log of transactions to a file of features, as
+ratios, with peak memory. What is measured: benchmarks/README.md.
+"""
 
 import argparse
 import os
@@ -23,7 +25,9 @@ THREADS = 2
 
 
 def compared_names(windows: Sequence[int]) -> list[str]:
-    """The features that everybody computes: all of the transaction, and of both accounts flows, fraud shares and hours since seen."""
+    """The features that everybody computes: all of the transaction, and of both accounts flows, fraud shares and hours
+    since seen.
+    """
     own = [
         "amount",
         *(f"type_{name}" for name in TYPES),
@@ -49,7 +53,9 @@ def side_names(windows: Sequence[int]) -> list[str]:
 
 
 def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: int) -> None:
-    """Running totals over events sorted by account and time; where windows begin is found by merging the sorted keys (`join_asof`)."""
+    """Running totals over events sorted by account and time; where windows begin is found by merging the sorted keys
+    (`join_asof`).
+    """
     import polars as pl
 
     tx = pl.read_parquet(
@@ -94,7 +100,9 @@ def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: in
 
 
 def polars_events(tx):
-    """Two rows per transaction, sorted by account and time: side (0 starts it), row, key (account and step), cents, fraud."""
+    """Two rows per transaction, sorted by account and time: side (0 starts it), row, key (account and step), cents,
+    fraud.
+    """
     import polars as pl
 
     codes = pl.concat([tx["nameOrig"], tx["nameDest"]], rechunk=True).cast(pl.Categorical).to_physical()
@@ -187,7 +195,9 @@ def polars_histories(events, windows: Sequence[int], label_delay: int):
 
 
 def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: int) -> None:
-    """Window functions with RANGE frames over the steps of an account; the frames hold the whole of the own step, so what came later in it is taken off again."""
+    """Window functions with RANGE frames over the steps of an account; the frames hold the whole of the own step, so
+    what came later in it is taken off again.
+    """
     import duckdb
 
     frames = [

@@ -1,4 +1,6 @@
-"""The pipeline on the card transactions of the Fraud Detection Handbook, by the Handbook's own protocol, beside its recipe in the same run. What is measured: benchmarks/README.md."""
+"""The pipeline on the card transactions of the Fraud Detection Handbook, by the Handbook's own protocol, beside its
+recipe in the same run. What is measured: benchmarks/README.md.
+"""
 
 import argparse
 import json
@@ -54,7 +56,8 @@ PUBLISHED = {
     },
 }
 METRICS = ("auc_roc", "average_precision", "card_precision_100")
-# Chapter 3 of the Handbook: amount, weekend, night; per customer, frequency and mean amount of 1, 7 and 30 days; per terminal, frequency and risk of the same, a week back.
+# Chapter 3 of the Handbook: amount, weekend, night; per customer, frequency and mean amount of 1, 7 and 30 days; per
+# terminal, frequency and risk of the same, a week back.
 RECIPE = [
     "TX_AMOUNT",
     "weekend",
@@ -65,7 +68,9 @@ RECIPE = [
 
 
 def rolling(frame: pd.DataFrame, key: str, column: str, days: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count and sum of `column` over the last `days` of each key, the transaction itself included: [n] each, in the frame's order."""
+    """Count and sum of `column` over the last `days` of each key, the transaction itself included: [n] each, in the
+    frame's order.
+    """
     rows = frame.sort_values([key, "TX_DATETIME"], kind="stable")
     found = rows.set_index("TX_DATETIME").groupby(key, sort=True)[column].rolling(f"{days}D").agg(["count", "sum"])
     back = np.empty((len(frame), 2))
@@ -95,7 +100,9 @@ def plain_baseline_features(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def unknown_cards(frame: pd.DataFrame, first: date, train_days: int) -> np.ndarray:
-    """Mask of the test rows: without cards that are known to be compromised by then. `first` is the first day of training."""
+    """Mask of the test rows: without cards that are known to be compromised by then. `first` is the first day of
+    training.
+    """
     day = (frame.TX_DATETIME.dt.normalize() - pd.Timestamp(first)).dt.days.to_numpy()
     card, fraud = frame.CUSTOMER_ID.to_numpy(), frame.TX_FRAUD.to_numpy() == 1
     known, kept = set(card[fraud & (day >= 0) & (day < train_days)]), np.zeros(len(frame), bool)
@@ -107,7 +114,9 @@ def unknown_cards(frame: pd.DataFrame, first: date, train_days: int) -> np.ndarr
 
 
 def card_precision(frame: pd.DataFrame, score: np.ndarray, top: int = 100) -> float:
-    """The share of compromised cards among the `top` with the highest score, day by day; a card that was found counts once."""
+    """The share of compromised cards among the `top` with the highest score, day by day; a card that was found counts
+    once.
+    """
     cards = (
         frame.assign(score=score, day=frame.TX_DATETIME.dt.normalize())
         .groupby(["day", "CUSTOMER_ID"], as_index=False)
@@ -211,7 +220,9 @@ def refitted(model: Trained, every: Sample, validation: Sample, test: Sample) ->
 def decided(
     model: Trained, validation: Sample, test: Sample, probability: np.ndarray, settings: Settings
 ) -> tuple[dict, np.ndarray]:
-    """The pipeline's own report on the fold (thresholds by cost, money, recall by scenario, 95 % intervals), and calibrated probabilities."""
+    """The pipeline's own report on the fold (thresholds by cost, money, recall by scenario, 95 % intervals), and
+    calibrated probabilities.
+    """
     before = Model(model.onnx, len(model.names))(validation.select(model.names))
     calibration = fit_calibration(before, validation.y)
     calibrated = calibration.apply(probability.astype(np.float32))
@@ -224,7 +235,9 @@ def decided(
 
 
 def terminal_age(frame: pd.DataFrame) -> pd.Series:
-    """Days since the terminal's takeover began, for transactions of scenario 2; NaN for others. A takeover lasts 28 days; 14 without a fraud separate two of them."""
+    """Days since the terminal's takeover began, for transactions of scenario 2; NaN for others. A takeover lasts 28
+    days; 14 without a fraud separate two of them.
+    """
     taken = frame[frame.TX_FRAUD_SCENARIO == 2].sort_values("TX_DATETIME")
     began = taken.groupby("TERMINAL_ID").TX_DATETIME.diff().isna() | (
         taken.groupby("TERMINAL_ID").TX_DATETIME.diff() > pd.Timedelta(days=14)
@@ -242,7 +255,9 @@ def fold(
     train_days: int,
     ways: Sequence[Way],
 ) -> dict:
-    """{"rows": {name: metrics}, ...} of the fold whose training begins on `first`; with the pipeline's own report on "ours"."""
+    """{"rows": {name: metrics}, ...} of the fold whose training begins on `first`; with the pipeline's own report on
+    "ours".
+    """
     epoch = datetime.fromisoformat(made["epoch"]).replace(tzinfo=None)
     begin = int((datetime.combine(first, datetime.min.time()) - epoch).total_seconds() // 3600)
     end, late = begin + 24 * train_days, begin + 24 * (train_days + DELAY)
@@ -282,7 +297,9 @@ def fold(
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean over the folds and its 95 % interval (Student's t, None for one fold); folds are taken as independent, though they share cards."""
+    """Mean over the folds and its 95 % interval (Student's t, None for one fold); folds are taken as independent,
+    though they share cards.
+    """
     low, high = (
         map(float, stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)))
         if len(values) > 1 and np.ptp(values)
@@ -321,7 +338,9 @@ def in_depth(found: Sequence[dict]) -> dict:
 
 
 def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict]:
-    """Mean and standard deviation over the folds, the folds' own figures, and the gain over the recipe (or over "ours", for its variants) with a 95 % interval."""
+    """Mean and standard deviation over the folds, the folds' own figures, and the gain over the recipe (or over "ours",
+    for its variants) with a 95 % interval.
+    """
     against = {way.name: "ours" for way in STEPS}
     return [
         {

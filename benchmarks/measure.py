@@ -1,4 +1,6 @@
-"""A program's time and the peak of its memory, with all that it starts (the JVM, Python workers); machine and load in words."""
+"""A program's time and the peak of its memory, with all that it starts (the JVM, Python workers); machine and load in
+words.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ class Measured:
 
 
 def looked_at(process: psutil.Process, cpu: dict[int, float]) -> int:
-    """Bytes of a process and its descendants, whose seconds go into `cpu`. Pages that forked workers share count once for each."""
+    """Bytes of a process and its descendants, whose seconds go into `cpu`. Pages that forked workers share count once
+    for each.
+    """
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:

@@ -1,4 +1,6 @@
-"""How time and memory grow with the number of transactions, job by job, and what the growth says of a billion. What is measured: benchmarks/README.md."""
+"""How time and memory grow with the number of transactions, job by job, and what the growth says of a billion. What is
+measured: benchmarks/README.md.
+"""
 
 import argparse
 import json
@@ -24,7 +26,9 @@ MEMORY = "2g"  # of Spark's driver at every size: what does not fit is spilled
 
 
 def widen(town: Path, target: Path, rows: int) -> None:
-    """A log of about `rows` transactions in the folder `target`: many towns side by side, each with accounts of its own, in the order of time. Memory: a day of all towns."""
+    """A log of about `rows` transactions in the folder `target`: many towns side by side, each with accounts of its
+    own, in the order of time. Memory: a day of all towns.
+    """
     manifest = json.loads((town / "raw/manifest.json").read_text(encoding="utf-8"))
     log = pq.read_table(town / "raw" / manifest["file"])
     step, towns = log["step"].to_numpy(), max(1, round(rows / len(log)))
@@ -73,7 +77,9 @@ JOBS = ("acquire", "features local", "features spark", "train_xgboost")
 
 
 def fitted(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
-    """Least squares: a constant and a slope per million, and the exponent of the growth without that constant's share (log-log slope over the larger half)."""
+    """Least squares: a constant and a slope per million, and the exponent of the growth without that constant's share
+    (log-log slope over the larger half).
+    """
     rows, seconds = np.array(points, dtype=np.float64).T
     slope, constant = np.polyfit(rows / 1e6, seconds, 1)
     upper = slice(len(points) // 2, None) if len(points) > 3 else slice(None)
@@ -136,7 +142,9 @@ def report(results: dict[str, dict[int, Measured]], left_out: Sequence[str]) -> 
 
 
 def all_sizes(sizes: Sequence[int], limit: float, keep: Callable) -> None:
-    """Every job at every size, the smallest first; `keep` gets all results after each run. A job that would need more than `limit` GiB is left out."""
+    """Every job at every size, the smallest first; `keep` gets all results after each run. A job that would need more
+    than `limit` GiB is left out.
+    """
     results: dict[str, dict[int, Measured]] = {name: {} for name in JOBS}
     left_out: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,6 @@
-"""One decision in process, over HTTP and in Lambda, each beside a peer in the same run. What is measured and how to read it: benchmarks/README.md."""
+"""One decision in process, over HTTP and in Lambda, each beside a peer in the same run. What is measured and how to
+read it: benchmarks/README.md.
+"""
 
 import argparse
 import contextlib
@@ -245,7 +247,9 @@ def pyfunc(world: World):
 
 
 def decide(service: Service, piece: list[dict], run: str, kept: dict[str, list[int]]) -> list[np.ndarray]:
-    """Decides a piece of the stream, from bytes to bytes; times by what was decided go into `kept`. The features that it decided on."""
+    """Decides a piece of the stream, from bytes to bytes; times by what was decided go into `kept`. The features that
+    it decided on.
+    """
     features = []
     for spent, answer in timed(lambda body: service.answer("POST", "/predict", HEADERS, body), bodies(piece, run)):
         if answer.status != 200:
@@ -347,7 +351,9 @@ def clean(**more: str) -> dict[str, str]:
 
 
 def pinned(cpu: int, *command: str) -> list[str]:
-    """The command on one core, so that server and client do not push each other around; where there is one core only, as it is."""
+    """The command on one core, so that server and client do not push each other around; where there is one core only,
+    as it is.
+    """
     cores = sorted(os.sched_getaffinity(0))
     return [*(["taskset", "-c", str(cores[cpu])] if len(cores) > 1 else []), *command]
 
@@ -402,7 +408,9 @@ def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
 
 
 def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
-    """Requests per second, median and 99th percentile in microseconds, processor time of one; raises `FraudError` unless all are answered with 200."""
+    """Requests per second, median and 99th percentile in microseconds, processor time of one; raises `FraudError`
+    unless all are answered with 200.
+    """
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
     command = pinned(
         -1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", str(lines), str(endpoint.sent), KEY
@@ -606,7 +614,9 @@ def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, pla
 
 
 def dynamodb_row(ours: Path, environ: dict[str, str], world: World) -> Row:
-    """The same handler with the store that it is deployed with; the server is an emulator in Python on this machine, so this is no figure for AWS."""
+    """The same handler with the store that it is deployed with; the server is an emulator in Python on this machine, so
+    this is no figure for AWS.
+    """
     say("Lambda, warm, DynamoDB store on moto")
     with servers.moto(world.root) as aws:
         with mock.patch.dict(os.environ, aws):

@@ -1,4 +1,6 @@
-"""The stream on a Kafka broker on the same machine: transactions per second beside two peers in the same run, and the time from produced to decided. What is measured: benchmarks/README.md."""
+"""The stream on a Kafka broker on the same machine: transactions per second beside two peers in the same run, and the
+time from produced to decided. What is measured: benchmarks/README.md.
+"""
 
 import argparse
 import contextlib
@@ -64,7 +66,9 @@ def per_second(address: str, topic: str, count: int, process: subprocess.Popen, 
 
 
 def peer_copy(address: str, source: str, target: str) -> None:
-    """A bare kafka-python loop: what it consumes it produces, acknowledged by all replicas before the position is committed."""
+    """A bare kafka-python loop: what it consumes it produces, acknowledged by all replicas before the position is
+    committed.
+    """
     loop(address, source, target, lambda records: [(record.key, record.value) for record in records])
 
 

@@ -41,7 +41,8 @@ def together(files: Sequence[Path]) -> dict:
     return {"machine": machines[0], "tables": tables}
 
 
-# What the README shows: in words (empty: the table's title), the table, our row, and the peers: in a table of decisions by name, elsewhere with their rows.
+# What the README shows: in words (empty: the table's title), the table, our row, and the peers: in a table of decisions
+# by name, elsewhere with their rows.
 DECISIONS = (
     ("a decision in process, request to answer", "decision, all", ("mlflow pyfunc, same model, features given",)),
     (

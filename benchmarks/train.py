@@ -1,4 +1,6 @@
-"""Training from the feature table beside plain `XGBClassifier.fit` on a data frame: the same rows, features, trees and threads; time and peak memory. What is measured: benchmarks/README.md."""
+"""Training from the feature table beside plain `XGBClassifier.fit` on a data frame: the same rows, features, trees and
+threads; time and peak memory. What is measured: benchmarks/README.md.
+"""
 
 import argparse
 import json
@@ -46,7 +48,9 @@ def parameters(settings: Settings) -> dict:
 
 
 def from_parquet(settings: Settings, trees: int) -> dict:
-    """As the job trains: one float32 matrix, quantile histograms in files, boosting with the average precision of each round."""
+    """As the job trains: one float32 matrix, quantile histograms in files, boosting with the average precision of each
+    round.
+    """
     names, *both = periods(settings)
     train, validation = (load_sample(settings.data_dir / "features", period, names) for period in both)
     check_training(train, validation, names)

@@ -1,4 +1,6 @@
-"""The pictures of the docs: the report of the last run and the console on its payments, as Chromium shows them. `make pictures`; give another folder to take its run."""
+"""The pictures of the docs: the report of the last run and the console on its payments, as Chromium shows them. `make
+pictures`; give another folder to take its run.
+"""
 
 import json
 import os

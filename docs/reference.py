@@ -1,4 +1,5 @@
-"""Every public name of the package, from the notebooks: its signature with the comments of its parameters, its docstring, and the notebook that tells why.
+"""Every public name of the package, from the notebooks: its signature with the comments of its parameters, its
+docstring, and the notebook that tells why.
 
 `make export` writes docs/reference with it.
 """

@@ -38,7 +38,9 @@ def browser() -> Iterator[Browser]:
 
 
 class Visit:
-    """A page, and what went wrong on it: `faults` holds what its console and its scripts complained of, and every address elsewhere that it asked for."""
+    """A page, and what went wrong on it: `faults` holds what its console and its scripts complained of, and every
+    address elsewhere that it asked for.
+    """
 
     def __init__(self, page: Page):
         self.page, self.faults = page, []
@@ -60,7 +62,9 @@ class Visit:
         self.faults = [fault for fault in self.faults if part not in fault]
 
     def until(self, expression: str, seconds: float = 15) -> None:
-        """Waits until the expression holds in the page, whose policy may forbid Playwright's own way of asking again and again."""
+        """Waits until the expression holds in the page, whose policy may forbid Playwright's own way of asking again
+        and again.
+        """
         end = time.monotonic() + seconds
         while not self.page.evaluate(expression):
             assert time.monotonic() < end, f"after {seconds} s it does not hold: {expression}"

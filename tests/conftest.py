@@ -52,7 +52,9 @@ def group(file: str) -> str:
 
 
 class ByGroup(LoadFileScheduling):
-    """Gives a group of files to one worker. xdist's own groups (`--dist loadgroup`) are in the names of tests, where pytest 9.2 no longer sees them."""
+    """Gives a group of files to one worker. xdist's own groups (`--dist loadgroup`) are in the names of tests, where
+    pytest 9.2 no longer sees them.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return group(Path(super()._split_scope(nodeid)).name)

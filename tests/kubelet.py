@@ -1,4 +1,6 @@
-"""A cluster of one node: an API server that keeps pods for those who ask over HTTP, and starts what is in them as processes of this machine."""
+"""A cluster of one node: an API server that keeps pods for those who ask over HTTP, and starts what is in them as
+processes of this machine.
+"""
 
 import contextlib
 import json
@@ -29,7 +31,9 @@ class Node:
     url: str = ""
 
     def start(self, pod: dict) -> None:
-        """Runs the pod's container: its arguments behind the image's entry point, in the environment of its specification and no other."""
+        """Runs the pod's container: its arguments behind the image's entry point, in the environment of its
+        specification and no other.
+        """
         container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
         known = {"status.podIP": HOST, "metadata.name": name}
         environ = {

@@ -1,4 +1,6 @@
-"""Lambda and API Gateway on loopback: a package is unpacked in a folder of its own and driven by Lambda's runtime client."""
+"""Lambda and API Gateway on loopback: a package is unpacked in a folder of its own and driven by Lambda's runtime
+client.
+"""
 
 import base64
 import contextlib
@@ -172,7 +174,9 @@ def event(method: str, path: str, headers: Mapping[str, str] | None = None, body
 
 @contextlib.contextmanager
 def gateway(function: Function) -> Iterator[str]:
-    """API Gateway before a function; yields its URL. A route that was not declared is refused before the function hears of it."""
+    """API Gateway before a function; yields its URL. A route that was not declared is refused before the function hears
+    of it.
+    """
     one_at_a_time = threading.Lock()  # an instance has one request at a time
 
     class Handler(Quick):

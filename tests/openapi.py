@@ -5,12 +5,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What a schema cannot say: a moment within the model's time, ids that differ within a batch. Such a request fits the schema and is refused.
+# What a schema cannot say: a moment within the model's time, ids that differ within a batch. Such a request fits the
+# schema and is refused.
 BEYOND_A_SCHEMA = "positive_data_acceptance"
 
 
 def conforms(document: str, url: str, key: str, *without: str) -> None:
-    """Fails with schemathesis' report unless the service at `url` does what `document` (a file or URL) says; checks in `without` are left out."""
+    """Fails with schemathesis' report unless the service at `url` does what `document` (a file or URL) says; checks in
+    `without` are left out.
+    """
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         "run",

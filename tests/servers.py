@@ -145,7 +145,9 @@ def moto(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """A PostgreSQL server that keeps its data below `folder`; yields a database's URL for SQLAlchemy. It refuses to run as root, so root lends it to the user of the Debian package."""
+    """A PostgreSQL server that keeps its data below `folder`; yields a database's URL for SQLAlchemy. It refuses to run
+    as root, so root lends it to the user of the Debian package.
+    """
     newest = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=Path())
     initdb = program(str(newest / "initdb") if newest.name else "initdb", "postgresql")
     as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
@@ -197,7 +199,9 @@ def postgres(folder: Path) -> Iterator[str]:
 def mlflow(
     folder: Path, database: str, artifacts: str, environ: dict[str, str], port: int | None = None
 ) -> Iterator[str]:
-    """An MLflow server that hands artifacts through to `artifacts`; yields its URL. All of its processes end with it, and at once: a test takes it away in the middle of something."""
+    """An MLflow server that hands artifacts through to `artifacts`; yields its URL. All of its processes end with it,
+    and at once: a test takes it away in the middle of something.
+    """
     port = port or free_port()
     command = [
         sys.executable,
@@ -283,7 +287,9 @@ def kafka_classpath() -> str:
 def kafka(
     folder: Path, port: int | None = None, java: Sequence[str] = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 ) -> Iterator[str]:
-    """An Apache Kafka broker (KRaft) that keeps its data in `folder`: started there again it goes on. `java` are options for a short life. Yields its address."""
+    """An Apache Kafka broker (KRaft) that keeps its data in `folder`: started there again it goes on. `java` are
+    options for a short life. Yields its address.
+    """
     port, data = port or free_port(), folder / "kafka"
     command = [program("java", "openjdk-17-jre-headless"), "-Xms256m", "-Xmx512m", *java, "-cp", kafka_classpath()]
     configuration = folder / "kafka.properties"
@@ -305,7 +311,9 @@ def kafka(
 
 @contextlib.contextmanager
 def configured(folder: Path, command: str, name: str, configuration: str, *options: str) -> Iterator[str]:
-    """A server of the Prometheus family, from the Debian package `command`, with its configuration in `folder`; yields its URL."""
+    """A server of the Prometheus family, from the Debian package `command`, with its configuration in `folder`; yields
+    its URL.
+    """
     port, file = free_port(), folder / f"{name}.yml"
     file.write_text(configuration)
     url = f"http://{HOST}:{port}"

@@ -1,4 +1,6 @@
-"""What a team shares: a bucket for data, an MLflow server on PostgreSQL with a bucket for artifacts; and the machine that ran first."""
+"""What a team shares: a bucket for data, an MLflow server on PostgreSQL with a bucket for artifacts; and the machine
+that ran first.
+"""
 
 import contextlib
 import subprocess
@@ -38,7 +40,9 @@ class Team:
 
 @contextlib.contextmanager
 def opened(folder: Path, workspace: Callable) -> Iterator[Team]:
-    """Starts the servers, and lets the first machine run: the registry is killed while it trains, comes back, and the run goes on."""
+    """Starts the servers, and lets the first machine run: the registry is killed while it trains, comes back, and the
+    run goes on.
+    """
     with servers.moto(folder) as aws, servers.postgres(folder) as database:
         s3 = boto3.client(
             "s3",
@@ -103,7 +107,9 @@ def held(uri: str, model: str = "fraud-scorer") -> dict:
 
 @contextlib.contextmanager
 def cut(uri: str, method: str, path: str) -> Iterator[str]:
-    """The way to a server, which breaks for good at the first request with this method whose path has `path` in it. Yields the URL of the way."""
+    """The way to a server, which breaks for good at the first request with this method whose path has `path` in it.
+    Yields the URL of the way.
+    """
     broken, target = threading.Event(), uri.removeprefix("http://")
 
     class Way(BaseHTTPRequestHandler):

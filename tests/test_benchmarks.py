@@ -1,4 +1,6 @@
-"""What the benchmarks compare is equal: peers compute our features, bit for bit, on a simulated log and on one made to be difficult; and their tables hold what was measured."""
+"""What the benchmarks compare is equal: peers compute our features, bit for bit, on a simulated log and on one made to
+be difficult; and their tables hold what was measured.
+"""
 
 import json
 import sys
@@ -30,7 +32,9 @@ def simulated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def difficult(simulated, tmp_path_factory):
-    """Few accounts that meet often and pay themselves, many transactions in an hour, missing types and balances, much fraud."""
+    """Few accounts that meet often and pay themselves, many transactions in an hour, missing types and balances, much
+    fraud.
+    """
     folder, rng, rows = tmp_path_factory.mktemp("difficult"), np.random.default_rng(5), 3_000
     manifest = json.loads((simulated / "raw/manifest.json").read_text())
     schema = pq.read_schema(simulated / "raw" / manifest["file"])

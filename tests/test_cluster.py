@@ -126,7 +126,9 @@ def started(workspace: Workspace, *arguments: str, **overrides) -> threading.Thr
 
 
 def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, tasks: int, of: int) -> None:
-    """Waits until a worker has done so many tasks of the newest application; both together have then done fewer than there are."""
+    """Waits until a worker has done so many tasks of the newest application; both together have then done fewer than
+    there are.
+    """
 
     def done(number: int) -> int:
         logs = sorted((cluster.folder / f"worker-{number}").glob("app-*/*/stderr"), key=lambda file: file.parts[-3])
@@ -145,7 +147,9 @@ def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, 
 
 
 def test_a_worker_is_killed(finished, scored, cluster):
-    """kill -9 of a worker and its executor in the middle: Spark does its tasks again on the other one, and the bytes are the same."""
+    """kill -9 of a worker and its executor in the middle: Spark does its tasks again on the other one, and the bytes
+    are the same.
+    """
     work = started(
         finished, "score", "lake", "scored_anyway", **ON, features__spark_master=cluster.url, features__partitions=120
     )
@@ -180,7 +184,9 @@ def test_what_is_wrong_is_said(finished, lake, cluster):
 
 
 def test_all_workers_are_lost(finished, lake, cluster):
-    """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half written."""
+    """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half
+    written.
+    """
     work = started(
         finished,
         "score",
@@ -217,7 +223,9 @@ def component(tmp_path_factory) -> list[dict]:
 
 
 def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
-    """A driver asks Kubernetes for executors: what it asks for is safe and complete, and what runs in that pod does the work."""
+    """A driver asks Kubernetes for executors: what it asks for is safe and complete, and what runs in that pod does the
+    work.
+    """
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     shutil.rmtree(finished.root / "apart/features")
     with kubernetes(tmp_path / "node", str(finished.root)) as node:
@@ -254,7 +262,9 @@ def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
 
 
 def test_the_component_makes_drivers(component):
-    """With `components/spark` two jobs have that account, the master and a volume of many nodes; nobody else has the account."""
+    """With `components/spark` two jobs have that account, the master and a volume of many nodes; nobody else has the
+    account.
+    """
     (claim,) = [
         item
         for item in component

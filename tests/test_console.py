@@ -66,7 +66,9 @@ def seconds_until_seen(made: Visit, url: str, sent: dict) -> float:
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
-    """What is sent appears within a second, as text whatever it is called; opened it has reasons and accounts; marked it counts in the store. Nothing is at fault for whoever looks or listens."""
+    """What is sent appears within a second, as text whatever it is called; opened it has reasons and accounts; marked
+    it counts in the store. Nothing is at fault for whoever looks or listens.
+    """
     size, dark = LOOKS[look]
     send(service, *(transaction(f"{look}-{i}", amount=round(10 * 1.6**i, 2)) for i in range(14)))
     with visit(browser, service, size, dark) as made:
@@ -108,7 +110,9 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
 
 
 def test_many_decisions(service, browser):  # noqa: F811
-    """Twelve thousand decisions: the page keeps ten thousand, draws a few dozen, and goes where it is scrolled to and filtered."""
+    """Twelve thousand decisions: the page keeps ten thousand, draws a few dozen, and goes where it is scrolled to and
+    filtered.
+    """
     with visit(browser, service) as made:
         page = made.page
         unlock(made, READ)
@@ -141,7 +145,9 @@ def test_many_decisions(service, browser):  # noqa: F811
 
 
 def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
-    """The chain of mules is sent, decided and opened; arrows and letters do what the mouse does; a pause holds the list."""
+    """The chain of mules is sent, decided and opened; arrows and letters do what the mouse does; a pause holds the
+    list.
+    """
     with visit(browser, service) as made:
         page = made.page
         unlock(made, WRITE)
@@ -180,7 +186,9 @@ def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
 
 
 def test_read_only(service, browser, tmp_path):  # noqa: F811
-    """A key that may look cannot mark, and the page says so; nor may anybody without keys, on loopback. A key is gone when the page is loaded again."""
+    """A key that may look cannot mark, and the page says so; nor may anybody without keys, on loopback. A key is gone
+    when the page is loaded again.
+    """
     with visit(browser, service) as made:
         unlock(made, READ)
         made.page.locator("#rows .row").first.click()
@@ -227,7 +235,9 @@ def heard(lines: Iterator[str], event: str) -> tuple[str, list]:
 
 
 def test_stream_goes_on_and_ends(tmp_path):
-    """A connection that broke goes on after the last thing it heard; one that missed too much is told so; as many look as may; SIGTERM ends the stream, and the service with 0."""
+    """A connection that broke goes on after the last thing it heard; one that missed too much is told so; as many look
+    as may; SIGTERM ends the stream, and the service with 0.
+    """
     example_bundle(tmp_path / "champion")
     with api(tmp_path, console__keep=5, console__clients=2) as (url, process):
         httpx.post(f"{url}/predict", json=transaction(0))

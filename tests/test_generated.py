@@ -1,4 +1,6 @@
-"""Generated files are what the notebooks say: made again in a copy, nothing changes. And what is stored by hand fits what is there."""
+"""Generated files are what the notebooks say: made again in a copy, nothing changes. And what is stored by hand fits
+what is there.
+"""
 
 import json
 import os
@@ -59,7 +61,9 @@ def test_making_them_again_changes_nothing(tmp_path):
 
 
 def test_no_notebook_keeps_a_control():
-    """A stored control is an error message for whoever opens the notebook; cells with controls are tagged `skip-execution`, so that nbconvert leaves them out."""
+    """A stored control is an error message for whoever opens the notebook; cells with controls are tagged
+    `skip-execution`, so that nbconvert leaves them out.
+    """
     kept, controls = [], 0
     for file in sorted((PROJECT / "nbs").rglob("*.ipynb")):
         for cell in (

@@ -1,4 +1,5 @@
-"""The serving image, built with buildah and started as the Deployment for Minikube declares it: command, user, read-only root file system, environment, mounts.
+"""The serving image, built with buildah and started as the Deployment for Minikube declares it: command, user,
+read-only root file system, environment, mounts.
 
 The test asks what the kubelet asks. Two things are not as in a cluster: the pod shares this machine's network, so its port is one that is free here, and no cgroup limits it."""
 
@@ -38,7 +39,9 @@ KEY = "0123456789abcdef"
 
 
 def base_image() -> str:
-    """FRAUD_TEST_BASE_IMAGE, such as docker.io/library/python:3.11-slim-bookworm; without it a stand-in that needs no image registry."""
+    """FRAUD_TEST_BASE_IMAGE, such as docker.io/library/python:3.11-slim-bookworm; without it a stand-in that needs no
+    image registry.
+    """
     if given := os.environ.get("FRAUD_TEST_BASE_IMAGE"):
         return given
     if subprocess.run(
@@ -53,7 +56,9 @@ def base_image() -> str:
 
 
 def build(name: str, dockerfile: str) -> str:
-    """Builds an image as `make image` does without Docker; also here, where a build may neither make namespaces of its own nor trust other certificates than this machine's."""
+    """Builds an image as `make image` does without Docker; also here, where a build may neither make namespaces of its
+    own nor trust other certificates than this machine's.
+    """
     command = [
         servers.program("buildah", "buildah"),
         "build",
@@ -98,7 +103,9 @@ def inspect(image: str) -> dict:
 
 
 def podman(*arguments: str) -> list[str]:
-    """A podman command. Where cgroups 1 and 2 are mixed the runtime refuses to start anything; in a mount namespace of its own it sees only the first kind."""
+    """A podman command. Where cgroups 1 and 2 are mixed the runtime refuses to start anything; in a mount namespace of
+    its own it sees only the first kind.
+    """
     command = [servers.program("podman", "podman"), "--runtime", servers.program("crun", "crun"), *arguments]
     mixed = Path("/sys/fs/cgroup/unified")
     return (
@@ -413,7 +420,9 @@ def test_compose_store_starts_as_declared(tmp_path):
 
 @pytest.mark.parametrize("name", CONSUMERS)
 def test_compose_consumers_find_what_they_need(name):
-    """Settings that are known, servers that listen there and are waited for, a health check on a path and a port that are answered, time to stop."""
+    """Settings that are known, servers that listen there and are waited for, a health check on a path and a port that
+    are answered, time to stop.
+    """
     services = compose()
     service, kafka, environ = (
         services[name],
@@ -486,7 +495,9 @@ def test_compose_prometheus_takes_its_configuration():
     reason="building the jobs image takes minutes and 6 GB of disk; FRAUD_TEST_JOBS_IMAGE=1 does it",
 )
 def test_jobs_image(tmp_path):
-    """The first two jobs of the pipeline, the second one with Spark, in a container that can write nothing but its volumes."""
+    """The first two jobs of the pipeline, the second one with Spark, in a container that can write nothing but its
+    volumes.
+    """
     image = build("localhost/fraud-test/jobs", "Dockerfile.jobs")
     assert inspect(image)["Config"]["Entrypoint"] == ["fraud"] and inspect(image)["User"] == "10001:10001"
     for name in ("data", "models", "reports"):
@@ -522,7 +533,9 @@ def test_jobs_image(tmp_path):
     not os.environ.get("FRAUD_TEST_JOBS_IMAGE"), reason="it needs the jobs image; FRAUD_TEST_JOBS_IMAGE=1 builds it"
 )
 def test_cron_job_in_the_image(tmp_path):
-    """A CronJob's own command and variables, with what the pod grants: a volume, /tmp, settings, and nothing else that can be written."""
+    """A CronJob's own command and variables, with what the pod grants: a volume, /tmp, settings, and nothing else that
+    can be written.
+    """
     image = build("localhost/fraud-test/jobs", "Dockerfile.jobs")
     manifest = yaml.safe_load((PROJECT / "k8s/jobs/features.yaml").read_text(encoding="utf-8"))
     [main] = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]

@@ -1,4 +1,6 @@
-"""Jobs that start by themselves: the CronJobs as kustomize renders them into both overlays, the command of one of them as its container would run it, and GitHub's workflow."""
+"""Jobs that start by themselves: the CronJobs as kustomize renders them into both overlays, the command of one of them
+as its container would run it, and GitHub's workflow.
+"""
 
 import fcntl
 import json
@@ -198,7 +200,9 @@ def test_a_job_reaches_the_pushgateway(render, overlay):
 
 @every_overlay
 def test_network(objects, overlay):
-    """Nobody reaches a job; it reaches DNS, HTTPS and named servers, and where there are brokers beside it they take it in."""
+    """Nobody reaches a job; it reaches DNS, HTTPS and named servers, and where there are brokers beside it they take it
+    in.
+    """
     policies = {item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "NetworkPolicy")}
     labels = [template["metadata"]["labels"].items() for template in templates(objects).values()]
     ours = {
@@ -271,7 +275,9 @@ def test_checkov_on_jobs(render, checkov, tmp_path):
 
 
 def small_image(folder: Path) -> Path:
-    """What the image holds at /pipeline, with two jobs of a second each: a stage that makes a champion, and a job that is no stage."""
+    """What the image holds at /pipeline, with two jobs of a second each: a stage that makes a champion, and a job that
+    is no stage.
+    """
     (folder / "jobs").mkdir(parents=True)
     (folder / ".dvc").mkdir()
     shutil.copytree(PROJECT / "fraud_pkg", folder / "fraud_pkg", ignore=shutil.ignore_patterns("__pycache__"))
@@ -284,7 +290,8 @@ from fraud_pkg import scoring
 from fraud_pkg.core.settings import load_settings
 
 def write(folder, trained, calibration, thresholds, metrics, *rest, write=scoring.write_bundle):
-    return write(folder, trained, calibration, thresholds, {"average_precision": {"value": 0.5}}, *rest)  # as the pipeline's bundles have it
+    # as the pipeline's bundles have it
+    return write(folder, trained, calibration, thresholds, {"average_precision": {"value": 0.5}}, *rest)
 
 with mock.patch.object(scoring, "write_bundle", write):
     scoring.example_bundle(load_settings().models_dir / "champion")
@@ -308,7 +315,9 @@ print("trained")
 
 @pytest.fixture
 def in_container(tmp_path):
-    """Runs a compiled CronJob's command with its variables and none of this machine's; only places are others. Nothing is written to the image."""
+    """Runs a compiled CronJob's command with its variables and none of this machine's; only places are others. Nothing
+    is written to the image.
+    """
     image = small_image(tmp_path / "pipeline")
     before = {path: path.stat().st_mtime_ns for path in image.rglob("*")}
     (tmp_path / "volume").mkdir()
@@ -348,7 +357,9 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_cron_jobs_as_declared(in_container):
-    """On an empty volume, and again; what is trained is delivered; a job waits for another one; SIGTERM leaves nothing half written and nothing running."""
+    """On an empty volume, and again; what is trained is delivered; a job waits for another one; SIGTERM leaves nothing
+    half written and nothing running.
+    """
     start, tmp_path = in_container
     project, served = tmp_path / "volume/project", tmp_path / "served/champion"
     code, said = ended(start("train"))

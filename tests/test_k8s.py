@@ -1,4 +1,6 @@
-"""The manifests as kustomize renders them: strict schemas, names that meet, settings that load, servers and consumers that start; and `make minikube` up to Minikube's door."""
+"""The manifests as kustomize renders them: strict schemas, names that meet, settings that load, servers and consumers
+that start; and `make minikube` up to Minikube's door.
+"""
 
 import contextlib
 import json
@@ -276,7 +278,9 @@ def test_selectors_meet_their_pods(render, overlay, components):
 
 
 def open_ways(policies: dict[str, dict], objects) -> tuple[set, set, set]:
-    """What the policies let through: between our pods (client, server, port), if both ends allow it; from elsewhere (namespace, server, port); to elsewhere (client, port)."""
+    """What the policies let through: between our pods (client, server, port), if both ends allow it; from elsewhere
+    (namespace, server, port); to elsewhere (client, port).
+    """
     out, taken, from_outside, to_outside = set(), set(), set(), set()
     for policy in policies.values():
         pods = selected(policy["podSelector"], objects)
@@ -464,7 +468,9 @@ def declared_environment(template: dict, secrets: dict[tuple[str, str], str] = S
 
 
 def declared_settings(template: dict, objects, folder: Path) -> tuple[Settings, set[str]]:
-    """The settings in force in the container, and which of its variables are none; unknown keys of a section are refused."""
+    """The settings in force in the container, and which of its variables are none; unknown keys of a section are
+    refused.
+    """
     environ, main = declared_environment(template), container(template)
     mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
     [settings_map] = [volume["configMap"]["name"] for volume in template["spec"]["volumes"] if "configMap" in volume]
@@ -608,7 +614,9 @@ def mebibytes(quantity: str) -> int:
 
 
 def test_redis_as_declared(render, tmp_path):
-    """The store's own configuration and command on a real Redis: it wants the password, answers its probes, and forgets nothing when it is killed."""
+    """The store's own configuration and command on a real Redis: it wants the password, answers its probes, and forgets
+    nothing when it is killed.
+    """
     objects = render("overlays/minikube")
     server = servers.program("redis-server", "redis-server")
     main, password, port = container(workloads(objects)["fraud-redis"]), "0123456789abcdef", servers.free_port()
@@ -666,7 +674,8 @@ def moved(text: str, places: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def broker_as_declared(objects, folder: Path) -> Iterator[str]:
-    """The StatefulSet's environment as the image's start script reads it, and a broker of the image's version with what comes of it. Only addresses and the volume are others.
+    """The StatefulSet's environment as the image's start script reads it, and a broker of the image's version with what
+    comes of it. Only addresses and the volume are others.
 
     Yields the broker's address."""
     template = workloads(objects)["fraud-kafka"]
@@ -736,7 +745,9 @@ def until(condition, seconds: float) -> None:
 
 
 def test_stream_as_declared(render, tmp_path):
-    """Both consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding what is sent, with the shared store, and ended by SIGTERM."""
+    """Both consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding
+    what is sent, with the shared store, and ended by SIGTERM.
+    """
     objects = render("overlays/minikube")
     example_bundle(tmp_path / "models/champion")
     with contextlib.ExitStack() as running:
@@ -842,7 +853,8 @@ def test_script_is_clean():
     assert done.returncode == 0, done.stdout
 
 
-# Minikube itself cannot run in a test. These stand in its place, so that the script's own part is real: its order, its files, its Secrets, what it says when something is missing.
+# Minikube itself cannot run in a test. These stand in its place, so that the script's own part is real: its order, its
+# files, its Secrets, what it says when something is missing.
 STAND_INS = {
     "minikube": """
         [ "$1" != config ] || exit 1
@@ -893,7 +905,9 @@ BASICS = (
 
 @pytest.fixture
 def minikube(tmp_path):
-    """The project with a champion, and a PATH that leads to the stand-ins and to nothing that could start a real cluster."""
+    """The project with a champion, and a PATH that leads to the stand-ins and to nothing that could start a real
+    cluster.
+    """
     kubectl = servers.program("kubectl", "kubernetes-client")
     project, programs, here = tmp_path / "project", tmp_path / "programs", tmp_path / "state"
     shutil.copytree(PROJECT / "k8s", project / "k8s")

@@ -1,4 +1,6 @@
-"""The Lambda twin, deployed to AWS on loopback, fetched back, and driven by Lambda's own runtime client beside the FastAPI twin."""
+"""The Lambda twin, deployed to AWS on loopback, fetched back, and driven by Lambda's own runtime client beside the
+FastAPI twin.
+"""
 
 import base64
 import hashlib
@@ -162,7 +164,9 @@ def live(row: dict, prefix: str) -> dict:
 
 @pytest.fixture(scope="module")
 def day(finished, tmp_path_factory) -> tuple[list[dict], Path]:
-    """Ten thousand transactions, and a snapshot of a store that remembers the ten thousand before them with their frauds."""
+    """Ten thousand transactions, and a snapshot of a store that remembers the ten thousand before them with their
+    frauds.
+    """
     raw = pq.read_table(next((finished.root / "data/raw").glob("*.parquet"))).slice(40_000, 20_000).to_pylist()
     before, now = raw[:10_000], raw[10_000:]
     store, place = MemoryStore(RETENTION), tmp_path_factory.mktemp("store") / "snapshot.npz"
@@ -342,7 +346,9 @@ def test_largest_batch_within_the_timeout(function, day):
 
 
 def test_redeploy_second_stage_and_removal(project):
-    """A new champion changes the package, an equal one does not; prod stands beside dev; what is removed leaves its data."""
+    """A new champion changes the package, an equal one does not; prod stands beside dev; what is removed leaves its
+    data.
+    """
     before = configuration("dev")["CodeSha256"]
     again = project.fraud("deploy", "lambda", "--stage", "dev").stdout
     assert configuration("dev")["CodeSha256"] == before and "The store's table is new" not in again

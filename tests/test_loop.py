@@ -1,4 +1,6 @@
-"""The whole loop on real servers: calm weeks, a fraud that the champion has never seen, the alarm, a challenger that learned from the stream, and the way back."""
+"""The whole loop on real servers: calm weeks, a fraud that the champion has never seen, the alarm, a challenger that
+learned from the stream, and the way back.
+"""
 
 import contextlib
 import json
@@ -76,7 +78,9 @@ class Live:
             )
 
     def send(self, first_day: int, end_day: int) -> None:
-        """The transactions of these days, a day after the other; what became known by then of older ones comes before, as in life, where a day is long."""
+        """The transactions of these days, a day after the other; what became known by then of older ones comes before,
+        as in life, where a day is long.
+        """
         step, number, fraud = (self.table[name].to_numpy() for name in ("step", "tx_id", "isFraud"))
         with contextlib.closing(
             KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)

@@ -1,4 +1,6 @@
-"""Alerts and dashboards: each alert fires when it should and not otherwise, and everything they ask for exists on a Prometheus that watches a real service and a real stream."""
+"""Alerts and dashboards: each alert fires when it should and not otherwise, and everything they ask for exists on a
+Prometheus that watches a real service and a real stream.
+"""
 
 import contextlib
 import json
@@ -45,7 +47,9 @@ def check(program: str, package: str, *arguments: object) -> str:
 
 
 def resolved(receivers: str = f"http://{servers.HOST}:9") -> str:
-    """alertmanager.yml with the receivers' addresses in place of the files that hold them, which Debian's Alertmanager does not read yet."""
+    """alertmanager.yml with the receivers' addresses in place of the files that hold them, which Debian's Alertmanager
+    does not read yet.
+    """
     text, found = re.subn(
         r"url_file: /etc/alertmanager/receivers/(\w+)",
         rf"url: {receivers}/\1",
@@ -334,7 +338,9 @@ def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str)
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory) -> Iterator[System]:
-    """Two services (one without its store), a consumer and a sink on a broker, the monitor's figures, and who watches them; alerts wait for nothing."""
+    """Two services (one without its store), a consumer and a sink on a broker, the monitor's figures, and who watches
+    them; alerts wait for nothing.
+    """
     folder, told = tmp_path_factory.mktemp("system"), []
     (folder / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
     (folder / "rules").mkdir()

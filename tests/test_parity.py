@@ -1,4 +1,6 @@
-"""What is decided online is what was learned offline: replayed transaction by transaction, features equal Spark's, bit for bit."""
+"""What is decided online is what was learned offline: replayed transaction by transaction, features equal Spark's, bit
+for bit.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -41,7 +43,9 @@ def live(row: dict) -> TransactionRequest:
 
 
 def requests(rows: list[dict], batch: int) -> Iterator[list[dict]]:
-    """Requests of at most `batch` rows of one step: what was fraud an hour ago cannot be known while it is still being decided."""
+    """Requests of at most `batch` rows of one step: what was fraud an hour ago cannot be known while it is still being
+    decided.
+    """
     for _, hour in itertools.groupby(rows, key=lambda row: row["step"]):
         hour = list(hour)
         yield from (hour[i : i + batch] for i in range(0, len(hour), batch))
@@ -119,7 +123,9 @@ def table(tmp_path, monkeypatch) -> str:
 
 @pytest.fixture(scope="module")
 def quiet_month(workspace):
-    """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each. The local engine's files are Spark's, byte for byte (test_pipeline)."""
+    """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each. The local engine's
+    files are Spark's, byte for byte (test_pipeline).
+    """
     project = workspace(
         simulate__rows=1_500,
         simulate__days=31,
@@ -179,7 +185,9 @@ def redis_url(tmp_path_factory):
 )
 @given(drawn=st.lists(moment, min_size=1, max_size=25), delay=st.integers(0, 30), cuts=st.integers(1, 4))
 def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
-    """Random accounts that also pay themselves, random cuts into requests, and labels that come at any time up to the delay: the kernel's values."""
+    """Random accounts that also pay themselves, random cuts into requests, and labels that come at any time up to the
+    delay: the kernel's values.
+    """
     windows, prefix = (1, 5, 24), f"h{next(fresh)}-"
     cuts = cuts if delay else 1  # a label of the own hour cannot be known to a request that is still being decided
     rows = [

@@ -77,7 +77,9 @@ async def load(url: str, seconds: float, clients: int, keep: list) -> None:
 
 
 def test_champion_swap_under_load(tmp_path):
-    """Six swaps among four champions while sixteen clients send: every request is answered, by a version that existed, with that version's probability."""
+    """Six swaps among four champions while sixteen clients send: every request is answered, by a version that existed,
+    with that version's probability.
+    """
     made = [example_bundle(tmp_path / f"made{i}", bias=-14.0 - i) for i in range(4)]
     expected = {
         bundle.manifest.version: round(float(1 / (1 + 2.718281828459045 ** -(15.205 - 14.0 - i))), 4)
@@ -121,7 +123,9 @@ def test_flipped_byte_is_refused(tmp_path):
 
 
 def test_slow_and_rude_clients(tmp_path):
-    """A client that never ends its headers, one that never ends its body, one that goes away, and a body of 10 MB: none of them keeps others from being answered."""
+    """A client that never ends its headers, one that never ends its body, one that goes away, and a body of 10 MB: none
+    of them keeps others from being answered.
+    """
     example_bundle(tmp_path / "champion")
     with api(tmp_path, serve__timeout=1) as (url, _):
         address = (servers.HOST, int(url.rsplit(":", 1)[1]))

@@ -33,7 +33,9 @@ def served(finished) -> Iterator[str]:
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_pages_are_accessible_and_fit(browser, served, look):  # noqa: F811
-    """No serious fault that axe finds, also with every table opened; nothing scrolls sideways; the colours are those asked for."""
+    """No serious fault that axe finds, also with every table opened; nothing scrolls sideways; the colours are those
+    asked for.
+    """
     size, dark = LOOKS[look]
     for page in PAGES:
         with visit(browser, f"{served}/{page}.html", size, dark) as seen:

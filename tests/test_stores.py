@@ -62,7 +62,9 @@ def url(request):
 
 
 def seen(store, prefix: str, step: int) -> tuple:
-    """All that a store answers about the example `prefix`, without hours before the last RETENTION, which it may have kept or not."""
+    """All that a store answers about the example `prefix`, without hours before the last RETENTION, which it may have
+    kept or not.
+    """
     reading = store.read([prefix + account for account in ACCOUNTS], [f"{prefix}{i}" for i in range(12)], step)
     rows = {
         account: [row for row in history.rows() if row[0] > step - RETENTION and any(row[1:])]
@@ -198,7 +200,9 @@ step = st.tuples(
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(step, max_size=10))
 def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
-    """The journal, its process ending at any time, and Redis agree: positions and counters move together; a step from the wrong place changes nothing."""
+    """The journal, its process ending at any time, and Redis agree: positions and counters move together; a step from
+    the wrong place changes nothing.
+    """
     prefix, folder = f"s{next(fresh)}-", tmp_path_factory.mktemp("journal")
     journaled, shared = JournaledStore(folder, RETENTION), RedisOutboxStore(redis_url, RETENTION, 5)
     at: dict[str, PartitionProgress] = {}

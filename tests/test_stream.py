@@ -1,4 +1,6 @@
-"""The stream on a real Kafka broker: every decision that of batch scoring, and nothing lost, counted twice or changed, whatever is killed or taken away."""
+"""The stream on a real Kafka broker: every decision that of batch scoring, and nothing lost, counted twice or changed,
+whatever is killed or taken away.
+"""
 
 import contextlib
 import json
@@ -82,7 +84,9 @@ def redis_url(tmp_path_factory):
 
 @dataclass(frozen=True)
 class World:
-    """Transactions, a model that learned from them, and what batch scoring says of them while nobody knows what was fraud."""
+    """Transactions, a model that learned from them, and what batch scoring says of them while nobody knows what was
+    fraud.
+    """
 
     bundle: Path
     table: pa.Table  # 100,000 transactions with labels
@@ -395,7 +399,9 @@ def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command:
 
 
 def test_killed_twenty_times(case, uninterrupted, world):
-    """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the same store."""
+    """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the
+    same store.
+    """
     made = case(
         stream__batch=100,
         stream__transactions=uninterrupted.case.topic("transactions"),
@@ -498,7 +504,9 @@ def test_broker_goes_away_and_comes_back(case, world, broker):
 
 
 def test_consumers_join_and_leave(case, world, redis_url):
-    """Up to three share the work, and the partitions change hands while messages flow; each is decided once, and each account's in their order."""
+    """Up to three share the work, and the partitions change hands while messages flow; each is decided once, and each
+    account's in their order.
+    """
     made, rows = case(stream__partitions=6, stream__batch=50, store__url=redis_url.replace("/0", "/2")), 30_000
     made.fraud("redrive", "--dry-run")  # makes the topics
     source = made.start("produce", str(world.quiet), "--limit", str(rows), "--rate", "1500")
@@ -574,7 +582,9 @@ POISON = {
 
 
 def test_poison_among_good_ones(case, world):
-    """Each kind ends in the dead-letter topic as it came, the good ones are decided as if it were not there; what is sent twice is decided once."""
+    """Each kind ends in the dead-letter topic as it came, the good ones are decided as if it were not there; what is
+    sent twice is decided once.
+    """
     made, rows, bad = case(), 2_000, [(kind, value) for kind, values in POISON.items() for value in values]
     good = [(key, value) for _, _, key, value, _ in transaction_messages(world.table.slice(0, rows), "json")]
     made.fraud("redrive", "--dry-run")
@@ -661,7 +671,9 @@ def api(folder: Path, bundle: Path, port: int) -> Iterator[subprocess.Popen]:
 
 
 def test_the_service_decides_goes_away_and_comes_back(case, world, tmp_path):
-    """Through the API: decisions equal those of batch scoring too; while it is away the consumer waits; a consumer that is killed repeats nothing."""
+    """Through the API: decisions equal those of batch scoring too; while it is away the consumer waits; a consumer that
+    is killed repeats nothing.
+    """
     port, rows = servers.free_port(), 20_000
     made = case(stream__via=f"http://{servers.HOST}:{port}", stream__batch=100)
     made.environ["FRAUD_API_KEY"] = "0123456789abcdef"

@@ -1,4 +1,6 @@
-"""The promise of the live checks, on the simulator: two hundred days on which nothing changes, and few of them look bad."""
+"""The promise of the live checks, on the simulator: two hundred days on which nothing changes, and few of them look
+bad.
+"""
 
 import json
 from pathlib import Path

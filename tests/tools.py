@@ -60,7 +60,10 @@ def go_program(module: str) -> Path:
 
 
 def terraform_init(folder: Path, configuration: Path) -> dict[str, str]:
-    """Initialises a Terraform configuration; the environment for what follows. Its provider comes from a folder of plugins, if there is one, or from the registry. Neither is in a package that the tests could install, so only GitHub's runner must have both."""
+    """Initialises a Terraform configuration; the environment for what follows. Its provider comes from a folder of
+    plugins, if there is one, or from the registry. Neither is in a package that the tests could install, so only
+    GitHub's runner must have both.
+    """
 
     def without(message: str) -> None:
         pytest.fail(message) if os.environ.get("GITHUB_ACTIONS") == "true" else pytest.skip(message)
