@@ -194,6 +194,12 @@ def polars_histories(events, windows: Sequence[int], label_delay: int):
     return pl.concat([events.select("side", "row"), *columns], how="horizontal")
 
 
+def as_float(column: str) -> str:
+    """`EXPRESSION AS NAME` in single precision."""
+    expression, _, name = column.rpartition(" AS ")
+    return f"({expression})::FLOAT AS {name}"
+
+
 def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: int) -> None:
     """Window functions with RANGE frames over the steps of an account; the frames hold the whole of the own step, so
     what came later in it is taken off again.
@@ -202,7 +208,8 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
 
     frames = [
         "later AS (PARTITION BY account, step ORDER BY tx_id RANGE BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)",
-        "before AS (PARTITION BY account ORDER BY step, tx_id RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP)",
+        "before AS (PARTITION BY account ORDER BY step, tx_id "
+        "RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP)",
     ]
     sums = {"n": "count(*)", "o": "sum(o)", "s": "sum(cents)", "so": "sum(cents * o)"}
     counted = [f"{what} OVER later AS later_{name}" for name, what in sums.items()] + [
@@ -212,7 +219,8 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
     for window in windows:
         frames += [
             f"w{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {window - 1} PRECEDING AND CURRENT ROW)",
-            f"d{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {label_delay + window - 1} PRECEDING AND {label_delay} PRECEDING)",
+            f"d{window} AS (PARTITION BY account ORDER BY step "
+            f"RANGE BETWEEN {label_delay + window - 1} PRECEDING AND {label_delay} PRECEDING)",
         ]
         counted += [f"{what} OVER w{window} - {what} OVER later AS {name}{window}" for name, what in sums.items()]
         counted += [f"count(*) OVER d{window} AS dn{window}, sum(fraud) OVER d{window} AS df{window}"]
@@ -236,16 +244,27 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
         config={"threads": THREADS, "temp_directory": str(target.parent / "spill"), "preserve_insertion_order": "false"}
     ) as database:
         database.execute(f"""
-            CREATE TEMP VIEW tx AS SELECT *, round(amount * 100) AS cents, round(oldbalanceOrg * 100) AS balance FROM read_parquet('{raw}');
+            CREATE TEMP VIEW tx AS
+                SELECT *, round(amount * 100) AS cents, round(oldbalanceOrg * 100) AS balance
+                FROM read_parquet('{raw}');
             CREATE TEMP VIEW events AS
-                SELECT nameOrig AS account, tx_id, step, cents, 1::DOUBLE AS o, isFraud::DOUBLE AS fraud FROM tx UNION ALL
+                SELECT nameOrig AS account, tx_id, step, cents, 1::DOUBLE AS o, isFraud::DOUBLE AS fraud FROM tx
+                UNION ALL
                 SELECT nameDest, tx_id, step, cents, 0, isFraud FROM tx;
-            CREATE TEMP VIEW counted AS SELECT tx_id, o, step, cents, {", ".join(counted)} FROM events WINDOW {", ".join(frames)};
-            CREATE TEMP TABLE histories AS SELECT tx_id, o, {", ".join(f"({one.rpartition(' AS ')[0]})::FLOAT AS {one.rpartition(' AS ')[2]}" for one in shown)} FROM counted;
-            COPY (SELECT tx.tx_id, (cents / 100)::FLOAT AS amount, {types}, (step % 24)::FLOAT AS hour_of_day, (step // 24 % 7)::FLOAT AS day_of_week, oldbalanceOrg::FLOAT AS orig_balance,
-                         oldbalanceDest::FLOAT AS dest_balance, (cents / nullif(balance, 0))::FLOAT AS amount_to_balance, (cents = balance)::FLOAT AS empties_account, starts_with(nameDest, 'M')::FLOAT AS dest_is_merchant,
+            CREATE TEMP VIEW counted AS
+                SELECT tx_id, o, step, cents, {", ".join(counted)}
+                FROM events WINDOW {", ".join(frames)};
+            CREATE TEMP TABLE histories AS SELECT tx_id, o, {", ".join(map(as_float, shown))} FROM counted;
+            COPY (SELECT tx.tx_id, (cents / 100)::FLOAT AS amount, {types},
+                         (step % 24)::FLOAT AS hour_of_day, (step // 24 % 7)::FLOAT AS day_of_week,
+                         oldbalanceOrg::FLOAT AS orig_balance, oldbalanceDest::FLOAT AS dest_balance,
+                         (cents / nullif(balance, 0))::FLOAT AS amount_to_balance,
+                         (cents = balance)::FLOAT AS empties_account,
+                         starts_with(nameDest, 'M')::FLOAT AS dest_is_merchant,
                          {both}, (dest.hours_since_seen IS NULL)::FLOAT AS dest_is_new
-                  FROM tx JOIN histories orig ON orig.tx_id = tx.tx_id AND orig.o = 1 JOIN histories dest ON dest.tx_id = tx.tx_id AND dest.o = 0)
+                  FROM tx
+                  JOIN histories orig ON orig.tx_id = tx.tx_id AND orig.o = 1
+                  JOIN histories dest ON dest.tx_id = tx.tx_id AND dest.o = 0)
             TO '{target}' (FORMAT parquet, COMPRESSION lz4_raw)""")
 
 
@@ -426,7 +445,8 @@ def tables(results: dict[str, dict[str, float]], rows: int, preset: str, feature
     return [
         {
             "title": f"Features of {rows:,} transactions (preset {preset})",
-            "note": f"Whole processes, from a Parquet log (the common script: from CSV) to Parquet features, {THREADS} threads. Ours writes {features} features and the keys{equal}.",
+            "note": "Whole processes, from a Parquet log (the common script: from CSV) to Parquet features, "
+            f"{THREADS} threads. Ours writes {features} features and the keys{equal}.",
             "columns": [
                 "",
                 "seconds: median (least to most)",

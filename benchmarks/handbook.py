@@ -263,7 +263,8 @@ def fold(
     end, late = begin + 24 * train_days, begin + 24 * (train_days + DELAY)
     if end - 24 * INNER <= begin or begin < made["first_step"] or late + 24 * TEST > made["last_step"] + 24:
         raise FraudError(
-            f"--folds {first}: needs {train_days + DELAY + TEST} days from there on within the file's, and more than {INNER} days of training"
+            f"--folds {first}: needs {train_days + DELAY + TEST} days from there on within the file's, "
+            f"and more than {INNER} days of training"
         )
 
     def load(name: str, *steps: int) -> Sample:
@@ -364,7 +365,9 @@ def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict]:
 
 def show(rows: Sequence[Mapping], folds: Sequence[date]) -> None:
     print(
-        f"\n{len(folds)} folds, training from {', '.join(map(str, folds))} on\n\n| | AUC ROC | average precision | card precision@100 | gain in average precision, 95 % |\n|---|---|---|---|---|"
+        f"\n{len(folds)} folds, training from {', '.join(map(str, folds))} on\n\n"
+        "| | AUC ROC | average precision | card precision@100 | gain in average precision, 95 % |\n"
+        "|---|---|---|---|---|"
     )
     for row in rows:
         print(

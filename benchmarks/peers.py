@@ -1,7 +1,9 @@
 """The peers that a deployment would have instead: a scikit-learn pipeline, and an answer that never changes, which is
 the floor.
 
-As HTTP endpoints (`python benchmarks/peers.py constant|typed|sklearn PORT [MODEL]`) and as Lambda handlers (`peers.constant`, `peers.pipeline`)."""
+As HTTP endpoints (`python benchmarks/peers.py constant|typed|sklearn PORT [MODEL]`) and as Lambda handlers
+(`peers.constant`, `peers.pipeline`).
+"""
 
 import json
 import os

@@ -19,7 +19,7 @@ from measure import Measured, machine, measured, say, write_json
 from train import train_once
 
 SIZES = (500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000, 25_000_000)
-TOWN = 1_000_000  # transactions that are simulated together; a larger log is that of many towns
+COPY = 1_000_000  # transactions that are simulated together; a larger log is that of many towns
 TREES = 30
 BILLION = 10**9
 MEMORY = "2g"  # of Spark's driver at every size: what does not fit is spilled
@@ -106,8 +106,10 @@ def growth(results: dict[str, dict[int, Measured]]) -> dict:
         )
     return {
         "title": "Growth",
-        "note": "n in millions. Predicted, not measured: a billion transactions at the fitted line, and on a cluster of 64 such cores, if work spreads evenly over accounts, no account holds more than a "
-        "task's memory, and shuffles over the network keep up with the cores. The other jobs run in one process: their memory grows with n, so a billion means sampling accounts (data.sample_size).",
+        "note": "n in millions. Predicted, not measured: a billion transactions at the fitted line, and on a cluster "
+        "of 64 such cores, if work spreads evenly over accounts, no account holds more than a task's memory, and shuffles "
+        "over the network keep up with the cores. The other jobs run in one process: their memory grows with n, so a "
+        "billion means sampling accounts (data.sample_size).",
         "columns": [
             "job",
             "measured, million",
@@ -127,8 +129,8 @@ def report(results: dict[str, dict[int, Measured]], left_out: Sequence[str]) -> 
         for rows, one in sizes.items()
     ]
     note = (
-        f"One run each, hard log of 90 days; Spark's driver has {MEMORY} at every size. Logs above {TOWN / 1e6:g} million are many towns of that size. "
-        + " ".join(left_out)
+        f"One run each, hard log of 90 days; Spark's driver has {MEMORY} at every size. "
+        f"Logs above {COPY / 1e6:g} million are many copies of a population of that size. " + " ".join(left_out)
     )
     return [
         {
@@ -149,9 +151,9 @@ def all_sizes(sizes: Sequence[int], limit: float, keep: Callable) -> None:
     left_out: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         town = Path(scratch) / "town"
-        make_log(town, min(TOWN, max(sizes)), "hard")
+        make_log(town, min(COPY, max(sizes)), "hard")
         for rows in sizes:
-            if rows <= TOWN:
+            if rows <= COPY:
                 folder = Path(scratch) / f"log{rows}"
                 make_log(folder, rows, "hard")
             else:

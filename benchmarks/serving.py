@@ -32,15 +32,15 @@ import peers  # noqa: E402
 import servers  # noqa: E402
 from measure import machine, say, write_json  # noqa: E402
 
-from fraud_pkg.model.bundle import MODEL, load_bundle  # noqa: E402
-from fraud_pkg.store.dynamodb import create_table
-from fraud_pkg.store.memory import MemoryStore, save_snapshot
-from fraud_pkg.store.open import open_store
-from fraud_pkg.store.tiles import OnlineStore, Transaction  # noqa: E402
-from fraud_pkg.serve.scorer import Scorer
-from fraud_pkg.serve.service import Service  # noqa: E402
-from fraud_pkg.core.errors import FraudError
+from fraud_pkg.core.errors import FraudError  # noqa: E402
 from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
+from fraud_pkg.model.bundle import MODEL, load_bundle  # noqa: E402
+from fraud_pkg.serve.scorer import Scorer  # noqa: E402
+from fraud_pkg.serve.service import Service  # noqa: E402
+from fraud_pkg.store.dynamodb import create_table  # noqa: E402
+from fraud_pkg.store.memory import MemoryStore, save_snapshot  # noqa: E402
+from fraud_pkg.store.open import open_store  # noqa: E402
+from fraud_pkg.store.tiles import OnlineStore, Transaction  # noqa: E402
 
 KEY = "a-key-for-this-run"
 KEYS = {"FRAUD_API_KEYS": f"benchmark:{KEY}"}
@@ -176,7 +176,9 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
     say("training the scikit-learn pipeline")
     peers.train(past, [row["isFraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
     origin = f"from {given}" if given else f"trained by this program on {plan.rows:,} simulated transactions"
-    source = f"{manifest.version} ({manifest.name}, {len(manifest.features)} features, {(bundle.folder / MODEL).stat().st_size / 1000:,.0f} kB), {origin}"
+    size = (bundle.folder / MODEL).stat().st_size / 1000
+    described = f"{manifest.name}, {len(manifest.features)} features, {size:,.0f} kB"
+    source = f"{manifest.version} ({described}), {origin}"
     stream = [{"step": row["step"], **{name: row[name] for name in COLUMNS}} for row in future]
     return World(root, settings, bundle.folder, source, root / "store.npz", past, stream, root / "pipeline.joblib")
 
@@ -432,7 +434,9 @@ def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dic
 
 
 def turn(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
-    """`load` after a second that does not count: while others had their turn, the processor's caches forgot this one."""
+    """`load` after a second that does not count: while others had their turn, the processor's caches forgot this
+    one.
+    """
     load(endpoint, lines, connections, 1)
     return load(endpoint, lines, connections, seconds)
 
@@ -652,7 +656,8 @@ def text(figures: dict[str, float] | None) -> str:
     if not figures:
         return ""
     if "per_second" in figures:
-        return f"{figures['per_second']:8,.0f}/s  p50 {figures['p50'] / 1000:6.2f} ms  p99 {figures['p99'] / 1000:6.2f} ms  cpu {figures['cpu']:,.0f} us"
+        rate, cpu = f"{figures['per_second']:8,.0f}/s", f"cpu {figures['cpu']:,.0f} us"
+        return f"{rate}  p50 {figures['p50'] / 1000:6.2f} ms  p99 {figures['p99'] / 1000:6.2f} ms  {cpu}"
     if "p50_ms" in figures:
         return f"{figures['p50_ms']:8,.0f} ms  worst {figures['worst_ms']:,.0f} ms"
     return f"{figures['p50']:8,.0f} us  p99 {figures['p99']:,.0f} us"

@@ -1,6 +1,8 @@
 """The results of several benchmarks as one: benchmarks/results.json for programs, benchmarks/results.md for people.
 
-`python benchmarks/table.py FILE...` takes what the benchmarks wrote with --json; a file that is not there was not measured, and says so."""
+`python benchmarks/table.py FILE...` takes what the benchmarks wrote with --json; a file that is not there was not
+measured, and says so.
+"""
 
 import json
 import sys

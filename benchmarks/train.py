@@ -122,7 +122,8 @@ def table(runs: dict[str, list[Measured]], trees: int, features: int) -> dict:
     ]
     return {
         "title": f"Training on {said['ours']['rows']:,} transactions, {features} features, {trees} trees",
-        "note": f"Whole processes, from the feature table (Parquet) to trees, {THREADS} threads, the average precision of three days after each tree.",
+        "note": f"Whole processes, from the feature table (Parquet) to trees, {THREADS} threads, "
+        "the average precision of three days after each tree.",
         "columns": [
             "",
             "seconds: median (least to most)",

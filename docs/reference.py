@@ -76,7 +76,8 @@ def symbol(source: str, node: ast.stmt) -> str:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
         return ""
     is_class = isinstance(node, ast.ClassDef)
-    section = f"### {node.name}\n\n```python\n{fields(source, node) if is_class else signature(source, node)}\n```\n\n{said(node)}\n"
+    head = fields(source, node) if is_class else signature(source, node)
+    section = f"### {node.name}\n\n```python\n{head}\n```\n\n{said(node)}\n"
     methods = (
         [
             part
@@ -98,7 +99,8 @@ def symbol(source: str, node: ast.stmt) -> str:
 def page(name: str, summary: str, notebook: Path, cells: list[str]) -> str:
     sections = [symbol(source, node) for source in cells for node in ast.parse(source).body]
     place = notebook.relative_to(ROOT).as_posix()
-    head = f"# fraud_pkg.{name}\n\n{summary}\n\nFrom [{place}](../../{place}), where the reasons, examples and tests are. Written by `make export`.\n"
+    source = f"From [{place}](../../{place}), where the reasons, examples and tests are. Written by `make export`."
+    head = f"# fraud_pkg.{name}\n\n{summary}\n\n{source}\n"
     return "\n".join([head, *(section for section in sections if section)]).rstrip() + "\n"
 
 
@@ -113,7 +115,10 @@ def main() -> None:
         if name and cells:
             pages[f"{name}.md"] = page(name, summary, notebook, cells)
             rows.append(f"| [{name}]({name}.md) | {summary.replace('|', chr(92) + '|')} |")
-    head = "# Reference\n\nEvery public name, in the order in which data travels. Written by `make export` from the notebooks.\n\n| module | what it tells |\n|---|---|\n"
+    head = (
+        "# Reference\n\nEvery public name, wing by wing. Written by `make export` from the notebooks.\n\n"
+        "| module | what it tells |\n|---|---|\n"
+    )
     pages["README.md"] = head + "\n".join(rows) + "\n"
     for old in TARGET.glob("*.md"):
         if old.name not in pages:

@@ -21,7 +21,10 @@ from urllib.parse import parse_qs, urlsplit
 import servers
 
 PROVIDED = ("awslambdaric", "boto3")  # what the runtime of AWS brings along; everything else has to be in the package
-START = "import sys; sys.path[:0] = [{task!r}, {provided!r}]; from awslambdaric.__main__ import main; main(['awslambdaric', 'app.app'])"
+START = (
+    "import sys; sys.path[:0] = [{task!r}, {provided!r}]; "
+    "from awslambdaric.__main__ import main; main(['awslambdaric', 'app.app'])"
+)
 ROUTES = {
     "/predict": "POST",
     "/predict/batch": "POST",

@@ -2,8 +2,10 @@
 
 Chalice sends Swagger 2.0; moto's API Gateway takes OpenAPI 3 only, and reads from both what they have in common.
 DynamoDB's transactions are serialisable; moto runs them in the threads of its web server without a lock.
-A transaction that a client sends again with the same token, because the answer was lost, is done once; moto does it again.
-The cost of a transaction or a query does not grow with the table; moto copies the whole table to undo one, and sorts all of it to answer the other.
+A transaction that a client sends again with the same token, because the answer was lost, is done once; moto does it
+again.
+The cost of a transaction or a query does not grow with the table; moto copies the whole table to undo one, and
+sorts all of it to answer the other.
 """
 
 import copy

@@ -32,7 +32,9 @@ def free_port() -> int:
 
 
 def program(name: str, package: str) -> str:
-    """Where a server's program is; without it the test is skipped, or fails where CI says that nothing may be skipped."""
+    """Where a server's program is; without it the test is skipped, or fails where CI says that nothing may be
+    skipped.
+    """
     if found := shutil.which(name):
         return found
     message = f"{name} is not installed: sudo apt-get install {package}"

@@ -246,7 +246,8 @@ def test_file_size_limit(tmp_path):
     (tmp_path / "big.csv").write_text(some_rows(50_000))
     project(tmp_path, "big.csv")
     code = (
-        "from fraud_pkg.data.acquire import acquire; from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import load_settings\n"
+        "from fraud_pkg.core.errors import FraudError; from fraud_pkg.core.settings import load_settings\n"
+        "from fraud_pkg.data.acquire import acquire\n"
         "try: acquire(load_settings(cli={'data.source': 'big.csv'}))\n"
         "except FraudError as error: print(error)"
     )

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-HEADER = "step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n"
+HEADER = (
+    "step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,"
+    "nameDest,oldbalanceDest,newbalanceDest,isFraud,isFlaggedFraud\n"
+)
 ROW = "{step},PAYMENT,{amount},C{n},100,90,M1,0,0,{fraud},0\n"
 
 

@@ -126,7 +126,8 @@ def test_many_decisions(service, browser):  # noqa: F811
             )
         made.until("document.getElementById('shown').textContent.includes('of the newest 10,000')")
         made.until(
-            "document.querySelector('.row .c-from') && document.getElementById('n-all').textContent.replace(/\\D/g, '') >= 12000"
+            "document.querySelector('.row .c-from') && "
+            "document.getElementById('n-all').textContent.replace(/\\D/g, '') >= 12000"
         )
         made.screenshot("console-many")
         assert page.locator("*").count() < 1500

@@ -125,7 +125,8 @@ def test_bucket_lost_after_the_work(team):
     space = team.machine()
     space.fraud("run", "--job", "acquire", pipeline__push="false")
     (space.root / ".dvc/config.local").write_text(
-        f"['remote \"away\"']\n    url = s3://team-data/fraud\n    endpointurl = http://{servers.HOST}:{servers.free_port()}\n    connect_timeout = 1\n"
+        "['remote \"away\"']\n    url = s3://team-data/fraud\n"
+        f"    endpointurl = http://{servers.HOST}:{servers.free_port()}\n    connect_timeout = 1\n"
     )
     done = space.fraud("run", "--job", "acquire", ok=False, pipeline__remote="away")
     assert (

@@ -1,7 +1,9 @@
 """The serving image, built with buildah and started as the Deployment for Minikube declares it: command, user,
 read-only root file system, environment, mounts.
 
-The test asks what the kubelet asks. Two things are not as in a cluster: the pod shares this machine's network, so its port is one that is free here, and no cgroup limits it."""
+The test asks what the kubelet asks. Two things are not as in a cluster: the pod shares this machine's network, so
+its port is one that is free here, and no cgroup limits it.
+"""
 
 import contextlib
 import json
@@ -116,7 +118,9 @@ def podman(*arguments: str) -> list[str]:
 
 
 def podman_run(*arguments: str) -> list[str]:
-    """A `podman run` command. Its own limits may be above what this machine grants, and its health checks want systemd."""
+    """A `podman run` command. Its own limits may be above what this machine grants, and its health checks want
+    systemd.
+    """
     return podman(
         "run",
         "--rm",
@@ -196,7 +200,8 @@ class Pod:
     def mount(self, mount: dict) -> str:
         volume = next(v for v in self.spec["volumes"] if v["name"] == mount["name"])
         if "emptyDir" in volume:
-            return f"--tmpfs={mount['mountPath']}:mode=1777,size={volume['emptyDir']['sizeLimit'].removesuffix('i').lower()}"
+            size = volume["emptyDir"]["sizeLimit"].removesuffix("i").lower()
+            return f"--tmpfs={mount['mountPath']}:mode=1777,size={size}"
         place = self.models if "persistentVolumeClaim" in volume else self.files(volume)
         return f"--volume={place}:{mount['mountPath']}:{'ro' if mount.get('readOnly') else 'rw'}"
 
@@ -264,7 +269,8 @@ def started(pod: Pod, image: str) -> Iterator[tuple[subprocess.Popen, Callable[.
 
 WRITING = """
 import pathlib
-for place in ("/", "/app", "/app/fraud_pkg", "/etc/fraud", "/run/secrets/fraud", "/models", "/models/champion", "/var/tmp", "/tmp"):
+for place in ("/", "/app", "/app/fraud_pkg", "/etc/fraud", "/run/secrets/fraud", "/models", "/models/champion",
+"/var/tmp", "/tmp"):
     try:
         (pathlib.Path(place) / "written").write_text("x")
         print(place)
@@ -363,7 +369,11 @@ def test_nothing_in_it_installs_compiles_or_changes_user(image):
 
 def test_what_was_trimmed_is_not_missed(image):
     """Every library loads, and every AWS service that is called."""
-    script = "import boto3, hiredis, kafka, redis, uvloop; [boto3.client(name, region_name='eu-central-1') for name in ('s3', 'dynamodb', 'ssm', 'sts')]; print('all there')"
+    script = (
+        "import boto3, hiredis, kafka, redis, uvloop\n"
+        "for name in ('s3', 'dynamodb', 'ssm', 'sts'): boto3.client(name, region_name='eu-central-1')\n"
+        "print('all there')"
+    )
     assert output(*podman_run("--read-only", image, "python", "-c", script)) == (0, "all there\n")
 
 

@@ -299,7 +299,8 @@ print("trained")
 """
     watch = (
         "import time\nfrom fraud_pkg.core.settings import load_settings\nfrom fraud_pkg.core.files import staging_dir\n"
-        "with staging_dir(load_settings().reports_dir / 'watch'):\n    print('watching', flush=True)\n    time.sleep(60)"
+        "with staging_dir(load_settings().reports_dir / 'watch'):\n"
+        "    print('watching', flush=True)\n    time.sleep(60)"
     )
     fronts = {
         "train": "outputs: [models/champion]",

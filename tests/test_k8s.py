@@ -865,7 +865,9 @@ STAND_INS = {
             "image build") [ -e broken ] || echo "docker.io/library/$4" >> images; exit 0 ;;
             "image ls") cat images 2>/dev/null || true ;;
             "cp "*) cp "$FROM/$2" "$HERE/node${3#/data/fraud-models}" ;;
-            "ssh --") cd node; eval "$(sed "s|sudo chown [^&]*&& ||; s|sudo ||g; s|/data/fraud-models|$HERE/node|g" <<< "$3")" ;;
+            "ssh --")
+                cd node
+                eval "$(sed "s|sudo chown [^&]*&& ||; s|sudo ||g; s|/data/fraud-models|$HERE/node|g" <<< "$3")" ;;
         esac""",
     "docker": "[ -e daemon ]",
     "kubectl": """
@@ -873,8 +875,12 @@ STAND_INS = {
         [ "$1 $2 $3 $4" = "--context minikube --namespace fraud" ] || { echo "another cluster: $*" >&2; exit 1; }
         shift 4; echo "$*" >> log
         case "$1 $2" in
-            "get secret") if [ -z "${4:-}" ]; then [ -e "secret-$3" ]; else sed -nE "s/^  api-keys: '(.*)'/\\1/p" "secret-$3"; fi ;;
-            "create --filename") text=$(cat); echo "$text" > "secret-$(sed -nE 's/.*name: ([a-z-]+).*/\\1/p' <<< "$text")" ;;
+            "get secret")
+                if [ -z "${4:-}" ]; then [ -e "secret-$3" ]
+                else sed -nE "s/^  api-keys: '(.*)'/\\1/p" "secret-$3"; fi ;;
+            "create --filename")
+                text=$(cat)
+                echo "$text" > "secret-$(sed -nE 's/.*name: ([a-z-]+).*/\\1/p' <<< "$text")" ;;
             "apply --filename") [ "$3" != - ] || cat > applied ;;
             "rollout status") [ ! -e unready ] ;;
             "port-forward "*) echo "Forwarding from 127.0.0.1:$API -> 8000"; exec sleep 20 ;;

@@ -364,7 +364,9 @@ def test_redeploy_second_stage_and_removal(project):
 
 
 def test_champion_from_a_bucket(project, aws, tmp_path):
-    """With --bundle-url the package holds no model; it takes the one from the bucket whose hash it knows, and no other."""
+    """With --bundle-url the package holds no model; it takes the one from the bucket whose hash it knows, and no
+    other.
+    """
     s3 = boto3.client("s3")
     s3.create_bucket(
         Bucket="fraud-models-test", CreateBucketConfiguration={"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}

@@ -224,5 +224,6 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
     with capsys.disabled():
         gate = next(r["detail"] for r in tried[-1]["gate"]["reasons"] if r["check"] == "champion")
         print(
-            f"\n{NEW}: recall {before:.2f} before, {after:.2f} after; alarm after {within} days, champion after {day - drift} days and {len(tried)} tries; {gate}"
+            f"\n{NEW}: recall {before:.2f} before, {after:.2f} after; alarm after {within} days, "
+            f"champion after {day - drift} days and {len(tried)} tries; {gate}"
         )

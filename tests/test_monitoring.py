@@ -163,7 +163,9 @@ def test_every_panel_explains_itself():
 
 
 def test_pushgateway_as_declared(tmp_path):
-    """Its own arguments on a real one: it answers its probes, and what was pushed outlives a restart of the container."""
+    """Its own arguments on a real one: it answers its probes, and what was pushed outlives a restart of the
+    container.
+    """
     [template] = [
         yaml.safe_load((PROJECT / "k8s/components/pushgateway/deployment.yaml").read_text())["spec"]["template"]["spec"]
     ]
@@ -443,7 +445,9 @@ def test_taking_expressions_apart():
 
 
 def test_every_expression_gives_data(system):
-    """Panels, recorded series, runbooks; of alerts every series that they ask for, and both sides of what they compare."""
+    """Panels, recorded series, runbooks; of alerts every series that they ask for, and both sides of what they
+    compare.
+    """
     asked = panel_queries() | {f"record {rule['record']}": rule["record"] for rule in RULES if "record" in rule}
     for number, block in enumerate(re.findall(r"```promql\n(.*?)```", DOCS, re.DOTALL)):
         asked |= {f"docs, block {number}: {line}": line for line in block.splitlines() if line.strip()}

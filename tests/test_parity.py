@@ -52,7 +52,9 @@ def requests(rows: list[dict], batch: int) -> Iterator[list[dict]]:
 
 
 def replay(rows: list[dict], store, label_delay: int, batch: int) -> np.ndarray:
-    """Online features of all rows, in requests of `batch`; what was fraud becomes known when the label delay is over."""
+    """Online features of all rows, in requests of `batch`; what was fraud becomes known when the label delay is
+    over.
+    """
     found, waiting = [], []
     for part in requests(rows, batch):
         while waiting and waiting[0]["step"] <= part[0]["step"] - label_delay:

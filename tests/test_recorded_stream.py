@@ -1,7 +1,8 @@
 """A recorded stream is decided as it was when it was recorded: features bit for bit, decisions, reasons and dead
 letters.
 
-`tests/recorded` holds the messages (transactions, repeats, late ones, invalid ones, labels), a small model that looks at
+`tests/recorded` holds the messages (transactions, repeats, late ones, invalid ones, labels), a small model that
+looks at
 every feature, and what came out of them.
 """
 

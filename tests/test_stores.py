@@ -99,7 +99,9 @@ def test_hours_out_of_reach_do_not_count(url):
 
 
 def test_many_writers_lose_nothing(url):
-    """Eight threads record the same forty transactions of one pair of accounts in different orders: each counts once."""
+    """Eight threads record the same forty transactions of one pair of accounts in different orders: each counts
+    once.
+    """
     name = f"busy{next(fresh)}"
     events = [Transaction(f"{name}-{i}", 7, name, f"{name}-to", 100 + i) for i in range(40)]
     new, failures = [], []

@@ -383,7 +383,9 @@ def test_every_decision_is_that_of_batch_scoring(uninterrupted, world):
 
 
 def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command: str = "score", **more) -> int:
-    """Starts a consumer and kills it, each time at another moment; returns how often it was in the middle of something."""
+    """Starts a consumer and kills it, each time at another moment; returns how often it was in the middle of
+    something.
+    """
     chance, busy = random.Random(seed), 0
     for _ in range(times):
         before = case.count("decisions")

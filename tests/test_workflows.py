@@ -265,7 +265,9 @@ def test_terraform_refuses(checked, tmp_path, name, value):
 
 @pytest.fixture(scope="module")
 def account(checked, tmp_path_factory):
-    """An account (moto) to which the configuration has been applied; the environment that leads there, and the outputs."""
+    """An account (moto) to which the configuration has been applied; the environment that leads there, and the
+    outputs.
+    """
     folder, environ = checked
     applied = tmp_path_factory.mktemp("applied")
     shutil.copytree(folder, applied, dirs_exist_ok=True, symlinks=True)
@@ -438,7 +440,8 @@ def test_deploy_role_may_do_what_chalice_does(client, account, tmp_path):
     for name in ("config.json", "policy-dev.json"):
         shutil.copy(PROJECT / "chalice_app/.chalice" / name, app / ".chalice")
     (app / "app.py").write_text(
-        'from chalice import Chalice\napp = Chalice(app_name="fraud")\n@app.route("/healthz")\ndef alive():\n    return {}\n'
+        'from chalice import Chalice\napp = Chalice(app_name="fraud")\n'
+        '@app.route("/healthz")\ndef alive():\n    return {}\n'
     )
     called = set()
     for answer in ("{}", "{'again': 1}"):
@@ -694,7 +697,8 @@ FREE = re.compile(
 )
 COPYLEFT = re.compile(r"GPL|General Public|EPL|SSPL|BUSL|Commons Clause|Proprietary", re.IGNORECASE)
 EXPLAINED = {
-    "axe-playwright-python": "MIT, says its LICENSE file (and MPL-2.0 for the axe-core in it); finds faults of accessibility in tests, not served",
+    "axe-playwright-python": "MIT, says its LICENSE file (and MPL-2.0 for the axe-core in it); "
+    "finds faults of accessibility in tests, not served",
     "asyncssh": "EPL-2.0 or GPL-2.0, as it came; DVC's way to SSH remotes, not served",
     "crc32c": "LGPL-2.1; a library of its own, loaded as it came; the checksums of Kafka",
     "dulwich": "Apache-2.0 or GPL-2.0: the first is taken",

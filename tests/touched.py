@@ -2,8 +2,9 @@
 
 usage: python tests/touched.py notebooks|tests [BASE]
 
-A change is what differs from BASE (the point where the branch left origin/main, or else HEAD). It touches a notebook that
-differs itself, and a quick test file that differs or that imports, directly or not, a module that differs.
+A change is what differs from BASE (the point where the branch left origin/main, or else HEAD). It touches
+a notebook that differs itself, and a quick test file that differs or that imports, directly or
+not, a module that differs.
 """
 
 import re

@@ -1,6 +1,7 @@
 """What cd.yml does around `fraud deploy lambda --stage STAGE`: fetch, keep, smoke, restore, store.
 
-Chalice knows a stage by the file that its last deployment wrote, and a runner begins with nothing. So the file is kept in the bucket of models;
+Chalice knows a stage by the file that its last deployment wrote, and a runner begins with nothing. So the file is
+kept in the bucket of models;
 without it the next deployment would make a second API with another URL.
 """
 
@@ -62,7 +63,8 @@ def fetch(stage: str, bucket: str, champion_url: str) -> None:
     except ClientError as error:
         reason = error.response["Error"]["Code"]
         sys.exit(
-            f"error: {champion_url}/{name}: {reason}; a champion is expected there: run the workflow jobs with promote, or fraud models publish {champion_url}"
+            f"error: {champion_url}/{name}: {reason}; a champion is expected there: "
+            f"run the workflow jobs with promote, or fraud models publish {champion_url}"
         )
 
 
@@ -97,7 +99,8 @@ def restore(stage: str) -> None:
     zipped = KEPT / f"{stage}.zip"
     if not zipped.exists():
         sys.exit(
-            f"error: {stage}: there is no former function to come back to; `fraud deploy remove --stage {stage}` takes this one away"
+            f"error: {stage}: there is no former function to come back to; "
+            f"`fraud deploy remove --stage {stage}` takes this one away"
         )
     client, name = boto3.client("lambda"), f"fraud-{stage}"
     client.update_function_configuration(FunctionName=name, **json.loads((KEPT / f"{stage}.json").read_text()))
