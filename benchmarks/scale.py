@@ -107,9 +107,9 @@ def growth(results: dict[str, dict[int, Measured]]) -> dict:
     return {
         "title": "Growth",
         "note": "n in millions. Predicted, not measured: a billion transactions at the fitted line, and on a cluster "
-        "of 64 such cores, if work spreads evenly over accounts, no account holds more than a task's memory, and shuffles "
-        "over the network keep up with the cores. The other jobs run in one process: their memory grows with n, so a "
-        "billion means sampling accounts (data.sample_size).",
+        "of 64 such cores, if work spreads evenly over accounts, no account holds more than a task's memory, "
+        "and shuffles over the network keep up with the cores. The other jobs run in one process: their memory "
+        "grows with n, so a billion means sampling accounts (data.sample_size).",
         "columns": [
             "job",
             "measured, million",

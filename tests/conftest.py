@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import servers
 from xdist.scheduler import LoadFileScheduling
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -114,12 +115,8 @@ class Workspace:
 
     def environment(self, **overrides) -> dict[str, str]:
         """The environment of a command in it."""
-        given = self.overrides | {key.replace("__", "."): value for key, value in overrides.items()}
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")} | self.environ
-        return environ | {
-            "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return servers.environment(self.overrides | servers.named(overrides), **self.environ, PATH=path)
 
     def fraud(self, *arguments: str, ok: bool = True, **overrides) -> subprocess.CompletedProcess:
         """Runs the command line; with `ok` a failure fails the test with what was printed."""
@@ -162,7 +159,7 @@ def workspace(tmp_path_factory) -> Callable[..., Workspace]:
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)
-        return Workspace(root, SMALL | {key.replace("__", "."): value for key, value in overrides.items()})
+        return Workspace(root, SMALL | servers.named(overrides))
 
     return make
 
@@ -182,6 +179,12 @@ def team(workspace, tmp_path_factory):
 
     with storage.opened(tmp_path_factory.mktemp("team"), workspace) as team:
         yield team
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 def shared(name: str) -> Path:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,28 @@ import psutil
 import pytest
 
 HOST = "127.0.0.1"
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def named(overrides: Mapping[str, object]) -> dict[str, object]:
+    """Settings by section.key, from keyword arguments with __ for the dot."""
+    return {key.replace("__", "."): value for key, value in overrides.items()}
+
+
+def environment(settings: Mapping[str, object], root: Path | None = None, **variables: str) -> dict[str, str]:
+    """This environment with these settings and none of its own; `root` is the project's folder, if it is not found."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+    environ["FRAUD_SET"] = json.dumps({key: str(value) for key, value in settings.items()})
+    environ["PYTHONPATH"] = str(PROJECT)
+    return environ | ({"FRAUD_ROOT": str(root)} if root else {}) | variables
+
+
+def until(holds: Callable[[], object], seconds: float = 10, what: object = "") -> None:
+    """Waits until it holds; fails after `seconds`. `what` may be a function that says what is missing."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not in {seconds:g} s: {what() if callable(what) else what}"
+        time.sleep(0.05)
 
 
 def free_port() -> int:
@@ -90,6 +112,23 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def service(
+    folder: Path, ready: bool = True, variables: Mapping[str, str] | None = None, port: int | None = None, **overrides
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`python -m fraud_pkg.serve.api`; yields its URL and its process. Without `ready` it need only be alive."""
+    port = port or free_port()
+    url = f"http://{HOST}:{port}"
+    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2} | named(overrides)
+    with running(
+        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        lambda: status(f"{url}/{'readyz' if ready else 'healthz'}") == 200,
+        folder / "api.log",
+        env=environment(given, PROJECT, **(variables or {})),
+    ) as process:
+        yield url, process
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import pytest
 import servers
 from browser import DESKTOP, PHONE, Visit, browser, visit  # noqa: F401  browser is a fixture
 from conftest import PROJECT
-from test_serve import api, transaction
+from test_serve import transaction
 
 from fraud_pkg.serve.console import ASSETS, POLICY
 from fraud_pkg.model.example import example_bundle
@@ -34,7 +34,7 @@ def service(tmp_path_factory) -> Iterator[str]:
     example_bundle(folder / "champion", weight=0.002, bias=-7.0)
     with (
         servers.redis(folder) as redis,
-        api(folder, variables=KEYS, store__url=redis, console__keep=20_000) as (url, _),
+        servers.service(folder, variables=KEYS, store__url=redis, console__keep=20_000) as (url, _),
     ):
         yield url
 
@@ -204,7 +204,7 @@ def test_read_only(service, browser, tmp_path):  # noqa: F811
         made.page.locator("#key-why", has_text="shop may not look").wait_for()
         made.expect_fault("403")
     example_bundle(tmp_path / "champion")
-    with api(tmp_path) as (url, _), visit(browser, url) as made:
+    with servers.service(tmp_path) as (url, _), visit(browser, url) as made:
         made.until("document.getElementById('state').textContent === 'Live'")
         httpx.post(f"{url}/predict", json=transaction(1))
         made.page.locator("#rows .row").first.click()
@@ -240,7 +240,7 @@ def test_stream_goes_on_and_ends(tmp_path):
     as may; SIGTERM ends the stream, and the service with 0.
     """
     example_bundle(tmp_path / "champion")
-    with api(tmp_path, console__keep=5, console__clients=2) as (url, process):
+    with servers.service(tmp_path, console__keep=5, console__clients=2) as (url, process):
         httpx.post(f"{url}/predict", json=transaction(0))
         with feed(url) as first:
             lines = first.iter_lines()
@@ -281,7 +281,7 @@ def test_a_client_that_takes_nothing_is_dropped(tmp_path):
     """It keeps nobody's decision waiting, and its place becomes free."""
     example_bundle(tmp_path / "champion", bias=-30)
     with (
-        api(tmp_path, serve__timeout=1, console__clients=1, console__keep=50_000) as (url, _),
+        servers.service(tmp_path, serve__timeout=1, console__clients=1, console__keep=50_000) as (url, _),
         socket.socket() as stuck,
     ):
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -294,11 +294,7 @@ def test_life_of_a_pod(image, tmp_path):
         ):
             assert pod.probe("liveness") and not pod.probe("readiness")
             example_bundle(pod.models / "champion")
-            end = time.monotonic() + 10
-            while not pod.probe("readiness"):
-                assert time.monotonic() < end
-                time.sleep(0.1)
-
+            servers.until(lambda: pod.probe("readiness"))
             assert httpx.post(f"{pod.url}/predict", json=EXAMPLE).status_code == 401
             answer = client.post("/predict", json=EXAMPLE).json()
             assert (answer["decision"], answer["history"]) == ("block", True)

@@ -656,10 +656,8 @@ def test_redis_as_declared(render, tmp_path):
         assert password not in Path(f"/proc/{process.pid}/cmdline").read_text()
         events = [Transaction(f"t{number}", 10, f"C{number}", "M1", 100) for number in range(100)]
         assert all(store().record(events))
-        end = time.monotonic() + 10
-        while not {"aof_buffer_length:0", "aof_pending_bio_fsync:0"} <= set(persistence()):  # what `everysec` promises
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        written = {"aof_buffer_length:0", "aof_pending_bio_fsync:0"}  # what `everysec` promises
+        servers.until(lambda: written <= set(persistence()))
         process.send_signal(signal.SIGKILL)
         process.wait()
     with servers.running(command, lambda: probe("readinessProbe") == 0, tmp_path / "redis.log"):
@@ -737,13 +735,6 @@ def broker_as_declared(objects, folder: Path) -> Iterator[str]:
         yield f"{servers.HOST}:{inside}"
 
 
-def until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 def test_stream_as_declared(render, tmp_path):
     """Both consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding
     what is sent, with the shared store, and ended by SIGTERM.
@@ -782,11 +773,11 @@ def test_stream_as_declared(render, tmp_path):
             return servers.status(urls[name] + declared_probes(container(workloads(objects)[name]))[kind][0]) == 200
 
         for name in processes:
-            until(lambda name=name: probed(name, "readiness"), 20)
+            servers.until(lambda name=name: probed(name, "readiness"), 20)
             assert probed(name, "startup") and probed(name, "liveness")
         with contextlib.closing(KafkaProducer(bootstrap_servers=broker)) as producer:
             producer.send(settings.stream.transactions, json.dumps(EXAMPLE).encode()).get(timeout=10)
-        until(
+        servers.until(
             lambda: (
                 'fraud_stream_messages_total{outcome="decided"} 1.0'
                 in httpx.get(f"{urls['fraud-stream']}/metrics").text

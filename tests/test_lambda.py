@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import servers
 from openapi import conforms
-from test_serve import api
 
 from fraud_pkg.serve.lambda_package import runtime
 from fraud_pkg.store.dynamodb import create_table
@@ -210,7 +209,7 @@ def test_ten_thousand_bodies_are_byte_equal(project, function, day, tmp_path):
     with (
         function(FRAUD_STORE_URL=f"memory://{snapshot}", FRAUD_SERVE_EXPLAIN="all") as running,
         lambda_runtime.gateway(running) as here,
-        api(
+        servers.service(
             project.root / "models",
             variables={"FRAUD_API_KEYS": KEYS},
             store__url=f"memory://{snapshot}",
@@ -237,7 +236,7 @@ def test_bodies_are_byte_equal_with_dynamodb(project, function, day, tmp_path):
     with (
         function() as running,
         lambda_runtime.gateway(running) as here,
-        api(
+        servers.service(
             project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, store__url="dynamodb://other", store__timeout=5
         ) as (there, _),
     ):
@@ -279,7 +278,10 @@ def test_bad_input_gets_the_same_answer(project, function):
     with (
         function(FRAUD_STORE_URL="memory://") as running,
         lambda_runtime.gateway(running) as here,
-        api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (there, _),
+        servers.service(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (
+            there,
+            _,
+        ),
     ):
         requests = [("POST", path, body) for path in ("/predict", "/predict/batch", "/feedback") for body in BAD]
         assert differences(requests, here, there) == []
@@ -303,7 +305,10 @@ def test_does_what_the_other_door_documents(project, function, tmp_path):
     with (
         function(FRAUD_STORE_URL="memory://") as running,
         lambda_runtime.gateway(running) as here,
-        api(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (there, _),
+        servers.service(project.root / "models", variables={"FRAUD_API_KEYS": KEYS}, serve__max_batch="100") as (
+            there,
+            _,
+        ),
     ):
         document = httpx.get(f"{there}/openapi.json").json()
         del document["paths"]["/history"]  # the console's, which only the service has

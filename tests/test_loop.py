@@ -65,9 +65,8 @@ class Live:
         self.decided = 0
 
     def start(self, *arguments: str, **more) -> subprocess.Popen:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-        given = self.project.overrides | {key.replace("__", "."): value for key, value in more.items()}
-        environ |= {"FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}), "PYTHONUNBUFFERED": "1"}
+        given = self.project.overrides | servers.named(more)
+        environ = servers.environment(given, PYTHONUNBUFFERED="1")
         with self.log.open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "fraud_pkg.cli", *arguments],
@@ -102,10 +101,7 @@ class Live:
             return consumer.end_offsets([TopicPartition(topic, 0)])[TopicPartition(topic, 0)]
 
     def _wait(self, holds, seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < end, self.log.read_text()[-4000:]
-            time.sleep(0.2)
+        servers.until(holds, seconds, lambda: self.log.read_text()[-4000:])
 
     def check(self, retrain: bool = False) -> dict:
         """What the sink has by now, judged."""

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import time
 import urllib.request
 
 import pytest
 import servers
 import storage
-from test_serve import api
 
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.model.locations import bundle_mark, fetch_bundle
@@ -20,7 +18,7 @@ from fraud_pkg.core.settings import Settings, load_settings
 
 def settings_of(space, **overrides) -> Settings:
     """The settings of a workspace, in this process."""
-    given = space.overrides | {key.replace("__", "."): value for key, value in overrides.items()}
+    given = space.overrides | servers.named(overrides)
     return load_settings(
         file=space.root / "settings.ini", environ={}, cli={key: str(value) for key, value in given.items()}
     )
@@ -131,7 +129,7 @@ def test_services_follow_the_registry(team, apart, tmp_path):
     worse, better = (settings.models_dir / folder.name for folder in by_precision(team.first))
     versions = [load_bundle(folder).manifest.version for folder in (worse, better)]
     assert promote(settings, load_test(settings), [worse]).passed
-    with api(
+    with servers.service(
         tmp_path, serve__bundle="registry://champion", registry__tracking_uri=team.uri, registry__model="followed"
     ) as (url, _):
         assert served(url) == versions[0]
@@ -143,10 +141,7 @@ def test_services_follow_the_registry(team, apart, tmp_path):
 
 def wait_for(url: str, version: str) -> None:
     """Waits until this version decides."""
-    end = time.monotonic() + 30
-    while served(url) != version:
-        assert time.monotonic() < end, f"{version} never came"
-        time.sleep(0.1)
+    servers.until(lambda: served(url) == version, 30, f"{version} never came")
 
 
 def test_no_champion_is_no_error_and_a_lost_server_is_one(team):

@@ -4,12 +4,10 @@ Prometheus that watches a real service and a real stream.
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -249,13 +247,8 @@ def fraud(folder: Path, *arguments: str, **overrides) -> Iterator[int]:
         "serve.shadow": folder / "shadow",
         "serve.reload_seconds": 0.2,
     }
-    given |= {"rules.review_above": 1} | {key.replace("__", "."): value for key, value in overrides.items()}
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    environ |= {
-        "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
-        "FRAUD_ROOT": str(folder),
-        "PYTHONPATH": str(PROJECT),
-    }
+    given |= {"rules.review_above": 1} | servers.named(overrides)
+    environ = servers.environment(given, folder)
     log = folder / f"{'-'.join(arguments)}-{port}.log"
     alive = f"http://{servers.HOST}:{port}/healthz"
     with servers.running(
@@ -369,23 +362,17 @@ def system(tmp_path_factory) -> Iterator[System]:
         enter(traffic(ports["fraud-api"], broker))
         watching = enter(servers.prometheus(folder, scraping(ports, pushed, manager)))
         found = System(watching, manager, told)
-        until(
+        servers.until(
             lambda: (
                 found.query("sum by (reason) (fraud_stream_waits_total)")
                 and found.query('fraud_requests_total{status="503"}')
             ),
+            40,
             "503s and waits without a model",
         )
         example_bundle(folder / "shadow", bias=-6.0)
         example_bundle(folder / "champion")
         yield found
-
-
-def until(holds, what: object, seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not in {seconds:g} s: {what}"
-        time.sleep(0.3)
 
 
 WORDS = {
@@ -465,7 +452,7 @@ def test_every_expression_gives_data(system):
                 del missing[key]
         return not missing
 
-    until(all_there, missing)
+    servers.until(all_there, 40, missing)
 
 
 def test_series_that_do_not_exist_are_noticed(system):
@@ -486,7 +473,9 @@ def test_people_are_told(system):
     """What fires reaches the webhook of its severity, and what follows from it is muted."""
     tickets = {"FraudDeadLetters", "FraudVerdictRetrain", "FraudDrift", "FraudModelStale", "FraudSinkUnreadable"}
     expected = {("page", "FraudDegraded")} | {("ticket", name) for name in tickets}
-    until(lambda: expected <= {(place, alert["labels"]["alertname"]) for place, alert in system.told}, "webhooks")
+    servers.until(
+        lambda: expected <= {(place, alert["labels"]["alertname"]) for place, alert in system.told}, 40, "webhooks"
+    )
     assert all(
         alert["labels"]["severity"] == place
         and alert["annotations"].keys() == {"summary", "description", "runbook_url"}
@@ -499,4 +488,4 @@ def test_people_are_told(system):
             alert["labels"]["alertname"] == "FraudStoreErrors" and alert["status"]["inhibitedBy"] for alert in alerts
         )
 
-    until(muted, "FraudStoreErrors is not muted")
+    servers.until(muted, 40, "FraudStoreErrors is not muted")

@@ -171,12 +171,6 @@ moment = st.tuples(
 )
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
 @pytest.mark.parametrize("place", ["memory", "redis"])
 @settings(
     max_examples=60,

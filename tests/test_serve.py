@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,42 +22,16 @@ from fraud_pkg.serve.wire import EXAMPLE
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-@contextlib.contextmanager
-def api(folder: Path, ready: bool = True, variables: dict[str, str] | None = None, **overrides: str):
-    """A running service; yields its URL and its process."""
-    port = servers.free_port()
-    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2} | {
-        key.replace("__", "."): value for key, value in overrides.items()
-    }
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    environ |= {
-        "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
-        "FRAUD_ROOT": str(PROJECT),
-        "PYTHONPATH": str(PROJECT),
-    } | (variables or {})
-    url = f"http://{servers.HOST}:{port}"
-    with servers.running(
-        [sys.executable, "-m", "fraud_pkg.serve.api"],
-        lambda: servers.status(f"{url}/{'readyz' if ready else 'healthz'}") == 200,
-        folder / "api.log",
-        env=environ,
-    ) as process:
-        yield url, process
-
-
 def transaction(number: int, **changes) -> dict:
     return {**EXAMPLE, "transaction_id": f"t{number}", **changes}
 
 
 def test_alive_then_ready(tmp_path):
     """The probes as a kubelet sees them; and nobody keeps a diary for its maker at home."""
-    with api(tmp_path, ready=False, variables={"HOME": str(tmp_path / "home")}) as (url, _):
+    with servers.service(tmp_path, ready=False, variables={"HOME": str(tmp_path / "home")}) as (url, _):
         assert [servers.status(f"{url}/{path}") for path in ("healthz", "readyz", "model")] == [200, 503, 503]
         example_bundle(tmp_path / "champion")
-        end = time.monotonic() + 10
-        while servers.status(f"{url}/readyz") != 200:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        servers.until(lambda: servers.status(f"{url}/readyz") == 200)
         assert httpx.post(f"{url}/predict", json=EXAMPLE).json()["decision"] == "block"
         assert not (tmp_path / "home").exists()
 
@@ -87,7 +60,7 @@ def test_champion_swap_under_load(tmp_path):
     }
     example_bundle(tmp_path / "champion", bias=-14.0)
     answers: list = []
-    with api(tmp_path) as (url, _):
+    with servers.service(tmp_path) as (url, _):
 
         async def swapping() -> None:
             for i in (1, 2, 3, 0, 1, 2):
@@ -105,16 +78,13 @@ def test_champion_swap_under_load(tmp_path):
 
 def test_flipped_byte_is_refused(tmp_path):
     good = example_bundle(tmp_path / "champion").manifest.version
-    with api(tmp_path) as (url, _):
+    with servers.service(tmp_path) as (url, _):
         model = tmp_path / "champion/model.onnx"
         content = bytearray(model.read_bytes())
         content[len(content) // 2] ^= 1
         model.write_bytes(content)
         (tmp_path / "champion/manifest.json").touch()
-        end = time.monotonic() + 10
-        while "fraud_model_refused_total 1.0" not in httpx.get(f"{url}/metrics").text:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        servers.until(lambda: "fraud_model_refused_total 1.0" in httpx.get(f"{url}/metrics").text)
         assert (
             httpx.get(f"{url}/model").json()["version"] == good
             and httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
@@ -127,7 +97,7 @@ def test_slow_and_rude_clients(tmp_path):
     of them keeps others from being answered.
     """
     example_bundle(tmp_path / "champion")
-    with api(tmp_path, serve__timeout=1) as (url, _):
+    with servers.service(tmp_path, serve__timeout=1) as (url, _):
         address = (servers.HOST, int(url.rsplit(":", 1)[1]))
         with (
             socket.create_connection(address) as headers,
@@ -157,7 +127,7 @@ def test_slow_and_rude_clients(tmp_path):
 def test_keys(tmp_path):
     example_bundle(tmp_path / "champion")
     (tmp_path / "keys").write_text("shop:0123456789abcdef\n")
-    with api(tmp_path, variables={"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}) as (url, _):
+    with servers.service(tmp_path, variables={"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}) as (url, _):
 
         def ask(**headers: str) -> tuple[int, str]:
             answer = httpx.post(f"{url}/predict", json=EXAMPLE, headers=headers)
@@ -175,7 +145,7 @@ def test_store_away(tmp_path, policy):
     port = servers.free_port()
     with (
         servers.redis(tmp_path, port) as redis_url,
-        api(tmp_path, store__url=redis_url, store__timeout=0.3, serve__on_store_error=policy) as (url, _),
+        servers.service(tmp_path, store__url=redis_url, store__timeout=0.3, serve__on_store_error=policy) as (url, _),
     ):
         assert httpx.post(f"{url}/predict", json=transaction(1)).json()["history"] is True
         subprocess.run(["redis-cli", "-p", str(port), "shutdown", "nosave"], check=False)
@@ -198,7 +168,7 @@ def test_store_away(tmp_path, policy):
 def test_stop_finishes_what_is_in_flight(tmp_path):
     """SIGTERM while half of a request has arrived: it is answered, and the process ends with 0."""
     example_bundle(tmp_path / "champion")
-    with api(tmp_path) as (url, process):
+    with servers.service(tmp_path) as (url, process):
         content = json.dumps(EXAMPLE).encode()
         with socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as half:
             half.sendall(
@@ -216,7 +186,7 @@ def test_stop_finishes_what_is_in_flight(tmp_path):
 def test_does_what_its_document_says(tmp_path):
     example_bundle(tmp_path / "champion")
     key = "0123456789abcdef"
-    with api(tmp_path, variables={"FRAUD_API_KEYS": f"anna@write:{key}"}) as (url, _):
+    with servers.service(tmp_path, variables={"FRAUD_API_KEYS": f"anna@write:{key}"}) as (url, _):
         conforms(f"{url}/openapi.json", url, key)
 
 
@@ -226,7 +196,7 @@ def test_hung_store_keeps_no_probe_waiting(tmp_path):
     port = servers.free_port()
     with (
         servers.redis(tmp_path, port) as redis_url,
-        api(tmp_path, store__url=redis_url, store__timeout=0.5) as (url, _),
+        servers.service(tmp_path, store__url=redis_url, store__timeout=0.5) as (url, _),
     ):
         pid = int(
             next(
@@ -262,7 +232,10 @@ def test_hung_store_keeps_no_probe_waiting(tmp_path):
 def test_endless_headers(tmp_path):
     """They are refused after 64 kB, not kept."""
     example_bundle(tmp_path / "champion")
-    with api(tmp_path) as (url, _), socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as endless:
+    with (
+        servers.service(tmp_path) as (url, _),
+        socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as endless,
+    ):
         endless.settimeout(5)
         endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
         with contextlib.suppress(ConnectionError):
@@ -276,7 +249,7 @@ def test_endless_headers(tmp_path):
 def test_moments_at_the_end_of_the_calendar(tmp_path):
     """A model that knows dates: a moment that no clock can reach is a 422 that names the field."""
     example_bundle(tmp_path / "champion", epoch="2026-01-05T00:00")
-    with api(tmp_path) as (url, _):
+    with servers.service(tmp_path) as (url, _):
         for moment in ("9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+12:00", "1767607200"):
             answer = httpx.post(f"{url}/predict", json={**EXAMPLE, "step": None, "timestamp": moment})
             assert (answer.status_code, answer.json()["problems"][0]["field"]) == (422, "timestamp")
@@ -288,7 +261,7 @@ def test_a_step_far_ahead_erases_nobody(tmp_path):
     example_bundle(tmp_path / "champion")
     with servers.redis(tmp_path) as redis_url:
         for place in (redis_url, "memory://"):
-            with api(tmp_path, store__url=place) as (url, _):
+            with servers.service(tmp_path, store__url=place) as (url, _):
                 assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
                 far = httpx.post(f"{url}/predict", json=transaction(2, step=9_000_000))
                 assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "step")
@@ -301,7 +274,7 @@ def test_a_snapshot_that_cannot_be_written_is_no_good_end(tmp_path):
     """Whoever stops the service learns that its memory was not kept."""
     example_bundle(tmp_path / "champion")
     (tmp_path / "store").mkdir()
-    with api(tmp_path, store__url=f"memory://{tmp_path}/store/kept.npz") as (url, process):
+    with servers.service(tmp_path, store__url=f"memory://{tmp_path}/store/kept.npz") as (url, process):
         assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
         (tmp_path / "store").rmdir()
         process.send_signal(signal.SIGTERM)

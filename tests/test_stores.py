@@ -39,12 +39,6 @@ operation = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def dynamodb_url(tmp_path_factory):
     with servers.moto(tmp_path_factory.mktemp("moto")) as environ:
         before = dict(os.environ)

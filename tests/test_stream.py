@@ -76,12 +76,6 @@ def broker(tmp_path_factory):
     made.stop()
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with servers.redis(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
 @dataclass(frozen=True)
 class World:
     """Transactions, a model that learned from them, and what batch scoring says of them while nobody knows what was
@@ -113,7 +107,7 @@ def world(tmp_path_factory) -> World:
             "evaluate.resamples": 20,
         }
         return load_settings(
-            cli=given | {key.replace("__", "."): value for key, value in more.items()},
+            cli=given | servers.named(more),
             file=root / "settings.ini",
             environ={},
         )
@@ -154,17 +148,7 @@ class Case:
     ports: list[int] = field(default_factory=list)
 
     def _variables(self, more: Mapping) -> dict[str, str]:
-        given = self.settings | {key.replace("__", "."): value for key, value in more.items()}
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-        return (
-            environ
-            | {
-                "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
-                "FRAUD_ROOT": str(self.folder),
-                "PYTHONPATH": str(PROJECT),
-            }
-            | self.environ
-        )
+        return servers.environment(self.settings | servers.named(more), self.folder, **self.environ)
 
     def fraud(self, *arguments: str, ok: bool = True, **more) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -279,7 +263,7 @@ def case(tmp_path, broker, world) -> Callable[..., Case]:
             "serve.bundle": world.bundle,
             "features.engine": "local",
         }
-        return Case(folder, broker, settings | {key.replace("__", "."): value for key, value in more.items()})
+        return Case(folder, broker, settings | servers.named(more))
 
     return make
 
@@ -655,20 +639,8 @@ def test_dead_letters_come_back_when_what_was_wrong_is_mended(case, world):
 @contextlib.contextmanager
 def api(folder: Path, bundle: Path, port: int) -> Iterator[subprocess.Popen]:
     """The service with a memory store that survives a friendly stop."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    given = {"serve.port": port, "serve.bundle": bundle, "store.url": f"memory://{folder}/store.npz"}
-    environ |= {
-        "FRAUD_SET": json.dumps({key: str(value) for key, value in given.items()}),
-        "FRAUD_ROOT": str(PROJECT),
-        "PYTHONPATH": str(PROJECT),
-        "FRAUD_API_KEYS": "stream:0123456789abcdef",
-    }
-    with servers.running(
-        [sys.executable, "-m", "fraud_pkg.serve.api"],
-        lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200,
-        folder / "api.log",
-        env=environ,
-    ) as process:
+    keys, place = {"FRAUD_API_KEYS": "stream:0123456789abcdef"}, f"memory://{folder}/store.npz"
+    with servers.service(folder, variables=keys, port=port, serve__bundle=bundle, store__url=place) as (_, process):
         yield process
 
 
