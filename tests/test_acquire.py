@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from fraud_pkg import acquire as module
+from fraud_pkg.data import acquire as module
 from fraud_pkg.data.acquire import acquire
 from fraud_pkg.core.contract import arrow_schema
 from fraud_pkg.core.errors import FraudError
