@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # %% ../../nbs/report/00_charts.ipynb #899a6771
 NONE = "–"
 
-
 def number(
     value: float | None,
     form: str = ".3f",
@@ -41,7 +40,6 @@ def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
     "`0.490 to 0.533`; empty when an end is missing."
     ends = number(low, form), number(high, form)
     return "" if NONE in ends else " to ".join(ends)
-
 
 def between(
     metric: Mapping[str, float | None] | None,  # value, low, high
@@ -78,9 +76,8 @@ def moment(iso: str | None) -> str:
     "`2026-01-05 08:30`, as the ISO time has it."
     return iso[:16].replace("T", " ") if iso else NONE
 
-
 def when(
-    step: int,  # hour
+    step: int,          # hour
     epoch: str | None,  # when step 0 began (ISO); None for data without dates
 ) -> str:
     "A step as a date where the data has dates, else as day and hour since its start."
@@ -93,11 +90,9 @@ def spaced(name: str) -> str:
     "A name with spaces for underscores."
     return name.replace("_", " ")
 
-
 def capitalised(text: str) -> str:
     "The text with a capital at its beginning; the rest stays as it is."
     return text[:1].upper() + text[1:]
-
 
 def label_in_sentence(feature: str) -> str:
     "The label of a feature, as a part of a sentence."
@@ -108,7 +103,6 @@ def label_in_sentence(feature: str) -> str:
 @dataclass(frozen=True)
 class Axis:
     "From `low` to `high`, with the ticks that are written beside it."
-
     label: str
     low: float
     high: float
@@ -150,63 +144,54 @@ def logarithmic(label: str, low: float, high: float, percent: bool = False) -> A
 # %% ../../nbs/report/00_charts.ipynb #2de74b2f
 ANSWERS = 40  # points of a line that answer a pointer
 
-
 @dataclass(frozen=True)
 class Point:
     "A value that says what it is."
-
     x: float
     y: float
     text: str
-    low: float | None = None  # its interval, along y
+    low: float | None = None   # its interval, along y
     high: float | None = None
     bad: bool = False
-
 
 @dataclass(frozen=True)
 class Series:
     "Points of one kind, joined to a line or not."
-
     name: str
     points: Sequence[Point]
-    colour: int = 0  # 0 to 5, of the style sheet
-    style: str = ""  # "baseline" (dashed), "ablation" (dotted), "strong"
+    colour: int = 0            # 0 to 5, of the style sheet
+    style: str = ""            # "baseline" (dashed), "ablation" (dotted), "strong"
     joined: bool = True
-    note: str = ""  # beside the name in the legend
+    note: str = ""             # beside the name in the legend
 
     @property
     def stride(self) -> int:
         "Every how many points one answers a pointer."
         return max(1, math.ceil(len(self.points) / ANSWERS)) if self.joined else 1
 
-
 @dataclass(frozen=True)
 class Rule:
     "A line across the plot at an x or a y."
-
     text: str
     x: float | None = None
     y: float | None = None
-    style: str = ""  # "limit", "good"
+    style: str = ""            # "limit", "good"
 
 # %% ../../nbs/report/00_charts.ipynb #00bba4ce
 @dataclass(frozen=True)
 class Table:
     "The numbers behind a plot; the first column names the row."
-
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     "What a plot shows."
-
     title: str
     x: Axis
     y: Axis
     series: Sequence[Series]
-    note: str = ""  # what to see in it
+    note: str = ""             # what to see in it
     rules: Sequence[Rule] = ()
     table: Table = Table()
     height: int = 300
@@ -214,22 +199,18 @@ class Chart:
 # %% ../../nbs/report/00_charts.ipynb #3507378d
 WIDTH, MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 460, 58, 20, 12, 44  # of the SVG, in its own units
 
-
 @dataclass(frozen=True)
 class PlacedPoint:
     "A point in units of the SVG."
-
     x: float
     y: float
     text: str
     ends: tuple[float, float] | None  # of its interval, along y
     bad: bool
 
-
 @dataclass(frozen=True)
 class PlacedSeries:
     "A line, and the points that answer a pointer."
-
     name: str
     note: str
     colour: int
@@ -241,7 +222,6 @@ class PlacedSeries:
 @dataclass(frozen=True)
 class Canvas:
     "The area between two axes, in units of the SVG."
-
     x: Axis
     y: Axis
     height: int  # of the whole SVG
@@ -269,31 +249,26 @@ class Canvas:
         "All points of a line as one path, and those that answer a pointer."
         points = [self.point(p) for p in s.points]
         line = " ".join(f"{p.x},{p.y}" for p in points) if s.joined and len(points) > 1 else ""
-        return PlacedSeries(s.name, s.note, s.colour % 6, s.style, points[:: s.stride], line)
+        return PlacedSeries(s.name, s.note, s.colour % 6, s.style, points[::s.stride], line)
 
 # %% ../../nbs/report/00_charts.ipynb #51cfe2ae
 @dataclass(frozen=True)
 class PlacedAxis:
     "The label of an axis and its ticks: position, text."
-
     label: str
     ticks: Sequence[tuple[float, str]]
-
 
 @dataclass(frozen=True)
 class PlacedRule:
     "A line across the plot, upright (`x`) or level (`y`)."
-
     text: str
     style: str
     x: float | None
     y: float | None
 
-
 @dataclass(frozen=True, kw_only=True)
 class Plot:
     "What the template draws, in units of the SVG."
-
     title: str
     note: str
     width: int
@@ -320,49 +295,39 @@ def plot(chart: Chart) -> Plot:
         return PlacedRule(r.text, r.style, x, y)
 
     return Plot(
-        title=chart.title,
-        note=chart.note,
-        width=WIDTH,
-        height=chart.height,
-        left=MARGIN_LEFT,
-        right=canvas.right,
-        top=MARGIN_TOP,
-        bottom=canvas.bottom,
+        title=chart.title, note=chart.note,
+        width=WIDTH, height=chart.height,
+        left=MARGIN_LEFT, right=canvas.right, top=MARGIN_TOP, bottom=canvas.bottom,
         x=PlacedAxis(chart.x.label, [(canvas.across(value), text) for value, text in chart.x.ticks]),
         y=PlacedAxis(chart.y.label, [(canvas.up(value), text) for value, text in chart.y.ticks]),
         series=[canvas.series(s) for s in chart.series],
         rules=[rule(r) for r in chart.rules],
-        columns=chart.table.columns,
-        rows=chart.table.rows,
-    )
+        columns=chart.table.columns, rows=chart.table.rows)
 
 # %% ../../nbs/report/00_charts.ipynb #512401d4
 @dataclass(frozen=True)
 class Bar:
     "A named value with its interval."
-
     name: str
     value: float | None
     note: str = ""
     low: float | None = None
     high: float | None = None
-    text: str = ""  # the value as it is written; empty: by the format of the list
+    text: str = ""        # the value as it is written; empty: by the format of the list
     bad: bool = False
     strong: bool = False
-
 
 @dataclass(frozen=True)
 class PlacedBar:
     "A row of the table; places are in per cent of the scale."
-
     name: str
     note: str
     bad: bool
     strong: bool
     text: str
-    between: str  # the interval in words
+    between: str                          # the interval in words
     zero: float
-    bar: tuple[float, float]  # start, width
+    bar: tuple[float, float]              # start, width
     interval: tuple[float, float] | None  # start, width
     dot: float | None
 
@@ -385,28 +350,22 @@ def bars(
     def place(row: Bar) -> PlacedBar:
         value = row.value or 0
         return PlacedBar(
-            row.name,
-            row.note,
-            row.bad,
-            row.strong,
+            row.name, row.note, row.bad, row.strong,
             text=row.text or number(row.value, form),
             between=interval(row.low, row.high, form),
             zero=at(0),
             bar=span(min(0, value), max(0, value)),
             interval=None if row.low is None or row.high is None else span(row.low, row.high),
-            dot=None if row.value is None else at(row.value),
-        )
+            dot=None if row.value is None else at(row.value))
 
     return [place(row) for row in rows]
 
 # %% ../../nbs/report/00_charts.ipynb #8e122c1a
 STYLES = ("colours.css", "page.css", "parts.css", "figures.css")
 
-
 def read_asset(name: str) -> str:
     "A file of the report's assets."
     return (files("fraud_pkg.report") / "assets" / name).read_text(encoding="utf-8")
-
 
 def write_assets(folder: Path) -> None:
     "Writes site.css and site.js, which the pages load."
@@ -415,18 +374,9 @@ def write_assets(folder: Path) -> None:
 
 # %% ../../nbs/report/00_charts.ipynb #846a0a70
 FILTERS = {
-    "number": number,
-    "between": between,
-    "duration": duration,
-    "plain": plain,
-    "cell": cell_text,
-    "moment": moment,
-    "when": when,
-    "spaced": spaced,
-    "capitalise": capitalised,
-    "label": label_in_sentence,
+    "number": number, "between": between, "duration": duration, "plain": plain, "cell": cell_text, "moment": moment,
+    "when": when, "spaced": spaced, "capitalise": capitalised, "label": label_in_sentence,
 }
-
 
 @functools.cache
 def environment() -> "Environment":

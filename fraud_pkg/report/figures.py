@@ -20,30 +20,12 @@ from typing import Any
 
 from ..core.errors import FraudError
 from fraud_pkg.report.charts import (
-    NONE,
-    Axis,
-    Bar,
-    Chart,
-    PlacedBar,
-    Plot,
-    Point,
-    Rule,
-    Series,
-    Table,
-    bars,
-    duration,
-    label_in_sentence,
-    linear,
-    logarithmic,
-    moment,
-    number,
-    plot,
-    spaced,
+    NONE, Axis, Bar, Chart, PlacedBar, Plot, Point, Rule, Series, Table, bars, duration, label_in_sentence, linear,
+    logarithmic, moment, number, plot, spaced,
 )
 
 # %% ../../nbs/report/01_figures.ipynb #69e9ae94
 Record = Mapping[str, Any]  # an object of a JSON file
-
 
 def read_json(path: Path) -> Any:
     "The content of a JSON file, None without a file; raises `FraudError` for a broken one."
@@ -87,7 +69,6 @@ def _is_table(table: Record) -> bool:
     "Whether it has all that is drawn, and each row is as long as its columns."
     return {"title", "columns", "rows"} <= set(table) and all(len(r) == len(table["columns"]) for r in table["rows"])
 
-
 def read_benchmarks(root: Path) -> dict[str, Any] | None:  # machine, tables
     "What `make bench` has left, None without it; raises `FraudError` for what is no list of tables."
     path = root / "benchmarks/results.json"
@@ -103,19 +84,16 @@ def read_benchmarks(root: Path) -> dict[str, Any] | None:  # machine, tables
 # %% ../../nbs/report/01_figures.ipynb #a053b926
 SHARE = ".0%"
 
-
 def share_axis(label: str) -> Axis:
     "From nothing to all."
     return linear(label, 0, 1, SHARE)
 
-
 def is_champion(
-    row: Record,  # of the bake-off
+    row: Record,           # of the bake-off
     champion: str | None,  # its version
 ) -> bool:
     "Whether this contender became the champion."
     return bool(champion) and row.get("version") == champion
-
 
 def contender_colours(rows: Sequence[Record], champion: str | None) -> dict[str, int]:
     "A colour for each contender; the champion has the page's own (3)."
@@ -124,7 +102,6 @@ def contender_colours(rows: Sequence[Record], champion: str | None) -> dict[str,
 
 # %% ../../nbs/report/01_figures.ipynb #3e8edf1e
 Curve = Mapping[str, Sequence[float]]  # recall and precision, equally long
-
 
 def _curve_series(row: Record, curve: Curve, colour: int, style: str) -> Series:
     "A line of a contender; one that knows only yes and no is a point."
@@ -138,32 +115,22 @@ def _curve_series(row: Record, curve: Curve, colour: int, style: str) -> Series:
     average = number(row["metrics"]["average_precision"]["value"])
     return Series(name, points[:1] if single else points, colour, style, joined=not single, note=average)
 
-
 def curves_plot(curves: Mapping[str, Curve], rows: Sequence[Record], champion: str | None) -> Plot | None:
     "Precision by recall of every contender; None without curves."
     colours = contender_colours(rows, champion)
-    series = [
-        _curve_series(
-            row, curves[row["name"]], colours[row["name"]], "strong" if is_champion(row, champion) else row["kind"]
-        )
-        for row in rows
-        if row["name"] in curves
-    ]
+    series = [_curve_series(row, curves[row["name"]], colours[row["name"]],
+                            "strong" if is_champion(row, champion) else row["kind"])
+              for row in rows if row["name"] in curves]
     if not series:
         return None
     recalls = (0.2, 0.4, 0.6, 0.8)
     columns = ("Precision at a recall of", *(f"{recall:.0%}" for recall in recalls))
-    return plot(
-        Chart(
-            title="Precision-recall curves",
-            note="To the right more frauds found, upwards fewer false alarms; in the legend the average precision.",
-            x=share_axis("recall: share of the frauds found"),
-            y=share_axis("precision: share of alerts that are fraud"),
-            series=series,
-            table=Table(columns, [[s.name, *(_precision_at(recall, s.points) for recall in recalls)] for s in series]),
-        )
-    )
-
+    return plot(Chart(
+        title="Precision-recall curves",
+        note="To the right more frauds found, upwards fewer false alarms; in the legend the average precision.",
+        x=share_axis("recall: share of the frauds found"), y=share_axis("precision: share of alerts that are fraud"),
+        series=series,
+        table=Table(columns, [[s.name, *(_precision_at(recall, s.points) for recall in recalls)] for s in series])))
 
 def _precision_at(recall: float, points: Sequence[Point]) -> str:
     "The precision at the first point that finds as much."
@@ -177,27 +144,21 @@ MEASURES = (
     ("money_saved_share", "Fraud cost saved", ".1%"),
 )
 
-
 @dataclass(frozen=True)
 class BarList:
     "Bars under a title."
-
     title: str
     rows: Sequence[PlacedBar]
-
 
 def contender_bars(rows: Sequence[Record], champion: str | None) -> list[BarList]:
     "For each measure, the contenders from best to worst."
     lists = []
     for key, title, form in MEASURES:
-        values = [
-            metric_bar(spaced(row["name"]), row["metrics"][key], row["kind"], strong=is_champion(row, champion))
-            for row in rows
-        ]
+        values = [metric_bar(spaced(row["name"]), row["metrics"][key], row["kind"], strong=is_champion(row, champion))
+                  for row in rows]
         values.sort(key=lambda bar: -9 if bar.value is None else bar.value, reverse=True)
         lists.append(BarList(title, bars(values, form)))
     return lists
-
 
 def metric_bar(name: str, metric: Record, note: str = "", *, bad: bool = False, strong: bool = False) -> Bar:
     "A metric (value, low, high) with its interval."
@@ -207,10 +168,9 @@ def metric_bar(name: str, metric: Record, note: str = "", *, bad: bool = False, 
 REFERENCES = {
     "rule": "Baseline: stops a payment that takes exactly what the sender has (amount equal to the balance).",
     "plain_xgboost": "Baseline: XGBClassifier(n_estimators=100) on amount, type and balances of the payment alone, "
-    "untuned and uncalibrated, stopping from a probability of 0.5 on.",
+                     "untuned and uncalibrated, stopping from a probability of 0.5 on.",
     "xgboost_without_history": "Ablation: the XGBoost contender without the features of the accounts’ history.",
 }
-
 
 def references(rows: Sequence[Record]) -> list[tuple[str, str]]:  # name, what it is
     "What the baselines and the ablation of a bake-off are, in the order of its rows."
@@ -224,13 +184,11 @@ POINTS = {
 }
 POINT_COLOURS = {"budget": 1, "thresholds": 4, "block": 2}
 
-
 def _point_series(point: Record, x: float, y: float, text: str) -> Series:
     "One of the points at which the champion works, as a dot with a name."
     name = point["name"]
     text = f"{POINTS[name]}: {point['per_day']:,.1f} a day, {text}"
     return Series(POINTS[name], [Point(x, y, text)], POINT_COLOURS[name], joined=False)
-
 
 def card_curve(card: Record) -> Plot:
     "The champion's precision by recall, with the points at which it works."
@@ -243,41 +201,23 @@ def card_curve(card: Record) -> Plot:
     for point in card["points"]:
         recall, precision = point["recall"], point["precision"]
         if precision is not None:
-            text = (
-                f"{recall:.0%} of the frauds found, {precision:.0%} of the alerts are fraud, "
-                f"{point['saved']:.0%} of the cost saved"
-            )
+            text = (f"{recall:.0%} of the frauds found, {precision:.0%} of the alerts are fraud, "
+                    f"{point['saved']:.0%} of the cost saved")
             used.append(_point_series(point, recall, precision, text))
-    rows = [
-        [
-            POINTS[point["name"]],
-            f"{point['per_day']:,.1f}",
-            f"{point['recall']:.1%}",
-            number(point["precision"], ".1%"),
-            f"{point['saved']:.1%}",
-        ]
-        for point in card["points"]
-    ]
-    return plot(
-        Chart(
-            title="Precision-recall curve",
-            note="Each point is a threshold; the dots are those in use.",
-            x=share_axis("recall: share of the frauds found"),
-            y=share_axis("precision: share of alerts that are fraud"),
-            series=[Series("by score", line, 3, "strong"), *used],
-            table=Table(("Point", "A day", "Frauds found", "Alerts that are fraud", "Cost saved"), rows),
-        )
-    )
+    rows = [[POINTS[point["name"]], f"{point['per_day']:,.1f}", f"{point['recall']:.1%}",
+             number(point["precision"], ".1%"), f"{point['saved']:.1%}"] for point in card["points"]]
+    return plot(Chart(
+        title="Precision-recall curve", note="Each point is a threshold; the dots are those in use.",
+        x=share_axis("recall: share of the frauds found"), y=share_axis("precision: share of alerts that are fraud"),
+        series=[Series("by score", line, 3, "strong"), *used],
+        table=Table(("Point", "A day", "Frauds found", "Alerts that are fraud", "Cost saved"), rows)))
 
 # %% ../../nbs/report/01_figures.ipynb #e702c017
 def _money_line(money: Record, key: str, name: str, colour: int) -> Series:
     "What is saved when everything from a threshold on is reviewed, or blocked (`key`)."
-    points = [
-        Point(x, y, f"{key} the {x:,.1f} most suspicious a day (from {threshold:.2%} on): {y:.0%} saved")
-        for x, y, threshold in zip(money["per_day"], money[key], money["threshold"], strict=True)
-    ]
+    points = [Point(x, y, f"{key} the {x:,.1f} most suspicious a day (from {threshold:.2%} on): {y:.0%} saved")
+              for x, y, threshold in zip(money["per_day"], money[key], money["threshold"], strict=True)]
     return Series(name, points, colour)
-
 
 def money_plot(card: Record) -> Plot:
     "The share of the fraud at risk that is saved, by payments reviewed or blocked a day; the champion as dots."
@@ -286,38 +226,26 @@ def money_plot(card: Record) -> Plot:
     dots = [_point_series(p, p["per_day"], p["saved"], f"{p['saved']:.0%} saved") for p in used]
     saved = [*money["review"], *money["block"], *(p["saved"] for p in used)]
     stopped = [*days, *(p["per_day"] for p in used)]
-    rows = [
-        [f"{days[i]:,.1f}", f"{money['threshold'][i]:.3%}", f"{money['review'][i]:.0%}", f"{money['block'][i]:.0%}"]
-        for i in range(0, len(days), max(1, len(days) // 12))
-    ]
-    return plot(
-        Chart(
-            title="Money saved, by threshold",
-            note="After the costs of reviews and of wrong blocks.",
-            x=logarithmic("payments stopped a day", min(stopped), max(stopped)),
-            y=linear("fraud cost saved", max(-0.5, min([0.0, *saved])), 1, SHARE),
-            series=[
-                _money_line(money, "review", "all reviewed", 0),
-                _money_line(money, "block", "all blocked", 5),
-                *dots,
-            ],
-            rules=[Rule("", y=0)],
-            table=Table(("A day", "Threshold", "All reviewed", "All blocked"), rows),
-        )
-    )
+    rows = [[f"{days[i]:,.1f}", f"{money['threshold'][i]:.3%}", f"{money['review'][i]:.0%}", f"{money['block'][i]:.0%}"]
+            for i in range(0, len(days), max(1, len(days) // 12))]
+    return plot(Chart(
+        title="Money saved, by threshold", note="After the costs of reviews and of wrong blocks.",
+        x=logarithmic("payments stopped a day", min(stopped), max(stopped)),
+        y=linear("fraud cost saved", max(-0.5, min([0.0, *saved])), 1, SHARE),
+        series=[_money_line(money, "review", "all reviewed", 0), _money_line(money, "block", "all blocked", 5), *dots],
+        rules=[Rule("", y=0)],
+        table=Table(("A day", "Threshold", "All reviewed", "All blocked"), rows)))
 
 # %% ../../nbs/report/01_figures.ipynb #c4173dbc
 def is_miscalibrated(b: Record) -> bool:  # b: a bin of the card's reliability
     "Whether the 95 % interval of the observed rate misses the predicted one."
     return b["low"] is not None and not b["low"] <= b["predicted"] <= b["high"]
 
-
 def _bin_point(b: Record, floor: float) -> Point:
     "Observed by predicted rate; an interval that reaches down to none ends at the edge."
     ends = f"{number(b['low'], '.2%')} to {number(b['high'], '.2%')}"
     text = f"predicted {b['predicted']:.2%}, observed {b['observed']:.2%} ({ends}) in {b['rows']:,} payments"
     return Point(b["predicted"], b["observed"], text, b["low"] or floor, b["high"], is_miscalibrated(b))
-
 
 def reliability_plot(card: Record) -> Plot | None:
     "Observed by predicted fraud rate; on the diagonal a 10 % is a 10 %. None when no bin has a fraud."
@@ -330,36 +258,21 @@ def reliability_plot(card: Record) -> Plot | None:
     name = "perfectly calibrated"
     ideal = Series(name, [Point(v, v, f"{name}: {v:.2%}") for v in (x.low, 1.0)], 0, "baseline")
     observed = Series("observed", [_bin_point(b, floor) for b in bins], 3, joined=False)
-    rows = [
-        [
-            f"{b['predicted']:.3%}",
-            f"{b['observed']:.3%}",
-            f"{number(b['low'], '.3%')} to {number(b['high'], '.3%')}",
-            f"{b['rows']:,}",
-        ]
-        for b in card["reliability"]
-    ]
-    return plot(
-        Chart(
-            title="Calibration",
-            note="Red: the 95 % interval misses the predicted rate.",
-            x=x,
-            y=y,
-            series=[ideal, observed],
-            table=Table(("Predicted", "Observed", "95 % interval", "Payments"), rows),
-        )
-    )
+    rows = [[f"{b['predicted']:.3%}", f"{b['observed']:.3%}",
+             f"{number(b['low'], '.3%')} to {number(b['high'], '.3%')}", f"{b['rows']:,}"] for b in card["reliability"]]
+    return plot(Chart(
+        title="Calibration", note="Red: the 95 % interval misses the predicted rate.",
+        x=x, y=y, series=[ideal, observed],
+        table=Table(("Predicted", "Observed", "95 % interval", "Payments"), rows)))
 
 # %% ../../nbs/report/01_figures.ipynb #e2c3ff64
 def recall_of_all(card: Record) -> float:
     "The share of all frauds that is found within the budget."
     return next(part for part in card["segments"] if part["by"] == "all")["within_budget"]["value"]
 
-
 def is_weak(part: Record, everything: float) -> bool:
     "Whether clearly fewer frauds of a group are found than of all: the interval ends below."
     return (part["within_budget"]["high"] or 1) < everything
-
 
 def recall_bars(card: Record, group: str) -> list[PlacedBar]:
     "The share of each group's frauds that is found within the budget; red where its interval ends below that of all."
@@ -377,17 +290,12 @@ def money_bars(card: Record) -> list[PlacedBar]:
     worth, rows = card["worth"], {row["decision"]: row for row in card["worth"]["decisions"]}
     allow, review, block = (rows[decision] for decision in ("allow", "review", "block"))
     recovered = f"{review['frauds']:,} of them: the review, and what it does not recover"
-    return bars(
-        [
-            Bar("All frauds, if allowed", worth["at_risk"], bad=True),
-            Bar("Frauds that are allowed", allow["fraud_cost"], f"{allow['frauds']:,} of them", bad=True),
-            Bar("Frauds that are reviewed", review["fraud_cost"], recovered),
-            Bar("Honest payments reviewed", review["honest_cost"], f"{review['honest']:,} payments"),
-            Bar("Honest payments blocked", block["honest_cost"], f"{block['honest']:,} payments"),
-        ],
-        ",.0f",
-    )
-
+    return bars([
+        Bar("All frauds, if allowed", worth["at_risk"], bad=True),
+        Bar("Frauds that are allowed", allow["fraud_cost"], f"{allow['frauds']:,} of them", bad=True),
+        Bar("Frauds that are reviewed", review["fraud_cost"], recovered),
+        Bar("Honest payments reviewed", review["honest_cost"], f"{review['honest']:,} payments"),
+        Bar("Honest payments blocked", block["honest_cost"], f"{block['honest']:,} payments")], ",.0f")
 
 def influence_bars(card: Record) -> list[PlacedBar]:
     "The features that move the score most."
@@ -408,7 +316,6 @@ def live_windows(check_runs: Sequence[Record]) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class JudgedWindow:
     "A window as one check judged it."
-
     first_step: int
     champion: str
     value: float
@@ -425,54 +332,29 @@ class JudgedWindow:
     def row(self) -> list[str]:
         return [f"{self.first_step // 24}", self.champion, self.text, "bad" if self.bad else "as expected"]
 
-
 @dataclass(frozen=True)
 class Timeline:
     "What the plots over days have in common."
-
     days: Axis
     champions: Sequence[str]  # oldest first; each has its own colour
-    rules: Sequence[Rule]  # retrainings
-
+    rules: Sequence[Rule]     # retrainings
 
 def windows_plot(judged: Sequence[JudgedWindow], timeline: Timeline, *, title: str, note: str, y: Axis) -> Plot | None:
     "A dot per window: its champion's colour, red where the check found it bad; None without windows."
     if not judged:
         return None
     points = {version: [w.point for w in judged if w.champion == version] for version in timeline.champions}
-    series = [
-        Series(f"champion {version}", dots, 3 + i % 3, joined=False)
-        for i, (version, dots) in enumerate(points.items())
-        if dots
-    ]
-    return plot(
-        Chart(
-            title=title,
-            note=note,
-            x=timeline.days,
-            y=y,
-            series=series,
-            rules=timeline.rules,
-            height=240,
-            table=Table(("Day", "Champion", "Seen", "Judged"), [w.row for w in judged]),
-        )
-    )
+    series = [Series(f"champion {version}", dots, 3 + i % 3, joined=False)
+              for i, (version, dots) in enumerate(points.items()) if dots]
+    return plot(Chart(title=title, note=note, x=timeline.days, y=y, series=series, rules=timeline.rules, height=240,
+                      table=Table(("Day", "Champion", "Seen", "Judged"), [w.row for w in judged])))
 
 # %% ../../nbs/report/01_figures.ipynb #e9f8a964
 def judged_recall(windows: Sequence[Record]) -> list[JudgedWindow]:
     "The share of the frauds that was found, of the windows with labels."
-    return [
-        JudgedWindow(
-            w["first_step"],
-            w["champion"],
-            w["found"] / w["frauds"],
-            w["recall"]["bad"],
-            f"{w['found']} of {w['frauds']} frauds found",
-        )
-        for w in windows
-        if w["recall"] and w["recall"]["value"] is not None
-    ]
-
+    return [JudgedWindow(w["first_step"], w["champion"], w["found"] / w["frauds"], w["recall"]["bad"],
+                         f"{w['found']} of {w['frauds']} frauds found")
+            for w in windows if w["recall"] and w["recall"]["value"] is not None]
 
 def judged_features(windows: Sequence[Record]) -> list[JudgedWindow]:
     "How far the features have moved, as a share of the threshold."
@@ -487,45 +369,26 @@ def judged_features(windows: Sequence[Record]) -> list[JudgedWindow]:
 @dataclass(frozen=True)
 class LiveChecks:
     "What the pages say of reports/watch."
-
     latest: Record  # the newest verdict
     plots: Sequence[Plot] = ()
     retrainings: Sequence[Record] = ()  # oldest first
 
-
 def _live_plots(windows: Sequence[Record], retrainings: Sequence[Record]) -> list[Plot]:
     "Recall and drift by window."
     first, last = (windows[i]["first_step"] / 24 for i in (0, -1))
-    rules = [
-        Rule(
-            "new champion" if t["promoted"] else "refused",
-            x=t["newest_step"] / 24,
-            style="good" if t["promoted"] else "",
-        )
-        for t in retrainings
-    ]
+    rules = [Rule("new champion" if t["promoted"] else "refused", x=t["newest_step"] / 24,
+                  style="good" if t["promoted"] else "") for t in retrainings]
     versions = list(dict.fromkeys(w["champion"] for w in windows))
     timeline = Timeline(linear("day", first, max(last, first + 1)), versions, rules)
     limited = Timeline(timeline.days, versions, [*rules, Rule("threshold", y=1, style="limit")])
     moved = judged_features(windows)
     plots = [
-        windows_plot(
-            judged_recall(windows),
-            timeline,
-            title="Recall by window",
-            y=share_axis("recall"),
-            note="A dot for each window, once its outcomes are known; red: beyond the check’s threshold.",
-        ),
-        windows_plot(
-            moved,
-            limited,
-            title="Feature drift by window",
-            y=linear("share of the threshold", 0, max([2.0, *(w.value for w in moved)]), "g", 4),
-            note="Population stability index, averaged over the features, over the check’s threshold.",
-        ),
-    ]
+        windows_plot(judged_recall(windows), timeline, title="Recall by window", y=share_axis("recall"),
+                     note="A dot for each window, once its outcomes are known; red: beyond the check’s threshold."),
+        windows_plot(moved, limited, title="Feature drift by window",
+                     y=linear("share of the threshold", 0, max([2.0, *(w.value for w in moved)]), "g", 4),
+                     note="Population stability index, averaged over the features, over the check’s threshold.")]
     return [p for p in plots if p]
-
 
 def read_live_checks(reports: Path) -> LiveChecks | None:
     "What `fraud watch` has left in reports/watch; None when it has never run."
@@ -557,7 +420,6 @@ def _run_point(i: int, run: Record) -> Point:
     text = f"{moment(run['started'])}: champion {run['champion']}, average precision {precision:.3f}"
     return Point(i, precision, text)
 
-
 def runs_plot(history: Sequence[Record]) -> Plot | None:  # newest first
     "Average precision of the champion after each run; None for fewer than two."
     runs = [run for run in reversed(history) if run["average_precision"] is not None]
@@ -569,20 +431,13 @@ def runs_plot(history: Sequence[Record]) -> Plot | None:  # newest first
         series.append(Series(version, points, 3 + i, joined=len(points) > 1))
     ticks = tuple((i, str(i)) for i in range(1, len(runs) + 1, 1 + len(runs) // 9))
     highest = max(run["average_precision"] for run in runs)
-    return plot(
-        Chart(
-            title="Average precision of the champion, by run",
-            note="On each run’s own test period.",
-            x=Axis("run, oldest first", 1, len(runs), ticks),
-            y=linear("average precision", 0, highest),
-            series=series,
-            height=220,
-        )
-    )
+    return plot(Chart(
+        title="Average precision of the champion, by run", note="On each run’s own test period.",
+        x=Axis("run, oldest first", 1, len(runs), ticks), y=linear("average precision", 0, highest), series=series,
+        height=220))
 
 # %% ../../nbs/report/01_figures.ipynb #596db00d
 def job_bars(jobs: Sequence[Record]) -> list[PlacedBar]:
     "How long each job took; red where it is not done."
-    return bars(
-        [Bar(job["job"], job["seconds"], text=duration(job["seconds"]), bad=job["status"] != "done") for job in jobs]
-    )
+    return bars([Bar(job["job"], job["seconds"], text=duration(job["seconds"]), bad=job["status"] != "done")
+                 for job in jobs])

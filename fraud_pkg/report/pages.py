@@ -17,28 +17,9 @@ from ..core.settings import Settings
 from ..model.bundle import load_bundle
 from .charts import capitalised, environment, spaced, write_assets
 from fraud_pkg.report.figures import (
-    Record,
-    card_curve,
-    contender_bars,
-    curves_plot,
-    drift_bars,
-    influence_bars,
-    is_miscalibrated,
-    is_weak,
-    job_bars,
-    money_bars,
-    money_plot,
-    picture,
-    read_benchmarks,
-    read_history,
-    read_jobs,
-    read_json,
-    read_live_checks,
-    recall_bars,
-    recall_of_all,
-    references,
-    reliability_plot,
-    runs_plot,
+    Record, card_curve, contender_bars, curves_plot, drift_bars, influence_bars, is_miscalibrated, is_weak, job_bars,
+    money_bars, money_plot, picture, read_benchmarks, read_history, read_jobs, read_json, read_live_checks, recall_bars,
+    recall_of_all, references, reliability_plot, runs_plot,
 )
 
 # %% ../../nbs/report/02_pages.ipynb #7618593d
@@ -52,7 +33,6 @@ def group_phrase(part: Record) -> str:
     }
     return phrases.get(part["by"], name)
 
-
 def largest_loss(
     card: Record,
     group: str,  # what the frauds are grouped by
@@ -65,32 +45,25 @@ def largest_loss(
         return []
     causes = "causes" if group == "kind of fraud" else "cause"
     are = "is" if worst["missed"] == 1 else "are"
-    return [
-        f"{capitalised(group_phrase(worst))} {causes} {worst['lost'] / lost:.0%} of the remaining loss: "
-        f"{worst['lost']:,.0f} of {worst['amount']:,.0f} at risk there. {worst['missed']} of these "
-        f"{worst['frauds']} frauds {are} allowed; the rest is what reviews cost and do not recover."
-    ]
+    return [f"{capitalised(group_phrase(worst))} {causes} {worst['lost'] / lost:.0%} of the remaining loss: "
+            f"{worst['lost']:,.0f} of {worst['amount']:,.0f} at risk there. {worst['missed']} of these "
+            f"{worst['frauds']} frauds {are} allowed; the rest is what reviews cost and do not recover."]
 
 # %% ../../nbs/report/02_pages.ipynb #4b010956
 LEAST_FRAUDS = 5  # frauds of a group before a sentence is made of it
 
-
 def weakest_groups(card: Record, most: int = 3) -> list[str]:
     "Groups of which clearly fewer frauds are found within the budget than of all, the worst first."
     everything = recall_of_all(card)
-    groups = [
-        part
-        for part in card["segments"]
-        if part["by"] != "all" and part["frauds"] >= LEAST_FRAUDS and is_weak(part, everything)
-    ]
+    groups = [part for part in card["segments"]
+              if part["by"] != "all" and part["frauds"] >= LEAST_FRAUDS and is_weak(part, everything)]
     groups.sort(key=lambda part: part["within_budget"]["value"])
     sentences = []
     for part in groups[:most]:
         share = part["within_budget"]
         sentences.append(
             f"Recall within the budget is {share['value']:.0%} for {group_phrase(part)} ({share['low']:.0%} to "
-            f"{share['high']:.0%}; {part['frauds']:,} frauds), {everything:.0%} for all frauds."
-        )
+            f"{share['high']:.0%}; {part['frauds']:,} frauds), {everything:.0%} for all frauds.")
     return sentences
 
 # %% ../../nbs/report/02_pages.ipynb #9ba66ac4
@@ -101,11 +74,9 @@ def beyond_budget(card: Record) -> list[str]:
     if used["per_day"] < 1.5 * budget["per_day"]:
         return []
     ratio = used["per_day"] / budget["per_day"]
-    return [
-        f"Its thresholds stop {used['per_day']:,.0f} payments a day, {ratio:,.0f} times the alert budget of "
-        f"{budget['per_day']:,.0f}: they follow from costs alone. With the budget alone reviewed, "
-        f"{budget['recall']:.0%} of the frauds are found and {budget['saved']:.0%} of their cost is saved."
-    ]
+    return [f"Its thresholds stop {used['per_day']:,.0f} payments a day, {ratio:,.0f} times the alert budget of "
+            f"{budget['per_day']:,.0f}: they follow from costs alone. With the budget alone reviewed, "
+            f"{budget['recall']:.0%} of the frauds are found and {budget['saved']:.0%} of their cost is saved."]
 
 # %% ../../nbs/report/02_pages.ipynb #f0db1006
 def honest_payments(card: Record) -> list[str]:
@@ -117,10 +88,8 @@ def honest_payments(card: Record) -> list[str]:
         return []
     share = delayed / (delayed + rows["allow"]["honest"])
     ratio = f"{delayed / frauds:.1f} for each fraud that is stopped" if frauds else "and no fraud"
-    return [
-        f"{delayed:,} honest payments are reviewed or blocked ({share:.1%} of them all, {ratio}); "
-        f"{rows['block']['honest']:,} of them are blocked at once."
-    ]
+    return [f"{delayed:,} honest payments are reviewed or blocked ({share:.1%} of them all, {ratio}); "
+            f"{rows['block']['honest']:,} of them are blocked at once."]
 
 # %% ../../nbs/report/02_pages.ipynb #c693d805
 def worst_calibrated(card: Record) -> list[str]:
@@ -130,11 +99,9 @@ def worst_calibrated(card: Record) -> list[str]:
         return []
     worst = max(bins, key=lambda b: b["rows"] * abs(b["predicted"] - b["observed"]))
     tendency = "too high" if worst["predicted"] > worst["observed"] else "too low"
-    return [
-        f"Where {worst['predicted']:.2%} is predicted on average, {worst['observed']:.2%} were fraud "
-        f"({worst['low']:.2%} to {worst['high']:.2%}; {worst['rows']:,} payments): "
-        f"the probabilities are {tendency} there."
-    ]
+    return [f"Where {worst['predicted']:.2%} is predicted on average, {worst['observed']:.2%} were fraud "
+            f"({worst['low']:.2%} to {worst['high']:.2%}; {worst['rows']:,} payments): "
+            f"the probabilities are {tendency} there."]
 
 # %% ../../nbs/report/02_pages.ipynb #0ce74bd2
 def weak_spots(card: Record) -> list[str]:
@@ -147,23 +114,15 @@ def _limits_of_card(card: Record) -> list[str]:
     "What follows from the one period that the champion was measured on."
     sentences = []
     if card["learned_from_it"]:
-        sentences.append(
-            "This champion has learned from a part of the period that it is measured on here: the figures "
-            "flatter it. Those of its own test period are in its bundle."
-        )
-    sentences.append(
-        f"It was measured once, on {card['days']:.0f} days with {card['frauds']:,} frauds. The intervals "
-        "say how far a figure would move with other accounts from the same weeks, not with another world."
-    )
-    few = [
-        f"{spaced(part['name'])} ({part['frauds']})"
-        for part in card["segments"]
-        if part["by"] == "kind of fraud" and part["frauds"] < 10
-    ]
+        sentences.append("This champion has learned from a part of the period that it is measured on here: the figures "
+                         "flatter it. Those of its own test period are in its bundle.")
+    sentences.append(f"It was measured once, on {card['days']:.0f} days with {card['frauds']:,} frauds. The intervals "
+                     "say how far a figure would move with other accounts from the same weeks, not with another world.")
+    few = [f"{spaced(part['name'])} ({part['frauds']})" for part in card["segments"]
+           if part["by"] == "kind of fraud" and part["frauds"] < 10]
     if few:
         sentences.append(f"Fewer than ten frauds were seen of {', '.join(few)}: too few to trust their shares.")
     return sentences
-
 
 def limits(
     champion: Record,  # its manifest
@@ -172,50 +131,35 @@ def limits(
     "What must not be read into the figures."
     sentences = []
     if str(champion["data"].get("source")).startswith("simulate"):
-        sentences.append(
-            "The payments are simulated. The figures say that the system works and how contenders "
-            "compare; they do not say what it would save at a bank."
-        )
+        sentences.append("The payments are simulated. The figures say that the system works and how contenders "
+                         "compare; they do not say what it would save at a bank.")
     return [
-        *sentences,
-        *(_limits_of_card(card) if card else []),
+        *sentences, *(_limits_of_card(card) if card else []),
         f"An outcome is known {champion['label_delay']} hours after a payment. For at least that long "
         "nothing is learned of a new kind of fraud; until then there are the live checks and the rules.",
         "Money is counted by the costs in [decision]: what a review costs, how much it saves, what a wrong block "
         "costs. Other costs give other thresholds and other savings.",
         "It decides about a payment, not about a person. It is not made for credit, employment or closing accounts, "
-        "and a block should have a way to complain.",
-    ]
+        "and a block should have a way to complain."]
 
 # %% ../../nbs/report/02_pages.ipynb #b0450026
 def next_steps(content: Mapping[str, Any]) -> list[tuple[str, str]]:  # what, command
     "What a reader may want to do now."
-    steps = [
-        (f"Fix the cause in the job {job['job']}, which {job['status']}, and run again.", "fraud run")
-        for job in content["jobs"]
-        if job["status"] in ("failed", "interrupted")
-    ]
+    steps = [(f"Fix the cause in the job {job['job']}, which {job['status']}, and run again.", "fraud run")
+             for job in content["jobs"] if job["status"] in ("failed", "interrupted")]
     if content["champion"] is None:
         steps.append(("There is no champion yet. Run the pipeline.", "fraud run"))
     if (content["drift"] or {}).get("verdict") == "drift":
         steps.append(("The data has drifted: retrain on newer data.", "fraud run"))
     if content["verdict"] and not content["verdict"]["passed"]:
-        steps.append(
-            (
-                "The last challenger was refused. Let Optuna look for better parameters.",
-                "fraud run --set train.trials=20",
-            )
-        )
+        steps.append(("The last challenger was refused. Let Optuna look for better parameters.",
+                      "fraud run --set train.trials=20"))
     if content["champion"] is not None:
-        steps += [
-            ("Show the lineage of the champion.", "fraud models show champion"),
-            ("Roll back to the champion before this one.", "fraud models rollback"),
-        ]
-    return [
-        *steps,
-        ("Run on your own transactions.", "fraud run --set data.source=transactions.csv"),
-        ("Open the notebooks: the code, the reasons and the tests.", "make lab"),
-    ]
+        steps += [("Show the lineage of the champion.", "fraud models show champion"),
+                  ("Roll back to the champion before this one.", "fraud models rollback")]
+    return [*steps,
+            ("Run on your own transactions.", "fraud run --set data.source=transactions.csv"),
+            ("Open the notebooks: the code, the reasons and the tests.", "make lab")]
 
 # %% ../../nbs/report/02_pages.ipynb #c6260ce0
 def champion_manifest(settings: Settings) -> dict[str, Any] | None:
@@ -223,15 +167,10 @@ def champion_manifest(settings: Settings) -> dict[str, Any] | None:
     folder = settings.models_dir / "champion"
     return load_bundle(folder).manifest.model_dump(mode="json") if folder.exists() else None
 
-
 def evidently_pages(reports: Path) -> dict[str, str]:
     "The Evidently pages that exist: path by name."
-    return {
-        name: f"monitor/{name}.html"
-        for name in ("drift", "performance")
-        if (reports / "monitor" / f"{name}.html").is_file()
-    }
-
+    return {name: f"monitor/{name}.html" for name in ("drift", "performance")
+            if (reports / "monitor" / f"{name}.html").is_file()}
 
 def read_card(reports: Path, champion: Record | None) -> dict[str, Any] | None:
     "What the promote job has measured of this champion; None when it is of another one."
@@ -244,14 +183,11 @@ def _bake_off(reports: Path, champion: str | None) -> dict[str, Any]:
     bakeoff: dict[str, Any] = read_json(reports / "bakeoff" / "bakeoff.json") or {"rows": [], "curves": {}}
     rows = bakeoff["rows"]
     return {
-        "rows": rows,
-        "verdict": read_json(reports / "bakeoff" / "verdict.json"),
-        "curves": curves_plot(bakeoff.get("curves", {}), rows, champion),
-        "measures": contender_bars(rows, champion),
+        "rows": rows, "verdict": read_json(reports / "bakeoff" / "verdict.json"),
+        "curves": curves_plot(bakeoff.get("curves", {}), rows, champion), "measures": contender_bars(rows, champion),
         "references": references(rows),
         "scenarios": sorted({scenario for row in rows for scenario in row["metrics"]["scenarios"]}),
     }
-
 
 def collect(settings: Settings) -> dict[str, Any]:
     "What the templates need; None where a job has not run."
@@ -259,64 +195,43 @@ def collect(settings: Settings) -> dict[str, Any]:
     card = read_card(reports, champion)
     history, broken = read_history(reports / "history.jsonl")
     content = {
-        "champion": champion,
-        "card": card,
-        **_bake_off(reports, champion["version"] if champion else None),
-        "weak": weak_spots(card) if card else [],
-        "limits": limits(champion, card) if champion else [],
+        "champion": champion, "card": card, **_bake_off(reports, champion["version"] if champion else None),
+        "weak": weak_spots(card) if card else [], "limits": limits(champion, card) if champion else [],
         "profile": read_json(reports / "data" / "profile.json"),
         "profile_picture": picture(reports / "data" / "profile.png"),
         "drift": read_json(reports / "monitor" / "verdict.json"),
-        "drifted": read_json(reports / "monitor" / "drift.json"),
-        "pages": evidently_pages(reports),
-        "jobs": read_jobs(reports),
-        "history": history,
-        "broken": broken,
-        "live": read_live_checks(reports),
-        "benchmarks": read_benchmarks(settings.root),
-        "budget": settings.decision.alert_budget,
+        "drifted": read_json(reports / "monitor" / "drift.json"), "pages": evidently_pages(reports),
+        "jobs": read_jobs(reports), "history": history, "broken": broken, "live": read_live_checks(reports),
+        "benchmarks": read_benchmarks(settings.root), "budget": settings.decision.alert_budget,
     }
     return {**content, "steps": next_steps(content)}
 
 # %% ../../nbs/report/02_pages.ipynb #88070486
 GROUPS = ("kind of fraud", "amount", "type of payment", "sender")
 
-
 def _card_charts(card: Record) -> dict[str, Any]:
     "The charts of a champion; of groups those that have something to compare."
     groups = {group: recall_bars(card, group) for group in GROUPS}
     return {
-        "money": money_bars(card),
-        "money_plot": money_plot(card),
-        "card_plot": card_curve(card),
-        "reliability": reliability_plot(card),
-        "influences": influence_bars(card),
-        "kinds": groups["kind of fraud"],
+        "money": money_bars(card), "money_plot": money_plot(card), "card_plot": card_curve(card),
+        "reliability": reliability_plot(card), "influences": influence_bars(card), "kinds": groups["kind of fraud"],
         "groups": [(group, rows) for group, rows in groups.items() if len(rows) > 1],
         "used": {point["name"]: point for point in card["points"]},
     }
-
 
 def draw_charts(content: Mapping[str, Any]) -> dict[str, Any]:
     "The charts of the pages, from what was collected."
     drifted = content["drifted"]
     return {
-        "moved": drift_bars(drifted["features"]) if drifted else [],
-        "runs": runs_plot(content["history"]),
-        "durations": job_bars(content["jobs"]),
-        **(_card_charts(content["card"]) if content["card"] else {}),
+        "moved": drift_bars(drifted["features"]) if drifted else [], "runs": runs_plot(content["history"]),
+        "durations": job_bars(content["jobs"]), **(_card_charts(content["card"]) if content["card"] else {}),
     }
 
 # %% ../../nbs/report/02_pages.ipynb #fd46e248
 PAGES = {
-    "index": "Overview",
-    "champion": "Champion",
-    "bakeoff": "Bake-off",
-    "drift": "Drift",
-    "jobs": "Jobs",
+    "index": "Overview", "champion": "Champion", "bakeoff": "Bake-off", "drift": "Drift", "jobs": "Jobs",
     "benchmarks": "Benchmarks",
 }
-
 
 def build_report(settings: Settings) -> Path:
     "Writes the pages and their assets into reports from what the jobs have left, and returns the path of index.html."
