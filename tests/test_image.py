@@ -496,10 +496,7 @@ def test_compose_prometheus_takes_its_configuration():
 # The jobs image
 
 
-@pytest.mark.skipif(
-    not os.environ.get("FRAUD_TEST_JOBS_IMAGE"),
-    reason="building the jobs image takes minutes and 6 GB of disk; FRAUD_TEST_JOBS_IMAGE=1 does it",
-)
+@pytest.mark.long(reason="building the jobs image takes minutes and 6 GB of disk")
 def test_jobs_image(tmp_path):
     """The first two jobs of the pipeline, the second one with Spark, in a container that can write nothing but its
     volumes.
@@ -535,9 +532,7 @@ def test_jobs_image(tmp_path):
     assert json.loads((tmp_path / "data/features/manifest.json").read_text(encoding="utf-8"))["rows"] == 20_000
 
 
-@pytest.mark.skipif(
-    not os.environ.get("FRAUD_TEST_JOBS_IMAGE"), reason="it needs the jobs image; FRAUD_TEST_JOBS_IMAGE=1 builds it"
-)
+@pytest.mark.long(reason="it needs the jobs image")
 def test_cron_job_in_the_image(tmp_path):
     """A CronJob's own command and variables, with what the pod grants: a volume, /tmp, settings, and nothing else that
     can be written.

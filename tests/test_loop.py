@@ -4,7 +4,6 @@ learned from the stream, and the way back.
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -35,7 +34,8 @@ BASE, CALM, DRIFTED, DELAY = (
 NEW = "structuring"
 AFTER = 6  # days that are watched then
 LEARNED = 16  # days after which a challenger may have learned it
-SEEDS = [int(seed) for seed in os.environ.get("FRAUD_LOOP_SEEDS", "7").split(",")]
+AGAIN = pytest.mark.long(reason="the same loop on another seed, four minutes each")
+SEEDS = [7, pytest.param(8, marks=AGAIN), pytest.param(9, marks=AGAIN)]
 SETTINGS = {
     "features.engine": "local",
     "features.windows": "1, 24, 168",

@@ -43,6 +43,7 @@ def test_paysim_head(workspace):
     assert (space.root / "reports/index.html").is_file()
 
 
+@pytest.mark.long(reason="968,731 real transactions through the whole pipeline")
 def test_handbook(workspace):
     """Another schema through [columns]: timestamps, no balances, no types."""
     space = workspace(data__source=shared("handbook_until_2018-07-10.parquet"), tensorflow__epochs=1, **HANDBOOK)
