@@ -44,11 +44,10 @@ def money_saved(
     "The cost of allowing everything less the cost of these decisions."
     return expected_cost(y, amount, np.zeros(len(y), np.int8), decision) - expected_cost(y, amount, decisions, decision)
 
-# %% ../../nbs/core/06_cost.ipynb #ff7ddda1
+# %% ../../nbs/core/06_cost.ipynb #a9b4970c
 def _last_argmin(a: np.ndarray) -> int:
     return len(a) - 1 - int(np.argmin(a[::-1]))
 
-# %% ../../nbs/core/06_cost.ipynb #a9b4970c
 def optimal_thresholds(
     y: np.ndarray,  # [n] 1 for fraud
     probability: np.ndarray,  # [n] calibrated
@@ -58,13 +57,14 @@ def optimal_thresholds(
     "The thresholds with the lowest cost on these rows; of equally cheap ones the highest, which intervene least."
     p = np.asarray(probability, np.float64)
     order = np.argsort(p, kind="stable")
-    values, start = np.unique(p[order], return_index=True)
+    candidates, start = np.unique(p[order], return_index=True)
     # What the rows below each candidate cost, by decision.
-    below = np.concatenate([np.zeros((3, 1)), np.cumsum(decision_costs(y, amount, decision)[:, order], axis=1)], axis=1)
-    if values[-1] < 1:  # so that 1 can stand for never
-        values, start = np.r_[values, 1.0], np.r_[start, len(p)]
+    costs = decision_costs(y, amount, decision)[:, order]
+    below = np.concatenate([np.zeros((3, 1)), np.cumsum(costs, axis=1)], axis=1)
+    if candidates[-1] < 1:  # so that 1 can stand for never
+        candidates, start = np.r_[candidates, 1.0], np.r_[start, len(p)]
     allow, review, block = below[:, start]
     # cost(i, j) = allow[i] + (review[j] - review[i]) + (block total - block[j]), to be minimised over i <= j
     left, right = allow - review, review - block
     j = _last_argmin(np.minimum.accumulate(left) + right)
-    return Thresholds(float(values[_last_argmin(left[:j + 1])]), float(values[j]))
+    return Thresholds(float(candidates[_last_argmin(left[:j + 1])]), float(candidates[j]))

@@ -21,10 +21,9 @@ class Thresholds:
         if self.review > self.block:
             raise ValueError(f"review threshold {self.review} is above block threshold {self.block}")
 
-# %% ../../nbs/core/05_policy.ipynb #4b2d6b7d
+# %% ../../nbs/core/05_policy.ipynb #a593715b
 DECISIONS = ("allow", "review", "block")
 
-# %% ../../nbs/core/05_policy.ipynb #a593715b
 def decide(
     probability: np.ndarray,  # [n]
     thresholds: Thresholds,
