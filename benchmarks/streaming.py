@@ -22,7 +22,7 @@ from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartitio
 from measure import machine, say, write_json
 from serving import HEADERS, HERE, KEYS, PROJECT, World, clean, live_through, prepare, servers
 
-from fraud_pkg.store.journal import open_outbox_store
+from fraud_pkg.store.open_outbox import open_outbox_store
 from fraud_pkg.store.memory import MemoryStore
 from fraud_pkg.stream.kafka import make_topics
 from fraud_pkg.stream.messages import read_record

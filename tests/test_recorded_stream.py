@@ -22,7 +22,8 @@ from fraud_pkg.features.definitions import feature_names
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.model.write import write_bundle
 from fraud_pkg.serve.scorer import Scorer
-from fraud_pkg.store.journal import JournaledStore, OffsetAdvance
+from fraud_pkg.store.journal import JournaledStore
+from fraud_pkg.store.outbox import OffsetAdvance
 from fraud_pkg.stream.decide import decide_batch, label_batch
 from fraud_pkg.stream.messages import Output, Step, topics_of
 from fraud_pkg.train.samples import Sample, Trained
@@ -78,7 +79,7 @@ def replay(folder: Path) -> Iterator[Output]:
         decide_batch(scorer, store, [r for r in records if r.topic == topics.transactions], topics, "json", step)
         label_batch(store, [r for r in records if r.topic == topics.labels], topics, step)
         advance = OffsetAdvance(begin or None, begin + len(records))
-        store.step(step.events, step.labels, {"group/transactions/0": advance})
+        store.commit(step.events, step.labels, {"group/transactions/0": advance})
         for outputs in step.outputs.values():
             yield from outputs
     store.close()

@@ -10,7 +10,9 @@ import servers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fraud_pkg.store.journal import ConflictError, JournaledStore, OffsetAdvance, PartitionProgress, RedisOutboxStore
+from fraud_pkg.store.journal import JournaledStore
+from fraud_pkg.store.outbox import ConflictError, OffsetAdvance, PartitionProgress
+from fraud_pkg.store.redis_outbox import RedisOutboxStore
 from fraud_pkg.store.dynamodb import create_table
 from fraud_pkg.store.memory import MemoryStore
 from fraud_pkg.store.open import open_store
@@ -196,7 +198,7 @@ step = st.tuples(
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(step, max_size=10))
 def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
-    """The journal, its process ending at any time, and Redis agree: positions and counters move together; a step from
+    """The journal, its process ending at any time, and Redis agree: offsets and tiles move together; a commit from
     the wrong place changes nothing.
     """
     prefix, folder = f"s{next(fresh)}-", tmp_path_factory.mktemp("journal")
@@ -211,7 +213,7 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
         labels = {f"{prefix}{i}": fraud for i, fraud in known.items()}
         names = {f"{prefix}{number}": given for number, given in partitions.items()}
         begins = {name: at[name].position if name in at else None for name in names}
-        moves = {
+        advances = {
             name: OffsetAdvance(
                 (begins[name] or 0) + 7 if wrong else begins[name], (begins[name] or 0) + further, outputs
             )
@@ -223,12 +225,12 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
         for store in (journaled, shared):
             if refused:
                 with pytest.raises(ConflictError, match="another consumer has moved on"):
-                    store.step(events, labels, moves)
+                    store.commit(events, labels, advances)
             else:
-                store.step(events, labels, moves)
+                store.commit(events, labels, advances)
         if not refused:
             recorded |= {event.transaction_id for event in events}
-            at |= {name: PartitionProgress(move.position, move.outputs) for name, move in moves.items()}
+            at |= {name: PartitionProgress(advance.position, advance.outputs) for name, advance in advances.items()}
         if ends:
             journaled.close()  # what the process's memory had is gone
             journaled = JournaledStore(folder, RETENTION)
@@ -241,7 +243,7 @@ def test_steps_are_whole_or_not_at_all(redis_url, tmp_path_factory, steps):
 def test_a_step_in_a_redis_that_forgot_its_scripts(redis_url):
     store = RedisOutboxStore(redis_url, RETENTION, 5)
     store._client.script_flush()
-    store.step(
+    store.commit(
         [Transaction("script-1", 5, "script-a", "script-b", 10)], {}, {"script/0": OffsetAdvance(None, 1, b"\xff\x00")}
     )
     assert store.progress(["script/0"]) == {"script/0": PartitionProgress(1, b"\xff\x00")}
@@ -251,15 +253,15 @@ def test_a_step_in_a_redis_that_forgot_its_scripts(redis_url):
 def test_a_full_disk_refuses_the_step(tmp_path):
     """Nothing of it has happened, and the store goes on when there is room again."""
     store = JournaledStore(tmp_path / "store", RETENTION)
-    store.step([Transaction("a", 5, "C1", "C2", 10)], {}, {"p/0": OffsetAdvance(None, 1)})
+    store.commit([Transaction("a", 5, "C1", "C2", 10)], {}, {"p/0": OffsetAdvance(None, 1)})
     pages = store._journal.execute("PRAGMA page_count").fetchone()[0]
     store._journal.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreError, match="full"):
-        store.step([Transaction(f"b{i}", 6, "C1", "C2", 10) for i in range(2000)], {}, {"p/0": OffsetAdvance(1, 2)})
-    assert store.progress(["p/0"]) == {"p/0": PartitionProgress(1)} and len(store._events) == 1
+        store.commit([Transaction(f"b{i}", 6, "C1", "C2", 10) for i in range(2000)], {}, {"p/0": OffsetAdvance(1, 2)})
+    assert store.progress(["p/0"]) == {"p/0": PartitionProgress(1)} and len(store.state.transactions) == 1
     store._journal.execute("PRAGMA max_page_count = 100000")
-    store.step([Transaction("b", 6, "C1", "C2", 10)], {}, {"p/0": OffsetAdvance(1, 2)})
+    store.commit([Transaction("b", 6, "C1", "C2", 10)], {}, {"p/0": OffsetAdvance(1, 2)})
     store.close()
     again = JournaledStore(tmp_path / "store", RETENTION)
-    assert (len(again._events), again.progress(["p/0"])) == (2, {"p/0": PartitionProgress(2)})
+    assert (len(again.state.transactions), again.progress(["p/0"])) == (2, {"p/0": PartitionProgress(2)})
     again.close()

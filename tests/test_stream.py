@@ -31,7 +31,8 @@ from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.features.table import build_features
 from fraud_pkg.core.policy import DECISIONS, decide
 from fraud_pkg.stream.replay import label_message, transaction_messages
-from fraud_pkg.store.journal import JournaledStore, RedisOutboxStore
+from fraud_pkg.store.journal import JournaledStore
+from fraud_pkg.store.redis_outbox import RedisOutboxStore
 from fraud_pkg.store.memory import MemoryStore
 from fraud_pkg.store.tiles import Transaction
 from fraud_pkg.model.bakeoff import evaluate_contender
@@ -291,7 +292,11 @@ def events_of(table: pa.Table) -> list[Transaction]:
 
 def everything(store: MemoryStore) -> dict:
     """A memory store as it is."""
-    return {account: history.rows() for account, history in store._accounts.items()}, store._events, store._frauds
+    return (
+        {account: history.rows() for account, history in store.state.accounts.items()},
+        store.state.transactions,
+        store.state.frauds,
+    )
 
 
 def expected_store(table: pa.Table, frauds: bool) -> MemoryStore:
@@ -471,7 +476,7 @@ def test_killed_with_a_shared_store(case, world, redis_url):
     histories, recorded = redis_store(made.settings["store.url"], table)
     expected = expected_store(table, frauds=True)
     assert recorded == found.keys() and histories == {
-        account: history.rows() for account, history in expected._accounts.items()
+        account: history.rows() for account, history in expected.state.accounts.items()
     }
     assert sum(row[-1] for rows in histories.values() for row in rows) == 2 * frauds
 
@@ -509,7 +514,7 @@ def test_consumers_join_and_leave(case, world, redis_url):
     assert found.keys() == set(map(str, world.table["tx_id"].to_pylist()[:rows]))
     histories, recorded = redis_store(made.settings["store.url"], world.table.slice(0, rows))
     assert recorded == found.keys() and histories == {
-        a: h.rows() for a, h in expected_store(world.table.slice(0, rows), frauds=False)._accounts.items()
+        a: h.rows() for a, h in expected_store(world.table.slice(0, rows), frauds=False).state.accounts.items()
     }
     order: dict[bytes, list[int]] = defaultdict(list)
     for record in decisions:
@@ -797,5 +802,5 @@ def test_replay_at_a_rate_with_labels(case, world):
         made.until(lambda: servers.status(f"http://{servers.HOST}:{process.port}/readyz") == 200, process=process)
         time.sleep(2)
     store = JournaledStore(made.folder / "data/stream", RETENTION)
-    assert store._frauds == known
+    assert store.state.frauds == known
     store.close()
