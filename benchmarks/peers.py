@@ -71,7 +71,8 @@ def endpoint(kind: str, place: str):
     """A FastAPI application with one route."""
     from fastapi import FastAPI
 
-    from fraud_pkg.serve.wire import DecisionResponse, TransactionRequest
+    from fraud_pkg.core.record import DecisionResponse
+    from fraud_pkg.serve.wire import TransactionRequest
 
     app = FastAPI()
     if kind == "constant":

@@ -21,7 +21,7 @@ import yaml
 from kafka import KafkaProducer
 
 from fraud_pkg.cli import app
-from fraud_pkg.monitor.live import push_figures
+from fraud_pkg.monitor.check_run import push_figures
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.wire import EXAMPLE
 from fraud_pkg.core.settings import load_settings

@@ -25,7 +25,7 @@ from fraud_pkg.serve.scorer import Scorer
 from fraud_pkg.store.journal import JournaledStore
 from fraud_pkg.store.outbox import OffsetAdvance
 from fraud_pkg.stream.decide import decide_batch, label_batch
-from fraud_pkg.stream.messages import Output, Step, topics_of
+from fraud_pkg.stream.messages import BatchResult, Output, topics_of
 from fraud_pkg.train.samples import Sample, Trained
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -75,12 +75,12 @@ def replay(folder: Path) -> Iterator[Output]:
             )
             for i, message in enumerate(messages[begin : begin + BATCH])
         ]
-        step = Step()
-        decide_batch(scorer, store, [r for r in records if r.topic == topics.transactions], topics, "json", step)
-        label_batch(store, [r for r in records if r.topic == topics.labels], topics, step)
+        result = BatchResult()
+        decide_batch(scorer, store, [r for r in records if r.topic == topics.transactions], topics, "json", result)
+        label_batch(store, [r for r in records if r.topic == topics.labels], topics, result)
         advance = OffsetAdvance(begin or None, begin + len(records))
-        store.commit(step.events, step.labels, {"group/transactions/0": advance})
-        for outputs in step.outputs.values():
+        store.commit(result.transactions, result.labels, {"group/transactions/0": advance})
+        for outputs in result.outputs.values():
             yield from outputs
     store.close()
 

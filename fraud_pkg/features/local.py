@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_ROWS', 'RAW_COLUMNS', 'Finish', 'raw_features', 'Part', 'plan_parts', 'Histories', 'feature_columns',
-           'part_table', 'write_part', 'deal', 'local_history', 'read_raw', 'run_local']
+           'part_table', 'write_part', 'account_buckets', 'local_history', 'read_raw', 'run_local']
 
 # %% ../../nbs/features/04_local.ipynb #7cf8736b
 import math
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +24,28 @@ from ..core.contract import TYPES, to_cents
 from ..core.settings import Settings
 from .definitions import feature_names, side_width
 from fraud_pkg.features.kernel import (
-    BLOCK, both_sides, empty_columns, matrix, past_features, transaction_features, without_history,
+    BLOCK, AccountEvents, both_sides, empty_columns, matrix, past_features, transaction_features, without_history,
 )
 
 # %% ../../nbs/features/04_local.ipynb #e1d93839
-def _floats(column) -> np.ndarray:
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
     "float64, NaN for null."
     return column.to_numpy().astype(np.float64, copy=False)
 
 def raw_features(raw: pa.Table) -> np.ndarray:
     "The features of a raw table that need no history: [n, 13] float32."
-    types = pc.fill_null(pc.index_in(raw["type"], pa.array(TYPES)), -1).to_numpy()
-    to_merchant = pc.starts_with(raw["nameDest"], "M").to_numpy()
-    return transaction_features(to_cents(raw["amount"].to_numpy()), types, raw["step"].to_numpy(),
-                                _floats(raw["oldbalanceOrg"]), _floats(raw["oldbalanceDest"]), to_merchant)
+    return transaction_features(
+        cents=to_cents(raw["amount"].to_numpy()),
+        type_code=pc.fill_null(pc.index_in(raw["type"], pa.array(TYPES)), -1).to_numpy(),
+        step=raw["step"].to_numpy(),
+        orig_balance=_floats(raw["oldbalanceOrg"]),
+        dest_balance=_floats(raw["oldbalanceDest"]),
+        to_merchant=pc.starts_with(raw["nameDest"], "M").to_numpy())
 
 # %% ../../nbs/features/04_local.ipynb #1de1f2b1
 PART_ROWS = 500_000  # about; a part is one unit of work for a Spark task and for a reader
-RAW_COLUMNS = ["tx_id", "step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest", "isFraud", "scenario"]
+RAW_COLUMNS = ["tx_id", "step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest", "isFraud",
+               "scenario"]
 
 @dataclass(frozen=True)
 class Part:
@@ -53,16 +58,21 @@ class Part:
 
     @property
     def file(self) -> str:
+        "The name of its file."
         return f"part-{self.number:05d}.parquet"
 
 # %% ../../nbs/features/04_local.ipynb #ce05ae24
-def plan_parts(step: np.ndarray, part_rows: int) -> list[Part]:
-    "Cuts sorted steps [n] into parts of at least `part_rows` rows (the last may be smaller) that end where a step ends."
-    parts, first = [], 0
+def plan_parts(
+    step: np.ndarray,  # [n] hours, not decreasing
+    part_rows: int,
+) -> list[Part]:
+    "Parts of at least `part_rows` rows (the last may be smaller) that end where a step ends."
+    parts: list[Part] = []
+    first = 0
     while first < len(step):
-        end = min(first + part_rows, len(step))
-        end = int(np.searchsorted(step, step[end - 1], side="right"))
-        parts.append(Part(len(parts), first, end, int(step[first]), int(step[end - 1]) + 1))
+        last_step = step[min(first + part_rows, len(step)) - 1]
+        end = int(np.searchsorted(step, last_step, side="right"))
+        parts.append(Part(len(parts), first, end, int(step[first]), int(last_step) + 1))
         first = end
     return parts
 
@@ -70,26 +80,28 @@ def plan_parts(step: np.ndarray, part_rows: int) -> list[Part]:
 @dataclass(frozen=True)
 class Histories:
     "The histories of both sides of n transactions."
-    rows: np.ndarray   # [k, H] float32; the first is that of an account that was never seen
-    place: np.ndarray  # [2 n] int, the row of each side, origins and destinations alternating
+    rows: np.ndarray    # [k, H] float32; the first is that of an account that was never seen
+    row_of: np.ndarray  # [2 n] int, the row of each side, origins and destinations alternating
 
     def between(self, first: int, end: int) -> "Histories":
         "Those of the transactions [first, end)."
-        return Histories(self.rows, self.place[2 * first: 2 * end])
+        return Histories(self.rows, self.row_of[2 * first: 2 * end])
 
     def sides(self) -> np.ndarray:
         "A row for each side: [2 n, H] float32."
-        return self.rows[self.place]
+        return self.rows[self.row_of]
 
 # %% ../../nbs/features/04_local.ipynb #6df9fdef
 def feature_columns(own: np.ndarray, histories: Histories, features: int) -> np.ndarray:
-    "The matrix of own features [n, 13] and histories, turned: [features, n] float32."
+    "The matrix of own features [n, 13] and histories, transposed: [features, n] float32."
     columns = empty_columns(features, len(own))
     for first in range(0, len(own), BLOCK):
         end = min(first + BLOCK, len(own))
         columns[:, first:end] = matrix(own[first:end], histories.between(first, end).sides()).T
     return columns
+
 Finish = Callable[[pa.Table, Histories], pa.Table]  # raw rows and their histories -> the rows of a part
+
 def part_table(raw: pa.Table, histories: Histories, windows: Sequence[int]) -> pa.Table:
     "Keys and features of raw rows."
     rule = pc.fill_null(pc.equal(raw["amount"], raw["oldbalanceOrg"]), False).cast(pa.int8())
@@ -100,71 +112,83 @@ def part_table(raw: pa.Table, histories: Histories, windows: Sequence[int]) -> p
     # NaN says what is missing, so no value is null; a third of the time to write goes when Parquet knows that
     fields = [pa.field(name, pa.float32(), nullable=False) for name in names]
     return pa.Table.from_arrays([*keys.columns, *map(pa.array, columns)], schema=pa.schema([*keys.schema, *fields]))
-def _features_of(windows: Sequence[int]) -> Finish:
-    return lambda raw, histories: part_table(raw, histories, windows)
 
 # %% ../../nbs/features/04_local.ipynb #6b7b1593
 def write_part(table: pa.Table, file: Path) -> None:
     "One Parquet file, whole or not at all: a second attempt of a task may write it again."
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    pq.write_table(table, temporary, row_group_size=PART_ROWS // 4, compression="lz4",  # a third larger than zstd, read three times as fast
-                   use_dictionary=["account", "scenario"], write_statistics=["tx_id", "step"])
+    pq.write_table(
+        table, temporary, row_group_size=PART_ROWS // 4,
+        compression="lz4",  # a third larger than zstd, read three times as fast
+        use_dictionary=["account", "scenario"], write_statistics=["tx_id", "step"])
     temporary.rename(file)
 
 # %% ../../nbs/features/04_local.ipynb #7801dcb2
-def deal(names: pa.StringArray, buckets: int) -> np.ndarray:
+def account_buckets(names: pa.StringArray, buckets: int) -> np.ndarray:
     "A bucket for each account, the same for the same (not empty) name: [n] uint16."
     offsets = np.frombuffer(names.buffers()[1], dtype=np.int32)[names.offset: names.offset + len(names) + 1]
     letters = np.frombuffer(names.buffers()[2], dtype=np.uint8)
     begin, end = offsets[:-1], offsets[1:]
-    mixed = sum(factor * letters[place].astype(np.uint16) for factor, place in ((1, end - 1), (11, (begin + end) // 2), (101, np.maximum(end - 2, begin))))
-    return mixed % np.uint16(buckets)
+    hashes = letters[end - 1].astype(np.uint16)
+    hashes += np.uint16(11) * letters[(begin + end) // 2]
+    hashes += np.uint16(101) * letters[np.maximum(end - 2, begin)]
+    return hashes % np.uint16(buckets)
 
 # %% ../../nbs/features/04_local.ipynb #8c78ddb3
 def local_history(raw: pa.Table, windows: Sequence[int], label_delay: int, threads: int) -> Histories:
     "The kernel over a whole raw table in this process."
+    rows = len(raw)
     step, fraud, cents = raw["step"].to_numpy(), raw["isFraud"].to_numpy(), to_cents(raw["amount"].to_numpy())
-    rows, buckets = len(raw), max(2 * threads, math.ceil(2 * len(raw) / PART_ROWS))
     names = pa.chunked_array([*raw["nameOrig"].chunks, *raw["nameDest"].chunks], pa.string()).combine_chunks()
-    dealt = deal(names, buckets)
-    events = np.argsort(both_sides(dealt[:rows], dealt[rows:]), kind="stable")  # by bucket, then by time
-    ends = np.cumsum(np.bincount(dealt, minlength=buckets))
-    place = np.zeros(2 * rows, dtype=np.int32)
+    buckets = max(2 * threads, math.ceil(2 * rows / PART_ROWS))
+    bucket = account_buckets(names, buckets)
+    events = np.argsort(both_sides(bucket[:rows], bucket[rows:]), kind="stable")  # by bucket, then by time
+    ends = np.cumsum(np.bincount(bucket, minlength=buckets))
+    row_of = np.zeros(2 * rows, dtype=np.int32)
     features = np.empty((2 * rows + 1, side_width(windows)), dtype=np.float32)  # what is never written takes no memory
     features[0] = without_history(windows)
 
-    def run(begin: int, end: int) -> None:
-        row, into = events[begin:end] >> 1, events[begin:end] & 1
-        codes = names.take(pa.array(row + into * rows)).dictionary_encode().indices.to_numpy()
-        chosen, found = past_features(codes, step[row], into == 0, cents[row], fraud[row], row, windows, label_delay)
-        features[begin + 1: begin + 1 + len(chosen)] = found
-        place[events[begin:end][chosen]] = np.arange(begin + 1, begin + 1 + len(chosen))
+    def compute_bucket(begin: int, end: int) -> None:
+        tx, is_dest = events[begin:end] >> 1, events[begin:end] & 1
+        account = names.take(pa.array(tx + is_dest * rows)).dictionary_encode().indices.to_numpy()
+        bucket_events = AccountEvents(account, step[tx], is_dest == 0, cents[tx], fraud[tx], tx)
+        indices, past = past_features(bucket_events, windows, label_delay)
+        first = begin + 1
+        features[first: first + len(indices)] = past
+        row_of[events[begin:end][indices]] = np.arange(first, first + len(indices))
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, [0, *ends[:-1]], ends))
-    return Histories(features, place)
+        list(pool.map(compute_bucket, [0, *ends[:-1]], ends))
+    return Histories(features, row_of)
 
 # %% ../../nbs/features/04_local.ipynb #593c31ef
 def read_raw(
     raw: Path,               # a Parquet file by (step, tx_id), or a folder of Parquet files in any order
-    columns: Sequence[str],
-    steps: tuple[int, int] | None = None,  # [first, end)
+    columns: Sequence[str],  # step and tx_id among them
+    steps: tuple[int, int] | None = None,  # [first, end); None: all
 ) -> pa.Table:
     "The rows of these steps, by (step, tx_id)."
-    chosen = None if steps is None else [("step", ">=", steps[0]), ("step", "<", steps[1])]
-    table = pq.read_table(raw, columns=list(columns), filters=chosen, partitioning=None)
+    filters = None if steps is None else [("step", ">=", steps[0]), ("step", "<", steps[1])]
+    table = pq.read_table(raw, columns=list(columns), filters=filters, partitioning=None)
     return table.sort_by([("step", "ascending"), ("tx_id", "ascending")]) if raw.is_dir() else table
 
-def run_local(raw_file: Path, parts: Sequence[Part], folder: Path, settings: Settings, finish: Finish | None = None, columns: Sequence[str] = RAW_COLUMNS) -> None:
-    "Writes the parts of the feature table, or of what `finish` makes of raw rows and histories, with this process's threads."
-    chosen = settings.features
+def run_local(
+    raw_file: Path,
+    parts: Sequence[Part],
+    folder: Path,
+    settings: Settings,                       # [features]
+    finish: Finish | None = None,             # what becomes of raw rows and histories; None: keys and features
+    columns: Sequence[str] = RAW_COLUMNS,     # of the raw table that `finish` needs
+) -> None:
+    "Writes the parts with this process's threads."
+    features = settings.features
     raw = read_raw(raw_file, columns)
-    histories = local_history(raw, chosen.windows, chosen.label_delay, chosen.threads)
-    make = finish or _features_of(chosen.windows)
+    histories = local_history(raw, features.windows, features.label_delay, features.threads)
+    finish = finish or partial(part_table, windows=features.windows)
 
     def write(part: Part) -> None:
         rows = raw.slice(part.first_row, part.end_row - part.first_row)
-        write_part(make(rows, histories.between(part.first_row, part.end_row)), folder / part.file)
+        write_part(finish(rows, histories.between(part.first_row, part.end_row)), folder / part.file)
 
-    with ThreadPoolExecutor(chosen.threads) as pool:
+    with ThreadPoolExecutor(features.threads) as pool:
         list(pool.map(write, parts))

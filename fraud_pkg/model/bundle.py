@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'MANIFEST', 'REFERENCE', 'MANIFEST_LIMIT', 'Sha256', 'Finite', 'BundleError', 'Unreachable', 'MissingFile',
-           'Manifest', 'Model', 'Bundle', 'load_bundle']
+           'Manifest', 'manifest_text', 'sha256_hex', 'manifest_hash', 'Model', 'read_manifest', 'Bundle',
+           'load_bundle']
 
 # %% ../../nbs/model/00_bundle.ipynb #4f2f9409
 import hashlib
@@ -14,19 +15,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.calibration import Calibration
-from ..core.errors import FraudError
+from ..core.errors import FraudError, one_line
 from ..core.policy import Thresholds
+from ..core.settings import NO_TELEMETRY  # noqa: F401  before onnxruntime: it turns off its telemetry
+import onnxruntime as ort
 
 # %% ../../nbs/model/00_bundle.ipynb #29bf15b8
 class BundleError(FraudError):
     "A bundle that is not whole, or not what it says it is."
 
 class Unreachable(BundleError):
-    "A place that did not give its files; it may do so later."
+    "A location that did not give its files; it may do so later."
 
 class MissingFile(Unreachable):
     "A file that is not there."
@@ -35,7 +37,6 @@ class MissingFile(Unreachable):
 MODEL, MANIFEST, REFERENCE = "model.onnx", "manifest.json", "reference.parquet"
 MANIFEST_LIMIT = 1 << 20  # bytes; a manifest of 100 features has about 20,000
 
-# %% ../../nbs/model/00_bundle.ipynb #63ec2d01
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -62,7 +63,7 @@ class Manifest(BaseModel):
     files: dict[str, Sha256]  # of every file, the manifest without its own entry too
 
     @model_validator(mode="after")
-    def _whole(self):
+    def _consistent(self):
         if len(set(self.features)) != len(self.features):
             raise ValueError("a feature is named twice")
         if set(self.reference) != set(self.features):
@@ -70,39 +71,45 @@ class Manifest(BaseModel):
         return self
 
 # %% ../../nbs/model/00_bundle.ipynb #0b116f5e
-def _text(content: dict) -> bytes:
+def manifest_text(content: dict) -> bytes:
     "The one way to write a manifest: sorted, indented, no NaN."
     return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
-# %% ../../nbs/model/00_bundle.ipynb #c0109ed9
-def _sha256(content: bytes) -> str:
+def sha256_hex(content: bytes) -> str:
+    "The sha256 of some bytes, as in `Manifest.files`."
     return hashlib.sha256(content).hexdigest()
 
-# %% ../../nbs/model/00_bundle.ipynb #97e1ae3f
-def _own_hash(content: dict) -> str:
+def manifest_hash(content: dict) -> str:
     "The sha256 of a manifest without the entry that holds it."
     files = {name: digest for name, digest in content["files"].items() if name != MANIFEST}
-    return _sha256(_text({**content, "files": files}))
+    return sha256_hex(manifest_text({**content, "files": files}))
 
 # %% ../../nbs/model/00_bundle.ipynb #62908822
+def _check_graph(session: ort.InferenceSession, width: int, location: str) -> None:
+    "A `BundleError` unless the graph has the expected input and output."
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or inputs[0].shape[1:] != [width]:
+        actual = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        raise BundleError(f"{location}: its input is {actual}; expected one tensor(float) [n, {width}] of features")
+    if len(outputs) != 1:
+        raise BundleError(f"{location}: it has {len(outputs)} outputs; expected one, the probability")
+
 def _session(
     onnx: bytes,
     width: int,  # number of features
-    place: str,  # named in errors
+    location: str,  # named in errors
 ) -> ort.InferenceSession:
     "A session of one thread for a graph with the expected input and output."
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = 1, 1, 4
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # onnxruntime's errors come as exceptions too
     try:
         session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions share no other base
-        raise BundleError(f"{place}: onnxruntime cannot load it: {' '.join(str(error).split())[:200]}") from error
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or inputs[0].shape[1:] != [width]:
-        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-        raise BundleError(f"{place}: its input is {found}; expected one tensor(float) [n, {width}] of features")
-    if len(outputs) != 1:
-        raise BundleError(f"{place}: it has {len(outputs)} outputs; expected one, the probability")
+        reason = one_line(error, 200)
+        raise BundleError(f"{location}: onnxruntime cannot load it: {reason}") from error
+    _check_graph(session, width, location)
     return session
 
 # %% ../../nbs/model/00_bundle.ipynb #f9b9119a
@@ -125,7 +132,7 @@ class Model:
         x: np.ndarray,  # [n, F] float32
         rows: int = 16_384,  # of a chunk
     ) -> np.ndarray:  # [n] float32
-        "The probabilities as the graph gives them."
+        "The probabilities as the graph gives them; raises `FraudError` for features of another shape."
         if x.ndim != 2 or x.shape[1] != self.width:
             raise FraudError(f"{self.place}: got features of shape {list(x.shape)}; expected [n, {self.width}]")
         chunks = [x[start:start + rows] for start in range(0, len(x), rows)]
@@ -137,15 +144,15 @@ class Model:
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _run(self, x: np.ndarray) -> np.ndarray:
-        output = self._session.run(None, {self._input: np.ascontiguousarray(x, np.float32)})[0]
+        output = np.asarray(self._session.run(None, {self._input: np.ascontiguousarray(x, np.float32)})[0])
         if output.shape not in [(len(x),), (len(x), 1), (len(x), 2)]:
             raise BundleError(f"{self.place}: {len(x)} rows give an output of shape {list(output.shape)}; "
                               f"expected [{len(x)}], [{len(x)}, 1] or [{len(x)}, 2]")
         return output if output.ndim == 1 else output[:, -1]
 
 # %% ../../nbs/model/00_bundle.ipynb #6e374b11
-def _read_manifest(path: Path, sha256: str = "") -> Manifest:
-    "The manifest, if it is whole and the one that is wanted."
+def _read_limited(path: Path) -> bytes:
+    "The text of a manifest of a reasonable size."
     try:
         with path.open("rb") as file:
             text = file.read(MANIFEST_LIMIT + 1)
@@ -153,12 +160,18 @@ def _read_manifest(path: Path, sha256: str = "") -> Manifest:
         raise BundleError(f"{path}: {error.strerror}; expected the manifest of a bundle") from error
     if len(text) > MANIFEST_LIMIT:
         raise BundleError(f"{path}: larger than {MANIFEST_LIMIT} bytes")
+    return text
+
+def read_manifest(path: Path, sha256: str = "") -> Manifest:
+    "The manifest, if it is whole and the one that is wanted; raises `BundleError` otherwise."
+    text = _read_limited(path)
     try:
         content = json.loads(text)
-        if text != _text(content) or content["files"][MANIFEST] != _own_hash(content):
+        if text != manifest_text(content) or content["files"][MANIFEST] != manifest_hash(content):
             raise BundleError(f"{path}: its hash does not match: it was changed after it was written")
         if sha256 and content["files"][MANIFEST] != sha256:
-            raise BundleError(f"{path}: another bundle than the one wanted: {content['files'][MANIFEST]}; expected {sha256}")
+            raise BundleError(
+                f"{path}: another bundle than the one wanted: {content['files'][MANIFEST]}; expected {sha256}")
         return Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
@@ -169,29 +182,39 @@ def _read_manifest(path: Path, sha256: str = "") -> Manifest:
 
 # %% ../../nbs/model/00_bundle.ipynb #5236acb0
 def _check_names(folder: Path, manifest: Manifest, optional: set[str]) -> None:
-    "The folder holds exactly the files of the manifest, apart from optional ones, and these are plain names."
+    "A `BundleError` unless the folder holds exactly the files of the manifest, `optional` ones apart, by plain names."
     for name in manifest.files:
         if name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise BundleError(f"{folder / MANIFEST}: files: {name!r} is no plain file name")
     try:
-        found = {p.name for p in folder.iterdir()}
+        present = {p.name for p in folder.iterdir()}
     except OSError as error:  # replaced since its manifest was read
         raise BundleError(f"{folder}: {error.strerror}") from error
     for name in sorted({MODEL, REFERENCE} - set(manifest.files)):
         raise BundleError(f"{folder / MANIFEST}: files: {name} is not listed")
-    for name in sorted((found | optional) ^ (set(manifest.files) | optional)):
-        raise BundleError(f"{folder / name}: " + ("not listed in the manifest" if name in found else "missing"))
+    for name in sorted((present | optional) ^ (set(manifest.files) | optional)):
+        raise BundleError(f"{folder / name}: " + ("not listed in the manifest" if name in present else "missing"))
 
 # %% ../../nbs/model/00_bundle.ipynb #eec9d726
-def _verified(folder: Path, manifest: Manifest, name: str) -> bytes:
+def _verified_file(folder: Path, manifest: Manifest, name: str) -> bytes:
     "The content of a file, if it has the hash that the manifest lists."
     try:
         content = (folder / name).read_bytes()
     except OSError as error:
         raise BundleError(f"{folder / name}: {error.strerror}") from error
-    if _sha256(content) != manifest.files[name]:
+    if sha256_hex(content) != manifest.files[name]:
         raise BundleError(f"{folder / name}: its hash does not match the manifest")
     return content
+
+def _verified_model(folder: Path, manifest: Manifest, optional: set[str]) -> bytes:
+    "The content of model.onnx, after every file in the folder was verified."
+    _check_names(folder, manifest, optional)
+    present = [name for name in manifest.files if name not in optional or (folder / name).exists()]
+    content = {name: _verified_file(folder, manifest, name) for name in present if name != MANIFEST}
+    if not manifest.files[MODEL].startswith(manifest.version):
+        raise BundleError(f"{folder / MANIFEST}: version is {manifest.version}; expected {MODEL}'s, "
+                          f"{manifest.files[MODEL][:12]}")
+    return content[MODEL]
 
 # %% ../../nbs/model/00_bundle.ipynb #be5b6a1a
 class Bundle:
@@ -205,18 +228,12 @@ class Bundle:
         deciding: bool = False,  # only decides: the reference that drift is measured against may be absent
     ):
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder / MANIFEST, sha256)
-        optional = {REFERENCE} if deciding else set()
-        _check_names(self.folder, self.manifest, optional)
-        names = [name for name in self.manifest.files if name != MANIFEST and (name not in optional or (self.folder / name).exists())]
-        content = {name: _verified(self.folder, self.manifest, name) for name in names}
-        if not self.manifest.files[MODEL].startswith(self.manifest.version):
-            raise BundleError(f"{self.folder / MANIFEST}: version is {self.manifest.version}; expected {MODEL}'s, "
-                              f"{self.manifest.files[MODEL][:12]}")
-        self._model = Model(content[MODEL], len(self.manifest.features), threads, str(self.folder / MODEL))
-        self._try()
+        self.manifest = read_manifest(self.folder / MANIFEST, sha256)
+        onnx = _verified_model(self.folder, self.manifest, {REFERENCE} if deciding else set())
+        self._model = Model(onnx, len(self.manifest.features), threads, str(self.folder / MODEL))
+        self._check_reference_row()
 
-    def _try(self) -> None:
+    def _check_reference_row(self) -> None:
         "A `BundleError` unless the reference row gets a probability."
         medians = [self.manifest.reference[name] for name in self.manifest.features]
         p = self.raw(np.array([[np.nan if m is None else m for m in medians]], np.float32))[0]

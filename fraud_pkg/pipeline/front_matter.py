@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from ..core.closure import imports_of, module_closure
-from ..core.errors import FraudError
+from ..core.errors import FraudError, one_line
 from ..core.settings import known_keys
 from .schedule import Scheduled
 
@@ -51,7 +51,7 @@ def _read_cells(path: Path) -> list[dict]:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [{"type": c["cell_type"], "tags": c.get("metadata", {}).get("tags", []), "source": "".join(c["source"])} for c in cells]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FraudError(f"{path.name}: not a notebook ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+        raise FraudError(f"{path.name}: not a notebook ({type(error).__name__}: {one_line(error, 120)})") from error
 
 # %% ../../nbs/pipeline/01_front_matter.ipynb #deace543
 def _front_matter(path: Path, cells: Sequence[dict]) -> dict:
@@ -61,7 +61,7 @@ def _front_matter(path: Path, cells: Sequence[dict]) -> dict:
     try:
         fields = FrontMatter(**(yaml.safe_load(match[1]) or {}))
     except (yaml.YAMLError, TypeError) as error:
-        raise FraudError(f"{path.name}: front matter is not a YAML mapping ({' '.join(str(error).split())[:160]})") from error
+        raise FraudError(f"{path.name}: front matter is not a YAML mapping ({one_line(error, 160)})") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise FraudError(f"{path.name}: front matter, {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}") from error

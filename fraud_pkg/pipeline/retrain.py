@@ -16,7 +16,8 @@ from ..core.settings import Settings
 from ..data.lake import newest_step
 from ..model.bundle import load_bundle
 from ..model.locations import publish_bundle
-from ..monitor.live import BLOCKS, add_event, watch
+from ..monitor.check_run import add_event, watch
+from ..monitor.live import BLOCKS
 from .run import ProgressEvent, Run, refresh_page, run_pipeline
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #897e5536

@@ -27,7 +27,7 @@ import yaml
 from .. import __version__
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ..core.errors import FraudError
+from ..core.errors import FraudError, one_line
 from ..core.files import staging_dir
 from ..core.settings import load_settings, project_root
 
@@ -373,7 +373,7 @@ def main() -> None:
     try:
         sys.exit(run_command(sys.argv[1:], os.environ))
     except (FraudError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
 
 if __name__ == "__main__" and __spec__:
     main()

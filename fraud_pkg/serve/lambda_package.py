@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGE_FILES', 'PLATFORMS', 'UNUSED', 'UNUSED_IN_ORT', 'UNUSED_FILES', 'SECTIONS', 'ZIP_LIMIT', 'NEEDED',
-           'runtime', 'install', 'trim', 'compile_ahead', 'settings_text', 'with_serve', 'place_champion',
-           'fill_vendor', 'distributions', 'check_zip', 'stage_config', 'ensure_table', 'check_bucket', 'package',
-           'Deployed', 'deployed', 'deploy', 'remove']
+           'CHALICE', 'with_packages', 'runtime', 'install', 'trim', 'compile_ahead', 'settings_text', 'with_serve',
+           'place_champion', 'fill_vendor', 'distributions', 'check_zip', 'stage_config', 'ensure_table',
+           'check_bucket', 'run_chalice', 'package', 'Deployed', 'deployed_resources', 'deploy', 'remove']
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #4cd4b440
 import compileall
@@ -34,14 +34,16 @@ from ..store.tiles import StoreError
 PACKAGE = Path(__file__).parents[1] if "__file__" in globals() else project_root() / "fraud_pkg"
 PACKAGE_FILES = module_closure(["serve.reload", "serve.logs"], PACKAGE)  # fraud_pkg/WING/NAME.py
 
-# %% ../../nbs/serve/11_lambda_package.ipynb #b59f3555
-def _with_packages(files: Iterable[str]) -> list[str]:
+def with_packages(files: Iterable[str]) -> list[str]:
     "The files, and the `__init__.py` of every package that they stand in."
     packages = {f"{folder}/__init__.py" for file in files for folder in Path(file).parents if folder.name}
     return sorted({*files, *packages})
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #4e24b609
-PLATFORMS = {"3.11": ("manylinux2014", "manylinux_2_17"), "3.12": ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17")}  # by runtime, from new to old
+PLATFORMS = {  # by runtime, from new to old
+    "3.11": ("manylinux2014", "manylinux_2_17"),
+    "3.12": ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17"),
+}
 
 def runtime() -> str:
     "The Lambda runtime of this Python, such as 3.11; raises `FraudError` for one without a lock."
@@ -53,11 +55,14 @@ def runtime() -> str:
 def install(lock: Path, target: Path, version: str) -> None:
     "The wheels of a lock, for Lambda's Linux on x86-64; raises `FraudError`."
     platforms = [word for name in PLATFORMS[version] for word in ("--platform", f"{name}_x86_64")]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--only-binary", ":all:", "--no-compile",
-               "--implementation", "cp", "--python-version", version, *platforms, "--target", str(target), "-r", str(lock)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise FraudError(f"{lock.name}: {' '.join(done.stderr.split())[-500:]}")
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+        "--require-hashes", "--only-binary", ":all:", "--no-compile", "--implementation", "cp",
+        "--python-version", version, *platforms, "--target", str(target), "-r", str(lock),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise FraudError(f"{lock.name}: {' '.join(process.stderr.split())[-500:]}")
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #cb1a9069
 UNUSED = {"tests", "test", "testing", "f2py", "bin", "__pycache__", "include", "distutils"}
@@ -67,41 +72,52 @@ UNUSED_FILES = (".pyi", ".pxd", ".h", ".a", ".c", ".pyx", ".f", ".f90")
 def trim(folder: Path) -> None:
     "Removes what no decision needs."
     for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and (path.name in UNUSED or path.parent == folder / "onnxruntime" and path.name in UNUSED_IN_ORT):
+        in_ort = path.parent == folder / "onnxruntime" and path.name in UNUSED_IN_ORT
+        if path.is_dir() and (path.name in UNUSED or in_ort):
             shutil.rmtree(path)
         elif path.is_file() and path.suffix in UNUSED_FILES:
             path.unlink()
 
 def compile_ahead(folder: Path) -> None:
-    "Bytecode beside every module, for this Python."
-    compileall.compile_dir(folder, quiet=2, stripdir=str(folder), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH, workers=1)
+    "Writes the bytecode of every module, for this Python."
+    by_hash = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    compileall.compile_dir(folder, quiet=2, stripdir=str(folder), invalidation_mode=by_hash, workers=1)
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #a192a93f
 SECTIONS = ("features", "store", "serve", "rules")
 
-def settings_text(settings: Settings) -> str:
-    "The sections that a door reads, as a `settings.ini`."
-    def text(value) -> str: return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "\n".join(f"[{name}]\n" + "".join(f"{key} = {text(value)}\n" for key, value in settings.section_dict(name).items()) for name in SECTIONS)
+def _ini_value(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-def with_serve(settings: Settings, **changes) -> Settings:
+def settings_text(settings: Settings) -> str:
+    "The sections that an endpoint reads, as a `settings.ini`."
+    sections = []
+    for name in SECTIONS:
+        lines = [f"{key} = {_ini_value(value)}\n" for key, value in settings.section_dict(name).items()]
+        sections.append(f"[{name}]\n" + "".join(lines))
+    return "\n".join(sections)
+
+def with_serve(settings: Settings, **changes: object) -> Settings:
     "The settings with other values in `[serve]`."
     return settings.model_copy(update={"serve": settings.serve.model_copy(update=changes)})
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #44692087
-def place_champion(settings: Settings, bundle_url: str, vendor: Path) -> Settings:
+def place_champion(
+    settings: Settings,
+    bundle_url: str,  # of a bucket's folder; empty: into the package
+    vendor: Path,
+) -> Settings:
     "Puts the champion into the package, or into the bucket under its version; returns the settings that lead there."
     champion = load_bundle(settings.models_dir / "champion")
+    digest = champion.manifest.files[MANIFEST]
     if not bundle_url:
         shutil.copytree(champion.folder, vendor / "champion", ignore=shutil.ignore_patterns(REFERENCE))
-        return with_serve(settings, bundle="champion", bundle_sha256=champion.manifest.files[MANIFEST])
-    place = f"{bundle_url.rstrip('/')}/{champion.manifest.version}-{champion.manifest.files[MANIFEST][:12]}"
+        return with_serve(settings, bundle="champion", bundle_sha256=digest)
+    place = f"{bundle_url.rstrip('/')}/{champion.manifest.version}-{digest[:12]}"
     publish_bundle(champion.folder, place)
-    return with_serve(settings, bundle=place, bundle_sha256=champion.manifest.files[MANIFEST])
+    return with_serve(settings, bundle=place, bundle_sha256=digest)
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #0df48154
-ZIP_LIMIT = 30_000_000  # bytes; AWS takes 50 MB when a zip is uploaded directly
-
 def fill_vendor(settings: Settings, bundle_url: str = "") -> Path:
     "Writes `chalice_app/vendor/` anew: libraries, our modules, settings, champion."
     app, version = settings.root / "chalice_app", runtime()
@@ -112,13 +128,17 @@ def fill_vendor(settings: Settings, bundle_url: str = "") -> Path:
     (vendor / "settings.ini").write_text(settings_text(placed), encoding="utf-8")
     install(app / f"python{version}.lock", vendor, version)
     trim(vendor)
-    for file in _with_packages(PACKAGE_FILES):
+    for file in with_packages(PACKAGE_FILES):
         (vendor / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PACKAGE.parent / file, vendor / file)
     compile_ahead(vendor)
     return vendor
 
-NEEDED = ("numpy", "onnxruntime", "pydantic", "pydantic-core", "annotated-types", "typing-extensions", "typing-inspection")  # to import `scoring`, whatever a lock says
+# %% ../../nbs/serve/11_lambda_package.ipynb #21a5a1a1
+ZIP_LIMIT = 30_000_000  # bytes; AWS takes 50 MB when a zip is uploaded directly
+# To import the service, whatever a lock says.
+NEEDED = ("numpy", "onnxruntime", "pydantic", "pydantic-core", "annotated-types", "typing-extensions",
+          "typing-inspection")
 
 def distributions(names: Iterable[str]) -> set[str]:
     "The libraries whose metadata is among these files, by normalised name."
@@ -127,16 +147,18 @@ def distributions(names: Iterable[str]) -> set[str]:
 def check_zip(path: Path) -> None:
     "Raises `FraudError` for a package that is too large or in which something is missing."
     with zipfile.ZipFile(path) as package:
-        files = package.namelist()
-    found = {name.split("/")[0] for name in files} | {f"fraud_pkg/{name.split('/')[1]}" for name in files if name.startswith("fraud_pkg/")} | distributions(files)
-    if missing := {"app.py", "settings.ini", "chalice", *PACKAGE_FILES, *NEEDED} - found:
+        names = package.namelist()
+    present = {*names, *(name.split("/")[0] for name in names), *distributions(names)}
+    if missing := {"app.py", "settings.ini", "chalice", *PACKAGE_FILES, *NEEDED} - present:
         raise FraudError(f"{path}: {', '.join(sorted(missing))} missing in the package")
-    if path.stat().st_size > ZIP_LIMIT:
-        raise FraudError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; expected at most {ZIP_LIMIT / 1e6:.0f} MB (a large model can stay in a bucket: --bundle-url)")
+    size = path.stat().st_size
+    if size > ZIP_LIMIT:
+        raise FraudError(f"{path}: {size / 1e6:.1f} MB; expected at most {ZIP_LIMIT / 1e6:.0f} MB "
+                         "(a large model can stay in a bucket: --bundle-url)")
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #9cbdb82d
 def stage_config(settings: Settings, stage: str) -> dict[str, str]:
-    "The environment of a stage; raises `FraudError` for one that does not exist and for a store that instances cannot share."
+    "The environment of a stage; raises `FraudError` for one that does not exist or whose store cannot be shared."
     file = settings.root / "chalice_app/.chalice/config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -144,13 +166,19 @@ def stage_config(settings: Settings, stage: str) -> dict[str, str]:
         raise FraudError(f"{file}: {error}") from error
     if stage not in config["stages"]:
         raise FraudError(f"{file}: no stage {stage}; expected {' or '.join(config['stages'])}")
-    variables = {**config.get("environment_variables", {}), **config["stages"][stage].get("environment_variables", {})}
+    own = config["stages"][stage].get("environment_variables", {})
+    variables = {**config.get("environment_variables", {}), **own}
     url = variables.get("FRAUD_STORE_URL", settings.store.url)
     if not url.startswith("dynamodb://"):
-        raise FraudError(f"{file}: stage {stage}: FRAUD_STORE_URL is {url}; expected dynamodb://TABLE, which all instances of a function share")
+        raise FraudError(f"{file}: stage {stage}: FRAUD_STORE_URL is {url}; expected dynamodb://TABLE, "
+                         "which all instances of a function share")
     return variables
 
-def ensure_table(url: str, timeout: float) -> bool:
+# %% ../../nbs/serve/11_lambda_package.ipynb #cc42ac40
+def ensure_table(
+    url: str,        # dynamodb://TABLE
+    timeout: float,  # seconds
+) -> bool:
     "Creates the table of a DynamoDB store unless it answers; says whether it did."
     try:
         open_store(url, 1, timeout).ping()
@@ -161,35 +189,43 @@ def ensure_table(url: str, timeout: float) -> bool:
         return True
     return False
 
+# %% ../../nbs/serve/11_lambda_package.ipynb #62136e66
 def check_bucket(settings: Settings, stage: str, bundle_url: str) -> None:
     "Raises `FraudError` for a bucket that the stage's policy does not let the function read."
     file = settings.root / f"chalice_app/.chalice/policy-{stage}.json"
-    statements = json.loads(file.read_text(encoding="utf-8"))["Statement"]
-    allowed = [word for s in statements if "s3:GetObject" in s["Action"] for word in ([s["Resource"]] if isinstance(s["Resource"], str) else s["Resource"])]
+    allowed: list[str] = []
+    for statement in json.loads(file.read_text(encoding="utf-8"))["Statement"]:
+        if "s3:GetObject" in statement["Action"]:
+            resources = statement["Resource"]
+            allowed += [resources] if isinstance(resources, str) else resources
     wanted = f"arn:aws:s3:::{bundle_url.removeprefix('s3://').rstrip('/')}/{MANIFEST}"
     if bundle_url and not any(fnmatchcase(wanted, pattern) for pattern in allowed):
-        raise FraudError(f"--bundle-url {bundle_url}: {file.name} lets the function read {' and '.join(allowed)}; name a place there, or change the policy")
+        raise FraudError(f"--bundle-url {bundle_url}: {file.name} lets the function read {' and '.join(allowed)}; "
+                         "name a place there, or change the policy")
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #8b1071b0
-def _chalice(app: Path, *arguments: str) -> Iterator[str]:
+CHALICE = [sys.executable, "-c", "import sys; from chalice.cli import main; sys.exit(main())"]
+
+def run_chalice(app: Path, *arguments: str) -> Iterator[str]:
     "Runs chalice in `app`; its lines. Raises `FraudError` when it fails."
-    command = [sys.executable, "-c", "import sys; from chalice.cli import main; sys.exit(main())", "--project-dir", str(app), *arguments]
+    command = [*CHALICE, "--project-dir", str(app), *arguments]
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=app) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             lines.append(line.rstrip())
             yield line.rstrip()
-    said = "\n".join(lines)
-    if process.returncode or "Could not install dependencies" in said:
-        raise FraudError(f"chalice {arguments[0]}: {next((line for line in reversed(lines) if line.strip()), f'ended with {process.returncode}')}")
+    if process.returncode or any("Could not install dependencies" in line for line in lines):
+        last = next((line for line in reversed(lines) if line.strip()), f"ended with {process.returncode}")
+        raise FraudError(f"chalice {arguments[0]}: {last}")
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #211e3606
 def package(settings: Settings, stage: str, out: Path, bundle_url: str = "") -> Path:
-    "The zip of a stage, checked, with a CloudFormation template beside it in `out`; raises `FraudError`."
+    "The zip of a stage, checked, with a CloudFormation template in `out` too; raises `FraudError`."
     stage_config(settings, stage)
     check_bucket(settings, stage, bundle_url)
     fill_vendor(settings, bundle_url)
-    list(_chalice(settings.root / "chalice_app", "package", "--stage", stage, "--pkg-format", "cloudformation", str(out)))
+    arguments = "package", "--stage", stage, "--pkg-format", "cloudformation", str(out)
+    list(run_chalice(settings.root / "chalice_app", *arguments))
     check_zip(out / "deployment.zip")
     return out / "deployment.zip"
 
@@ -201,25 +237,31 @@ class Deployed:
     function: str   # its ARN
     table_created: bool
 
-def deployed(settings: Settings, stage: str) -> dict[str, dict]:
+def deployed_resources(settings: Settings, stage: str) -> dict[str, dict]:
     "What chalice knows of a stage, by resource type; empty when nothing is deployed."
     file = settings.root / f"chalice_app/.chalice/deployed/{stage}.json"
-    return {r["resource_type"]: r for r in json.loads(file.read_text(encoding="utf-8"))["resources"]} if file.exists() else {}
+    if not file.exists():
+        return {}
+    resources = json.loads(file.read_text(encoding="utf-8"))["resources"]
+    return {resource["resource_type"]: resource for resource in resources}
 
-def deploy(settings: Settings, stage: str, bundle_url: str = "", say: Callable[[str], None] = lambda line: None) -> Deployed:
+def _silent(line: str) -> None:
+    "Says nothing."
+
+def deploy(settings: Settings, stage: str, bundle_url: str = "", say: Callable[[str], None] = _silent) -> Deployed:
     "Packs and deploys a stage, and makes its store's table where there is none; raises `FraudError`."
-    variables = stage_config(settings, stage)
+    url = stage_config(settings, stage).get("FRAUD_STORE_URL", settings.store.url)
     app = settings.root / "chalice_app"
     say(f"packing for python{runtime()}")
     zipped = package(settings, stage, app / ".chalice/deployments/checked", bundle_url)
     say(f"package: {zipped.stat().st_size / 1e6:.1f} MB")
-    created = ensure_table(variables.get("FRAUD_STORE_URL", settings.store.url), max(settings.store.timeout, 5))
-    for line in _chalice(app, "deploy", "--stage", stage, "--no-autogen-policy"):
+    created = ensure_table(url, max(settings.store.timeout, 5))
+    for line in run_chalice(app, "deploy", "--stage", stage, "--no-autogen-policy"):
         say(line)
-    made = deployed(settings, stage)
-    return Deployed(made["rest_api"]["rest_api_url"], made["lambda_function"]["lambda_arn"], created)
+    resources = deployed_resources(settings, stage)
+    return Deployed(resources["rest_api"]["rest_api_url"], resources["lambda_function"]["lambda_arn"], created)
 
-def remove(settings: Settings, stage: str, say: Callable[[str], None] = lambda line: None) -> None:
+def remove(settings: Settings, stage: str, say: Callable[[str], None] = _silent) -> None:
     "Takes a stage away: API, function, role. The store's table and the bucket stay: they are data."
-    for line in _chalice(settings.root / "chalice_app", "delete", "--stage", stage):
+    for line in run_chalice(settings.root / "chalice_app", "delete", "--stage", stage):
         say(line)

@@ -23,7 +23,13 @@ class JsonLines(logging.Formatter):
     "A log record as one line of JSON; what the record carries as `fields` is part of it."
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"), "level": record.levelname, "message": record.getMessage(), **getattr(record, "fields", {})}
+        moment = datetime.fromtimestamp(record.created, UTC)
+        line = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return pydantic_core.to_json(line, inf_nan_mode="null", fallback=str).decode()
@@ -35,19 +41,36 @@ def log_json_lines() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 # %% ../../nbs/serve/06_logs.ipynb #36b9869e
-def request_fields(method: str, route: str, answer: Answer, seconds: float) -> dict[str, Any]:
+def request_fields(
+    method: str,
+    route: str,
+    answer: Answer,
+    seconds: float,  # that it took
+) -> dict[str, Any]:
     "What is logged of a request."
     fields = {"method": method, "route": route, "status": answer.status, "milliseconds": round(seconds * 1000, 3)}
     if answer.scored:
         decisions = answer.scored.decisions
-        fields |= {"decisions": dict(Counter(d["decision"] for d in decisions)), "history": answer.scored.with_history, "model": decisions[0]["model"]}
+        fields["decisions"] = dict(Counter(decision["decision"] for decision in decisions))
+        fields["history"] = answer.scored.with_history
+        fields["model"] = decisions[0]["model"]
     return fields
 
-def cloudwatch(fields: Mapping[str, Any], moment: float) -> dict[str, Any]:
-    "The fields of a request with its metrics: requests, server errors, latency, the decisions by kind, and those without history."
+# %% ../../nbs/serve/06_logs.ipynb #ddbd1d77
+def cloudwatch(
+    fields: Mapping[str, Any],
+    moment: float,  # seconds since 1970
+) -> dict[str, Any]:
+    "The fields of a request with its metrics: requests, server errors, latency, decisions by kind and without history."
     counts = fields.get("decisions", {})
-    values = {"requests": 1, "server_errors": int(fields["status"] >= 500), "latency": fields["milliseconds"], **({kind: counts.get(kind, 0) for kind in DECISIONS} if counts else {})}
+    values = {
+        "requests": 1,
+        "server_errors": int(fields["status"] >= 500),
+        "latency": fields["milliseconds"],
+        **({kind: counts.get(kind, 0) for kind in DECISIONS} if counts else {}),
+    }
     if "history" in fields:
         values["degraded"] = 0 if fields["history"] else sum(counts.values())
     metrics = [{"Name": name, "Unit": "Milliseconds" if name == "latency" else "Count"} for name in values]
-    return {**fields, **values, "_aws": {"Timestamp": int(moment * 1000), "CloudWatchMetrics": [{"Namespace": "fraud", "Dimensions": [["route"]], "Metrics": metrics}]}}
+    directive = {"Namespace": "fraud", "Dimensions": [["route"]], "Metrics": metrics}
+    return {**fields, **values, "_aws": {"Timestamp": int(moment * 1000), "CloudWatchMetrics": [directive]}}

@@ -8,7 +8,6 @@ __all__ = ['SCHEMA', 'log', 'SNAPSHOT_LEAST', 'Journal', 'JournaledStore']
 # %% ../../nbs/store/05_journal.ipynb #9a6fe539
 import contextlib
 import fcntl
-import importlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 from .memory import MemoryState, MemoryStore, load_state, save_snapshot
 from fraud_pkg.store.outbox import (
-    ConflictError, OffsetAdvance, PartitionProgress, duplicate_conflict, offset_conflict,
+    OffsetAdvance, PartitionProgress, duplicate_conflict, offset_conflict,
 )
 from .tiles import StoreError, Transaction
 
@@ -207,14 +206,3 @@ class JournaledStore(_SnapshotStore):
             except (StoreError, OSError) as error:  # the journal has everything; the next one may find room
                 log.error("no snapshot of the store: %s", error)
                 self._journaled = 0
-
-    step = commit  # the former name, until its callers use the new one
-
-# %% ../../nbs/store/05_journal.ipynb #joumoved
-_MOVED = {"OutboxStore": "outbox", "RedisOutboxStore": "redis_outbox", "open_outbox_store": "open_outbox"}
-
-def __getattr__(name: str) -> Any:
-    "What was in this module before; it goes when nobody imports it from here."
-    if name not in _MOVED:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"fraud_pkg.store.{_MOVED[name]}"), name)

@@ -58,18 +58,8 @@ class MemoryState:
                     if not self.accounts[account].hours:
                         del self.accounts[account]
 
-# %% ../../nbs/store/01_memory.ipynb #memforme
-class _FormerNames:  # goes when tests/test_stores.py and tests/test_stream.py read `state`
-    state: MemoryState
-    @property
-    def _accounts(self): return self.state.accounts
-    @property
-    def _events(self): return self.state.transactions
-    @property
-    def _frauds(self): return self.state.frauds
-
 # %% ../../nbs/store/01_memory.ipynb #8f0e66e1
-class MemoryStore(_FormerNames):
+class MemoryStore:
     "Everything in this process; `save_snapshot` and `restore_snapshot` carry it over a restart."
     remote = False
 

@@ -52,7 +52,3 @@ class OutboxStore(OnlineStore, Protocol):
         Raises `ConflictError` when a partition is elsewhere or one of the transactions is recorded already, and
         `StoreError` when it is not known whether it happened.
         """
-
-    def step(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
-             advances: Mapping[str, OffsetAdvance]) -> None:
-        "The former name of `commit`, until its callers use the new one."

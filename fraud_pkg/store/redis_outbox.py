@@ -101,5 +101,3 @@ class RedisOutboxStore(RedisStore):
             name, advance = list(advances.items())[refused]
             raise offset_conflict(name, advance, int(position) if position else None)
         self._delete_outdated(transactions)
-
-    step = commit  # the former name, until its callers use the new one

@@ -10,7 +10,7 @@ __all__ = ['Ranking', 'rank', 'average_precision', 'roc_auc', 'precision_recall_
 # %% ../../nbs/train/01_metrics.ipynb #de0379ee
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,7 +76,6 @@ def average_precision(
     "Area under the precision-recall steps: sum of (R_k - R_{k-1}) P_k over distinct scores, no interpolation."
     return rank(y, score).average_precision(weight)
 
-# %% ../../nbs/train/01_metrics.ipynb #95ed5fbf
 def roc_auc(
     y: np.ndarray,  # [n] 1 for fraud
     score: np.ndarray,  # [n] higher is more suspicious
@@ -121,11 +120,11 @@ def per_scenario_recall(
 ) -> dict[str, dict[str, float]]:  # {scenario: {"frauds": how many, "recall": share of them flagged}}
     "Which kinds of fraud are found. Frauds without a named scenario are left out."
     frauds = np.flatnonzero(np.asarray(y) == 1)
-    found: dict[str, list[bool]] = {}
+    hits: dict[str, list[bool]] = {}
     for name, hit in zip(scenario[frauds], flagged[frauds], strict=True):
         if name is not None:
-            found.setdefault(str(name), []).append(bool(hit))
-    return {name: {"frauds": len(hits), "recall": sum(hits) / len(hits)} for name, hits in sorted(found.items())}
+            hits.setdefault(str(name), []).append(bool(hit))
+    return {name: {"frauds": len(own), "recall": sum(own) / len(own)} for name, own in sorted(hits.items())}
 
 # %% ../../nbs/train/01_metrics.ipynb #a93890aa
 def calibration_curve(
@@ -162,14 +161,13 @@ def bootstrap_weights(
     for _ in range(resamples):
         yield rng.poisson(1.0, len(codes)).astype(np.float64)[row]
 
-# %% ../../nbs/train/01_metrics.ipynb #edcf11e7
+# %% ../../nbs/train/01_metrics.ipynb #98faffa2
 def _interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
     "The middle `confidence` of the draws that are numbers."
     known = draws[np.isfinite(draws)]
     low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
-# %% ../../nbs/train/01_metrics.ipynb #98faffa2
 def bootstrap_intervals(
     statistic: Callable[[np.ndarray], dict[str, float]],  # from row weights to values
     account: np.ndarray,  # [n] codes of the originating account
@@ -190,7 +188,7 @@ def paired_bootstrap(
     resamples: int = 200,
     seed: int = 7,
 ) -> dict[str, float]:  # difference (a - b), its 95 % interval (low, high), confidence that a is better
-    "Average precision of `a` less that of `b` on the same resamples. Confidence: the share with a > b, ties half."
+    "Average precision of `a` less that of `b` on the same resamples; confidence: the share with a > b, ties half."
     first, second = rank(y, a), rank(y, b)
     draws = np.array([first.average_precision(w) - second.average_precision(w)
                       for w in bootstrap_weights(account, resamples, seed)])
@@ -201,10 +199,10 @@ def paired_bootstrap(
 
 # %% ../../nbs/train/01_metrics.ipynb #bfd6f8c2
 def _ratio(part: float, whole: float) -> float:
+    "NaN for a share of nothing."
     return float(part / whole) if whole else float("nan")
 
-# %% ../../nbs/train/01_metrics.ipynb #ba4220bf
-def _statistic(
+def _weighted_metrics(
     sample: Sample,
     probability: np.ndarray,  # [n]
     alerts: np.ndarray,  # [n] bool, within the daily budget
@@ -254,7 +252,7 @@ def evaluate(
     return {
         "rows": len(sample), "frauds": int(y.sum()),
         "alert_budget": settings.decision.alert_budget, "alerts": int(alerts.sum()),
-        **_with_intervals(_statistic(sample, p, alerts, costs), sample.account, settings),
+        **_with_intervals(_weighted_metrics(sample, p, alerts, costs), sample.account, settings),
         "brier": brier(y, p),
         "scenarios": {n: {"frauds": s["frauds"], "recall_at_budget": s["recall"]} for n, s in scenarios.items()},
         "thresholds": None if thresholds is None else {"review": thresholds.review, "block": thresholds.block},
@@ -267,13 +265,13 @@ def plot_precision_recall(
     scores: dict[str, np.ndarray],  # {contender: [n] scores}
 ) -> "Figure":
     "Precision against recall, one line per contender."
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # takes a second, and most callers draw nothing
 
     fig, ax = plt.subplots(figsize=(6, 4), dpi=70, layout="constrained")
     for name, score in scores.items():
         precision, recall, _ = precision_recall_curve(y, score)
-        found = np.diff(recall, prepend=0) > 0  # a point per fraud draws the same steps as a point per row
-        recall, precision = np.r_[0, recall[found]], np.r_[precision[found][:1], precision[found]]
+        rises = np.diff(recall, prepend=0) > 0  # a point per fraud draws the same steps as a point per row
+        recall, precision = np.r_[0, recall[rises]], np.r_[precision[rises][:1], precision[rises]]
         ax.step(recall, precision, where="pre", label=f"{name} ({average_precision(y, score):.3f})")
     ax.set(xlabel="recall: share of the frauds found", ylabel="precision: share of alerts that are fraud",
            xlim=(0, 1), ylim=(0, 1.02))
@@ -286,7 +284,7 @@ def plot_calibration(
     probabilities: dict[str, np.ndarray],  # {contender: [n] probabilities}
 ) -> "Figure":
     "Observed against predicted fraud rate; on the diagonal a 10 % is a 10 %."
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # takes a second, and most callers draw nothing
 
     fig, ax = plt.subplots(figsize=(6, 4), dpi=70, layout="constrained")
     for name, p in probabilities.items():
