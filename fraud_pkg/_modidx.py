@@ -1967,8 +1967,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fraud_pkg.serve.scorer.ModelFailed': ( 'serve/scorer.html#modelfailed',
                                                                                 'fraud_pkg/serve/scorer.py'),
                                         'fraud_pkg.serve.scorer.Scored': ('serve/scorer.html#scored', 'fraud_pkg/serve/scorer.py'),
-                                        'fraud_pkg.serve.scorer.Scored.events': ( 'serve/scorer.html#scored.events',
-                                                                                  'fraud_pkg/serve/scorer.py'),
                                         'fraud_pkg.serve.scorer.Scored.without_history': ( 'serve/scorer.html#scored.without_history',
                                                                                            'fraud_pkg/serve/scorer.py'),
                                         'fraud_pkg.serve.scorer.Scorer': ('serve/scorer.html#scorer', 'fraud_pkg/serve/scorer.py'),

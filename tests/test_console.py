@@ -193,7 +193,7 @@ def test_read_only(service, browser, tmp_path):  # noqa: F811
     with visit(browser, service) as made:
         unlock(made, READ)
         made.page.locator("#rows .row").first.click()
-        made.page.locator("#marking", has_text="this key may look, not write").wait_for()
+        made.page.locator("#marking", has_text="this key has no write access").wait_for()
         assert made.page.locator("#marking button:enabled").count() == 0
         assert made.page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         made.page.reload()
@@ -201,7 +201,7 @@ def test_read_only(service, browser, tmp_path):  # noqa: F811
         made.expect_fault("401")
         made.page.fill("#key", SHOP)
         made.page.keyboard.press("Enter")
-        made.page.locator("#key-why", has_text="shop may not look").wait_for()
+        made.page.locator("#key-why", has_text="shop may not read").wait_for()
         made.expect_fault("403")
     example_bundle(tmp_path / "champion")
     with servers.service(tmp_path) as (url, _), visit(browser, url) as made:

@@ -121,8 +121,6 @@ class Watcher(BundleFinder):
         if time.monotonic() - self._checked >= self.settings.serve.reload_seconds:
             self.check()
 
-    look, look_if_due = check, check_if_due  # the stream's names for them
-
 # %% ../../nbs/serve/05_reload.ipynb #fb8c524a
 def open_service(settings: Settings, environ: Mapping[str, str], public: bool) -> tuple[Service, Watcher]:
     "The service of these settings and its watcher, which has not checked yet; raises `FraudError`."

@@ -219,11 +219,6 @@ class Scored:
     features: np.ndarray     # [n, F] float32, all features, whatever the bundle uses
     shadow: list[dict[str, Any]] | None = None  # of the shadow model: model, fraud_probability, decision
 
-    @property
-    def events(self) -> list[Transaction]:
-        "`transactions`, by the name that the stream uses."
-        return self.transactions
-
     def without_history(self) -> "Scored":
         "The same, when the store stopped answering before it had recorded."
         decisions = [decision | {"history": False} for decision in self.decisions]
@@ -271,7 +266,6 @@ class Decider(BundleModel):
         step, cents = step_of(request, self.epoch), round(request.amount * 100)
         return Transaction(request.transaction_id, step, request.nameOrig, request.nameDest, cents)
 
-    event = to_transaction  # the stream's name for it
 
     def refusals(self, transactions: Sequence[Transaction], snapshot: StoreSnapshot) -> dict[int, Refused]:
         "What the store's memory speaks against, by position."

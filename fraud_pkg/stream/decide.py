@@ -109,7 +109,7 @@ def decide_batch(
     scorer: Scorer, store: OnlineStore, messages: Sequence[Received], topics: Topics, format: str, result: BatchResult,
 ) -> None:
     "Adds the decisions on these messages to `result`; raises `StoreError`."
-    found = candidates(messages, topics, scorer.event, result)
+    found = candidates(messages, topics, scorer.to_transaction, result)
     if not found:
         return
     transactions = [candidate.content for candidate in found]
@@ -119,7 +119,7 @@ def decide_batch(
     decided, scored = _decided(scorer, accepted, snapshot, topics, result)
     if scored is None:
         return
-    result.transactions += scored.events
+    result.transactions += scored.transactions
     result.scored.append(scored)
     shadows = scored.shadow or [None] * len(decided)
     windows = scorer.manifest.windows

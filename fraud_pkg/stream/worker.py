@@ -297,7 +297,7 @@ class NoModel(Unavailable):
 def local_work(service: Service, watcher: Watcher, store: OutboxStore, topics: Topics, format: str) -> Work:
     "Decides with the newest champion, and labels, in this process."
     def work(messages: Mapping[str, Sequence[Received]], result: BatchResult) -> None:
-        watcher.look_if_due()
+        watcher.check_if_due()
         if topics.transactions in messages:
             if service.scorer is None:
                 raise NoModel(f"no verified bundle in {watcher.settings.bundle_place} yet (fraud run makes one)")
@@ -350,7 +350,7 @@ def _local_parts(settings: Settings, metrics: StreamMetrics, store: ClosableOutb
     watcher = Watcher(service, settings)
     watcher.taken = metrics.use
     watcher.refused = metrics.refused.inc
-    watcher.look()
+    watcher.check()
     work = local_work(service, watcher, store, topics_of(settings.stream), settings.stream.format)
     return _Parts(work, store.ping, store, store)
 

@@ -1,23 +1,33 @@
-// The console. Texts from outside go into the page as text only (textContent); the key lives in the variable `key` and nowhere else.
-const LIMIT = 10_000;      // decisions kept in this page
-const REFRESH = 150;       // milliseconds between two drawings
-const SILENCE = 25_000;    // milliseconds without a sign of life: connect again
+// The console. Texts from outside go into the page as text only (textContent); the key lives in the variable `key`
+// and nowhere else.
+const LIMIT = 10_000; // decisions kept in this page
+const REFRESH = 150; // milliseconds between two drawings
+const SILENCE = 25_000; // milliseconds without a sign of life: connect again
 const RETRY = [500, 1000, 2000, 5000];
-const RANGE = 12;          // the histogram goes from -RANGE to RANGE in log-odds
+const RANGE = 12; // the histogram goes from -RANGE to RANGE in log-odds
 const KINDS = ["allow", "review", "block"];
 
 const $ = (id) => document.getElementById(id);
-const filterForm = $("filter"), grid = $("grid"), rowsBox = $("rows"), detail = $("detail"), handForm = $("hand-form");
+const filterForm = $("filter"),
+  grid = $("grid"),
+  rowsBox = $("rows"),
+  detail = $("detail"),
+  handForm = $("hand-form");
 
-let key = "";              // never stored
-let hello = null;          // what the service said of itself
-let all = [];              // decisions, oldest first, at most LIMIT
-let shown = [];            // those that pass the filter, newest first
-let waiting = [];          // arrived while paused
-let paused = false, stale = true, next = 1, chosen = 0, opened = null, openWhenSeen = "";
+let key = ""; // never stored
+let hello = null; // what the service said of itself
+let all = []; // decisions, oldest first, at most LIMIT
+let shown = []; // those that pass the filter, newest first
+let waiting = []; // arrived while paused
+let paused = false,
+  stale = true,
+  next = 1,
+  chosen = 0,
+  opened = null,
+  openWhenSeen = "";
 let counts = { all: 0, allow: 0, review: 0, block: 0, money: 0, degraded: 0 };
-let arrivals = [];         // [moment, how many] of the last ten seconds
-const marks = new Map();   // transaction id -> fraud or not, as far as this page has heard
+let arrivals = []; // [moment, how many] of the last ten seconds
+const marks = new Map(); // transaction id -> fraud or not, as far as this page knows
 
 // ---------------------------------------------------------------- words and numbers
 
@@ -39,49 +49,62 @@ function percent(p) {
   return `${(p * 100).toFixed(p < 0.001 ? 3 : p < 0.1 || p > 0.99 ? 2 : 1)} %`;
 }
 
-function spoken(feature) {
-  const [text, kind] = hello?.words?.[feature] ?? [feature, "number"];
+const thresholdText = ({ review, block }) => `review from ${percent(review)}, block from ${percent(block)}`;
+
+function labelOf(feature) {
+  const [text, kind] = hello?.feature_labels?.[feature] ?? [feature, "number"];
   return { text, kind };
 }
 
 function amountOf(value, kind) {
   if (value === null) return kind === "hours" ? "never" : kind === "number" ? "" : "unknown";
-  const ways = { money: (v) => money.format(v), share: (v) => `${(v * 100).toFixed(1)} %`, times: (v) => `${v.toFixed(v < 10 ? 2 : 0)} ×`, yes: (v) => (v ? "yes" : "no"),
-    hours: (v) => `${whole.format(v)} h`, hour: (v) => `${String(v).padStart(2, "0")}:00`, number: (v) => (Number.isInteger(v) ? whole.format(v) : v.toPrecision(3)) };
-  return ways[kind](value);
+  const formats = {
+    money: (v) => money.format(v),
+    share: (v) => `${(v * 100).toFixed(1)} %`,
+    times: (v) => `${v.toFixed(v < 10 ? 2 : 0)} ×`,
+    yes: (v) => (v ? "yes" : "no"),
+    hours: (v) => `${whole.format(v)} h`,
+    hour: (v) => `${String(v).padStart(2, "0")}:00`,
+    number: (v) => (Number.isInteger(v) ? whole.format(v) : v.toPrecision(3)),
+  };
+  return formats[kind](value);
 }
 
-const strongest = (row) => (row.reasons.length ? spoken(row.reasons[0].feature).text : row.history ? "" : "Decided without history");
+const strongest = (row) =>
+  row.reasons.length ? labelOf(row.reasons[0].feature).text : row.history ? "" : "Decided without history";
 const verdict = (fraud) => (fraud ? "fraud" : "honest");
 
 // ---------------------------------------------------------------- elements
 
 function el(name, settings = {}, ...children) {
-  const made = document.createElement(name);
+  const element = document.createElement(name);
   for (const [attribute, value] of Object.entries(settings)) {
-    if (attribute.startsWith("on")) made.addEventListener(attribute.slice(2), value);
-    else if (value !== undefined && value !== false) made.setAttribute(attribute, value === true ? "" : value);
+    if (attribute.startsWith("on")) element.addEventListener(attribute.slice(2), value);
+    else if (value !== undefined && value !== false) element.setAttribute(attribute, value === true ? "" : value);
   }
-  made.append(...children);  // strings become text
-  return made;
+  element.append(...children); // strings become text
+  return element;
 }
 
 function shape(name, settings = {}, text) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [attribute, value] of Object.entries(settings)) made.setAttribute(attribute, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [attribute, value] of Object.entries(settings)) element.setAttribute(attribute, value);
+  if (text !== undefined) element.textContent = text;
+  return element;
 }
 
 const pill = (decision) => el("span", { class: `pill d-${decision}` }, KIND_WORD[decision]);
 
 // ---------------------------------------------------------------- the stream
 
-let aborter = null, lastId = "", attempt = 0, connection = 0;
+let aborter = null,
+  lastId = "",
+  attempt = 0,
+  connection = 0;
 
-function state(text, look) {
+function state(text, kind) {
   $("state").textContent = text;
-  $("dot").className = `dot ${look}`;
+  $("dot").className = `dot ${kind}`;
 }
 
 async function connect() {
@@ -90,7 +113,11 @@ async function connect() {
   aborter = new AbortController();
   let watchdog = 0;
   try {
-    const headers = { Accept: "text/event-stream", ...(key && { "X-API-Key": key }), ...(lastId && { "Last-Event-ID": lastId }) };
+    const headers = {
+      Accept: "text/event-stream",
+      ...(key && { "X-API-Key": key }),
+      ...(lastId && { "Last-Event-ID": lastId }),
+    };
     const answer = await fetch("/events", { headers, signal: aborter.signal, cache: "no-store" });
     if (mine !== connection) return;
     if (answer.status === 401 || answer.status === 403) return locked(answer.status, await reasonOf(answer));
@@ -104,12 +131,13 @@ async function connect() {
       if (done || mine !== connection) break;
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
-      parts.forEach(heard);
+      parts.forEach(handle);
     }
     if (mine === connection) again("The service ended the stream");
   } catch (error) {
     clearTimeout(watchdog);
-    if (mine === connection) again(error.name === "TypeError" || error.name === "AbortError" ? "No connection" : error.message);
+    if (mine === connection)
+      again(error.name === "TypeError" || error.name === "AbortError" ? "No connection" : error.message);
   }
 }
 
@@ -118,7 +146,7 @@ function again(why) {
   setTimeout(connect, RETRY[Math.min(attempt++, RETRY.length - 1)]);
 }
 
-function heard(block) {
+function handle(block) {
   const fields = {};
   for (const line of block.split("\n")) {
     const colon = line.indexOf(": ");
@@ -127,15 +155,15 @@ function heard(block) {
   try {
     if (fields.event) handlers[fields.event]?.(JSON.parse(fields.data));
   } catch (error) {
-    reportError(error);  // a defect of this page, and no reason to connect again
+    reportError(error); // a defect of this page, and no reason to connect again
   }
   if (fields.id) lastId = fields.id;
 }
 
 const handlers = {
-  hello(told) {
-    if (hello && hello.boot !== told.boot) lastId = "";
-    hello = told;
+  hello(content) {
+    if (hello && hello.boot !== content.boot) lastId = "";
+    hello = content;
     introduce();
   },
   decisions(rows) {
@@ -144,12 +172,17 @@ const handlers = {
     for (const row of rows) {
       row.uid = next++;
       row.odds = logOdds(row.fraud_probability);
-      row.needle = [row.transaction_id, row.rule ?? "", ...row.reasons.map((reason) => spoken(reason.feature).text)].join("\n").toLowerCase();
+      row.needle = [row.transaction_id, row.rule ?? "", ...row.reasons.map((reason) => labelOf(reason.feature).text)]
+        .join("\n")
+        .toLowerCase();
       counts.all++;
       counts[row.decision]++;
       if (row.decision === "block") counts.money += row.amount;
       if (!row.history) counts.degraded++;
-      if (row.transaction_id === openWhenSeen) { openWhenSeen = ""; queueMicrotask(() => open(row)); }
+      if (row.transaction_id === openWhenSeen) {
+        openWhenSeen = "";
+        queueMicrotask(() => open(row));
+      }
     }
     keep(rows);
   },
@@ -158,11 +191,15 @@ const handlers = {
       marks.delete(id);
       marks.set(id, fraud);
     }
-    for (const id of marks.keys()) if (marks.size > LIMIT) marks.delete(id); else break;
+    for (const id of marks.keys())
+      if (marks.size > LIMIT) marks.delete(id);
+      else break;
     stale = true;
     if (opened && labels.some((label) => label.transaction_id === opened.transaction_id)) drawMarking();
   },
-  gap({ requests }) { state(`Live; ${whole.format(requests)} requests passed unseen`, "live"); },
+  gap({ requests }) {
+    state(`Live; ${whole.format(requests)} requests were missed`, "live");
+  },
   bye() {},
 };
 
@@ -177,7 +214,9 @@ function introduce() {
   const { model, host, may_write: mayWrite } = hello;
   state(paused ? "Paused" : model ? "Live" : "Live; no model yet", "live");
   $("model").textContent = model ? `${model.name} ${model.version}` : "none yet";
-  $("model").title = model ? `average precision on its test period: ${known(model.average_precision, (v) => (v.value ?? v).toFixed(3))}` : "";
+  $("model").title = model
+    ? `average precision on its test period: ${known(model.average_precision, (v) => (v.value ?? v).toFixed(3))}`
+    : "";
   $("review-from").textContent = model ? percent(model.thresholds.review) : "–";
   $("block-from").textContent = model ? percent(model.thresholds.block) : "–";
   $("host").textContent = host;
@@ -189,14 +228,24 @@ function introduce() {
   if (opened) drawMarking();
 }
 
-const readOnly = () => (!hello?.keys ? "Read only: no key for writing is configured. Start the service with FRAUD_API_KEYS=YOU@write:KEY." : "Read only: this key may look, not write.");
+const NO_WRITING =
+  "Read only: no key for writing is configured. " + "Start the service with FRAUD_API_KEYS=YOU@write:KEY.";
+const readOnly = () => (!hello?.keys ? NO_WRITING : "Read only: this key has no write access.");
 
 const reasonOf = async (answer) => {
-  try { return (await answer.json()).problems.map(({ field, reason }) => `${field}: ${reason}`).join("; "); } catch { return `status ${answer.status}`; }
+  try {
+    return (await answer.json()).problems.map(({ field, reason }) => `${field}: ${reason}`).join("; ");
+  } catch {
+    return `status ${answer.status}`;
+  }
 };
 
 async function post(path, body) {
-  const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json", ...(key && { "X-API-Key": key }) }, body: JSON.stringify(body) });
+  const answer = await fetch(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", ...(key && { "X-API-Key": key }) },
+    body: JSON.stringify(body),
+  });
   if (!answer.ok) throw new Error(await reasonOf(answer));
   return answer.json();
 }
@@ -205,7 +254,7 @@ async function post(path, body) {
 
 function locked(status, why) {
   state(status === 401 ? "Locked" : "Not allowed", "off");
-  askForKey(status === 401 && !key ? "This service wants a key that may look." : why);
+  askForKey(status === 401 && !key ? "This service wants a key with read access." : why);
 }
 
 function askForKey(why) {
@@ -218,7 +267,10 @@ function askForKey(why) {
 function forget() {
   key = lastId = "";
   hello = opened = null;
-  all = []; shown = []; waiting = []; arrivals = [];
+  all = [];
+  shown = [];
+  waiting = [];
+  arrivals = [];
   marks.clear();
   counts = { all: 0, allow: 0, review: 0, block: 0, money: 0, degraded: 0 };
   close();
@@ -234,46 +286,84 @@ $("key-form").addEventListener("submit", (event) => {
   $("key-dialog").close();
   connect();
 });
-$("key-forget").addEventListener("click", () => { forget(); $("key").value = ""; $("key-dialog").close(); connect(); });
+$("key-forget").addEventListener("click", () => {
+  forget();
+  $("key").value = "";
+  $("key-dialog").close();
+  connect();
+});
 $("key-close").addEventListener("click", () => $("key-dialog").close());
-$("access").addEventListener("click", () => askForKey(hello ? (hello.may_write ? "A key is in use; it may look, mark and score." : readOnly()) : "This service wants a key that may look."));
+$("access").addEventListener("click", () =>
+  askForKey(
+    hello
+      ? hello.may_write
+        ? "A key is in use; it may read, mark and score."
+        : readOnly()
+      : "This service wants a key with read access.",
+  ),
+);
 
 // ---------------------------------------------------------------- filter and list
 
 function filter() {
-  const form = new FormData(filterForm), kinds = new Set(form.getAll("decision"));
-  const account = form.get("account").trim().toLowerCase(), text = form.get("text").trim().toLowerCase(), type = form.get("type");
+  const form = new FormData(filterForm),
+    kinds = new Set(form.getAll("decision"));
+  const account = form.get("account").trim().toLowerCase(),
+    text = form.get("text").trim().toLowerCase(),
+    type = form.get("type");
   const least = Number(form.get("least").replace(",", ".")) / 100;
   const wrong = !(least >= 0 && least <= 1);
   $("filter-problem").textContent = wrong ? "At least: expected a number from 0 to 100" : "";
   filterForm.elements.least.setAttribute("aria-invalid", wrong);
-  return (row) => kinds.has(row.decision) && (!type || row.type === type) && (wrong || row.fraud_probability >= least)
-    && (!account || row.nameOrig.toLowerCase().includes(account) || row.nameDest.toLowerCase().includes(account)) && (!text || row.needle.includes(text));
+  return (row) =>
+    kinds.has(row.decision) &&
+    (!type || row.type === type) &&
+    (wrong || row.fraud_probability >= least) &&
+    (!account || row.nameOrig.toLowerCase().includes(account) || row.nameDest.toLowerCase().includes(account)) &&
+    (!text || row.needle.includes(text));
 }
 
 function refresh() {
-  const passes = filter(), top = shown[0]?.uid ?? 0;
+  const passes = filter(),
+    top = shown[0]?.uid ?? 0;
   shown = all.filter(passes).reverse();
   const added = top ? shown.findIndex((row) => row.uid <= top) : 0;
-  if (added > 0 && grid.scrollTop > rowHeight()) grid.scrollTop += added * rowHeight();  // what is being read stays where it is
+  // What is being read stays where it is.
+  if (added > 0 && grid.scrollTop > rowHeight()) grid.scrollTop += added * rowHeight();
 }
 
 let height = 0;
 const rowHeight = () => (height ||= parseInt(getComputedStyle(document.documentElement).getPropertyValue("--row"), 10));
-addEventListener("resize", () => { height = 0; stale = true; });
+addEventListener("resize", () => {
+  height = 0;
+  stale = true;
+});
 
 function rowElement() {
   const cell = (name, ...children) => el("span", { role: "gridcell", class: `c-${name}` }, ...children);
-  const made = el("div", { role: "row", class: "row" }, cell("time"), cell("decision", el("span", { class: "pill" })), cell("p", el("b"), el("i")), cell("amount"), cell("type"), cell("from"), cell("to"), cell("why"));
-  made.addEventListener("click", () => { open(made.shows); });
-  return made;
+  const element = el(
+    "div",
+    { role: "row", class: "row" },
+    cell("time"),
+    cell("decision", el("span", { class: "pill" })),
+    cell("p", el("b"), el("i")),
+    cell("amount"),
+    cell("type"),
+    cell("from"),
+    cell("to"),
+    cell("why"),
+  );
+  element.addEventListener("click", () => {
+    open(element.shows);
+  });
+  return element;
 }
 
-function fill(made, row) {
-  const [time, decision, p, amount, type, from, to, why] = made.children;
-  made.shows = row;
-  made.className = `row d-${row.decision}`;
-  made.id = `row-${row.uid}`;
+function fill(element, row) {
+  const [time, decision, p, amount, type, from, to, why] = element.children;
+  element.shows = row;
+  element.className = `row d-${row.decision}`;
+  element.id = `row-${row.uid}`;
   time.textContent = clock.format(row.time);
   decision.firstChild.textContent = KIND_WORD[row.decision];
   p.firstChild.textContent = percent(row.fraud_probability);
@@ -283,28 +373,38 @@ function fill(made, row) {
   from.textContent = row.nameOrig;
   to.textContent = row.nameDest;
   why.textContent = strongest(row);
-  if (marks.has(row.transaction_id)) why.prepend(el("span", { class: `tag ${verdict(marks.get(row.transaction_id))}` }, verdict(marks.get(row.transaction_id))));
+  if (marks.has(row.transaction_id))
+    why.prepend(
+      el("span", { class: `tag ${verdict(marks.get(row.transaction_id))}` }, verdict(marks.get(row.transaction_id))),
+    );
 }
 
 function drawRows() {
-  const size = rowHeight(), first = Math.max(0, Math.floor(grid.scrollTop / size) - 6), many = Math.ceil(grid.clientHeight / size) + 12;
+  const size = rowHeight(),
+    first = Math.max(0, Math.floor(grid.scrollTop / size) - 6),
+    many = Math.ceil(grid.clientHeight / size) + 12;
   const part = shown.slice(first, first + many);
   while (rowsBox.children.length < part.length) rowsBox.append(rowElement());
   while (rowsBox.children.length > part.length) rowsBox.lastChild.remove();
   part.forEach((row, i) => {
-    const made = rowsBox.children[i];
-    fill(made, row);
-    made.style.transform = `translateY(${(first + i) * size}px)`;
-    made.setAttribute("aria-rowindex", first + i + 2);
-    made.setAttribute("aria-selected", row.uid === chosen);
+    const element = rowsBox.children[i];
+    fill(element, row);
+    element.style.transform = `translateY(${(first + i) * size}px)`;
+    element.setAttribute("aria-rowindex", first + i + 2);
+    element.setAttribute("aria-selected", row.uid === chosen);
   });
   rowsBox.style.height = `${shown.length * size}px`;
   grid.setAttribute("aria-rowcount", shown.length + 1);
-  if ($(`row-${chosen}`)) grid.setAttribute("aria-activedescendant", `row-${chosen}`); else grid.removeAttribute("aria-activedescendant");
+  if ($(`row-${chosen}`)) grid.setAttribute("aria-activedescendant", `row-${chosen}`);
+  else grid.removeAttribute("aria-activedescendant");
 }
 
 function drawCounts() {
-  const share = (n) => (counts.all ? `${((n / counts.all) * 100).toFixed(n && n / counts.all < 0.1 ? 2 : 1)} %` : "–");
+  const share = (n) => {
+    if (!counts.all) return "–";
+    const part = n / counts.all;
+    return `${(part * 100).toFixed(n && part < 0.1 ? 2 : 1)} %`;
+  };
   const short = (n) => (n < 100_000 ? whole.format(n) : brief.format(n));
   const now = Date.now();
   arrivals = arrivals.filter(([when]) => now - when < 10_000);
@@ -318,9 +418,14 @@ function drawCounts() {
   $("n-money").textContent = counts.money < 100_000 ? money.format(counts.money) : brief.format(counts.money);
   $("n-degraded").textContent = short(counts.degraded);
   const held = waiting.length ? ` · ${whole.format(waiting.length)} more since the pause` : "";
-  $("shown").textContent = all.length || held ? `${whole.format(shown.length)} of the newest ${whole.format(all.length)}${held}` : "No decisions yet";
+  $("shown").textContent =
+    all.length || held
+      ? `${whole.format(shown.length)} of the newest ${whole.format(all.length)}${held}`
+      : "No decisions yet";
   $("empty").hidden = shown.length > 0;
-  $("empty").textContent = all.length ? "Nothing passes the filter." : "Waiting for the first decision: whatever is sent to /predict appears here.";
+  $("empty").textContent = all.length
+    ? "Nothing passes the filter."
+    : "Waiting for the first decision: whatever is sent to /predict appears here.";
   $("newest").hidden = grid.scrollTop <= rowHeight();
 }
 
@@ -335,17 +440,36 @@ function draw() {
 }
 setInterval(draw, REFRESH);
 setInterval(drawCounts, 1000);
-grid.addEventListener("scroll", () => requestAnimationFrame(() => { drawRows(); $("newest").hidden = grid.scrollTop <= rowHeight(); }));
-filterForm.addEventListener("input", () => { grid.scrollTop = 0; stale = true; });
-filterForm.addEventListener("reset", () => setTimeout(() => { grid.scrollTop = 0; stale = true; }));
+grid.addEventListener("scroll", () =>
+  requestAnimationFrame(() => {
+    drawRows();
+    $("newest").hidden = grid.scrollTop <= rowHeight();
+  }),
+);
+filterForm.addEventListener("input", () => {
+  grid.scrollTop = 0;
+  stale = true;
+});
+filterForm.addEventListener("reset", () =>
+  setTimeout(() => {
+    grid.scrollTop = 0;
+    stale = true;
+  }),
+);
 filterForm.addEventListener("submit", (event) => event.preventDefault());
-$("newest").addEventListener("click", () => { grid.scrollTop = 0; });
+$("newest").addEventListener("click", () => {
+  grid.scrollTop = 0;
+});
 if (matchMedia("(max-width: 760px)").matches) $("filters").open = false;
 
 $("pause").addEventListener("click", () => {
   paused = !paused;
-  if (!paused) { const held = waiting; waiting = []; keep(held); }
-  $("pause").textContent = paused ? "Go on" : "Pause";
+  if (!paused) {
+    const held = waiting;
+    waiting = [];
+    keep(held);
+  }
+  $("pause").textContent = paused ? "Resume" : "Pause";
   $("pause").setAttribute("aria-pressed", paused);
   if (hello) state(paused ? "Paused" : "Live", "live");
   stale = true;
@@ -353,9 +477,12 @@ $("pause").addEventListener("click", () => {
 
 function move(by) {
   if (!shown.length) return;
-  const at = shown.findIndex((row) => row.uid === chosen), to = at < 0 ? 0 : clamp(at + by, 0, shown.length - 1), size = rowHeight();
+  const at = shown.findIndex((row) => row.uid === chosen),
+    to = at < 0 ? 0 : clamp(at + by, 0, shown.length - 1),
+    size = rowHeight();
   chosen = shown[to].uid;
-  const top = to * size, seen = grid.clientHeight - 31;
+  const top = to * size,
+    seen = grid.clientHeight - 31;
   if (top < grid.scrollTop) grid.scrollTop = top;
   else if (top + size > grid.scrollTop + seen) grid.scrollTop = top + size - seen;
   drawRows();
@@ -363,9 +490,26 @@ function move(by) {
 }
 
 // Keys of one letter work inside the list and the opened transaction only, so that nobody marks while typing.
-const listKeys = { ArrowDown: () => move(1), ArrowUp: () => move(-1), PageDown: () => move(10), PageUp: () => move(-10), Home: () => move(-LIMIT), End: () => move(LIMIT),
-  Enter: () => { const row = shown.find(({ uid }) => uid === chosen); if (row) open(row, true); } };
-const bothKeys = { f: () => mark(true), h: () => mark(false), Escape: () => { close(); grid.focus(); } };
+const listKeys = {
+  ArrowDown: () => move(1),
+  ArrowUp: () => move(-1),
+  PageDown: () => move(10),
+  PageUp: () => move(-10),
+  Home: () => move(-LIMIT),
+  End: () => move(LIMIT),
+  Enter: () => {
+    const row = shown.find(({ uid }) => uid === chosen);
+    if (row) open(row, true);
+  },
+};
+const bothKeys = {
+  f: () => mark(true),
+  h: () => mark(false),
+  Escape: () => {
+    close();
+    grid.focus();
+  },
+};
 grid.addEventListener("keydown", (event) => pressed(event, { ...listKeys, ...bothKeys }));
 detail.addEventListener("keydown", (event) => pressed(event, bothKeys));
 
@@ -377,41 +521,95 @@ function pressed(event, keys) {
 
 // ---------------------------------------------------------------- the histogram
 
-const SCALE_MARKS = [[0.00001, "0.001 %"], [0.0001, "0.01 %"], [0.001, "0.1 %"], [0.01, "1 %"], [0.1, "10 %"], [0.5, "50 %"], [0.9, "90 %"], [0.99, "99 %"], [0.999, "99.9 %"], [0.9999, "99.99 %"]];
+const SCALE_MARKS = [
+  [0.00001, "0.001 %"],
+  [0.0001, "0.01 %"],
+  [0.001, "0.1 %"],
+  [0.01, "1 %"],
+  [0.1, "10 %"],
+  [0.5, "50 %"],
+  [0.9, "90 %"],
+  [0.99, "99 %"],
+  [0.999, "99.9 %"],
+  [0.9999, "99.99 %"],
+];
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
-function binned(rows, bins) {  // how many of each kind in each bin
-  const made = Array.from({ length: bins }, () => [0, 0, 0]);
-  for (const row of rows) made[Math.min(bins - 1, Math.floor(((row.odds + RANGE) / (2 * RANGE)) * bins))][KINDS.indexOf(row.decision)]++;
-  return made;
+function binned(rows, bins) {
+  // how many of each kind in each bin
+  const counted = Array.from({ length: bins }, () => [0, 0, 0]);
+  for (const row of rows)
+    counted[Math.min(bins - 1, Math.floor(((row.odds + RANGE) / (2 * RANGE)) * bins))][KINDS.indexOf(row.decision)]++;
+  return counted;
 }
 
 function drawHistogram() {
-  const svg = $("histogram"), width = svg.clientWidth || 600, tall = svg.clientHeight || 104;
-  const left = 30, right = 8, top = 16, bottom = 18, bins = width > 500 ? 96 : 48, counted = binned(shown, bins);
-  const most = Math.max(10, ...counted.map(sum)), x = (odds) => left + ((odds + RANGE) / (2 * RANGE)) * (width - left - right), y = (n) => tall - bottom - (Math.log1p(n) / Math.log1p(most)) * (tall - top - bottom);
+  const svg = $("histogram"),
+    width = svg.clientWidth || 600,
+    tall = svg.clientHeight || 104;
+  const left = 30,
+    right = 8,
+    top = 16,
+    bottom = 18,
+    bins = width > 500 ? 96 : 48,
+    counted = binned(shown, bins);
+  const most = Math.max(10, ...counted.map(sum)),
+    x = (odds) => left + ((odds + RANGE) / (2 * RANGE)) * (width - left - right),
+    y = (n) => tall - bottom - (Math.log1p(n) / Math.log1p(most)) * (tall - top - bottom);
   const parts = [];
-  for (let n = 1; n <= most; n *= 10) parts.push(shape("line", { class: "grid", x1: left, x2: width - right, y1: y(n), y2: y(n) }), shape("text", { x: left - 5, y: y(n) + 4, "text-anchor": "end" }, n < 1000 ? String(n) : `${n / 1000}k`));
+  for (let n = 1; n <= most; n *= 10)
+    parts.push(
+      shape("line", { class: "grid", x1: left, x2: width - right, y1: y(n), y2: y(n) }),
+      shape("text", { x: left - 5, y: y(n) + 4, "text-anchor": "end" }, n < 1000 ? String(n) : `${n / 1000}k`),
+    );
   counted.forEach((each, i) => {
-    const from = -RANGE + (i / bins) * 2 * RANGE, to = from + (2 * RANGE) / bins, n = sum(each);
-    if (n) parts.push(shape("rect", { class: KINDS[each.indexOf(Math.max(...each))], x: x(from) + 0.5, width: Math.max(1, x(to) - x(from) - 1), y: y(n), height: tall - bottom - y(n), rx: 1 }));
+    const from = -RANGE + (i / bins) * 2 * RANGE,
+      to = from + (2 * RANGE) / bins,
+      n = sum(each);
+    if (n)
+      parts.push(
+        shape("rect", {
+          class: KINDS[each.indexOf(Math.max(...each))],
+          x: x(from) + 0.5,
+          width: Math.max(1, x(to) - x(from) - 1),
+          y: y(n),
+          height: tall - bottom - y(n),
+          rx: 1,
+        }),
+      );
   });
   parts.push(shape("line", { class: "grid", x1: left, x2: width - right, y1: tall - bottom, y2: tall - bottom }));
   const every = width > 620 ? 1 : width > 380 ? 2 : 3;
-  SCALE_MARKS.forEach(([p, text], i) => { if ((i - 5) % every === 0) parts.push(shape("text", { x: x(logOdds(p)), y: tall - 4, "text-anchor": "middle" }, text)); });
+  SCALE_MARKS.forEach(([p, text], i) => {
+    if ((i - 5) % every === 0)
+      parts.push(shape("text", { x: x(logOdds(p)), y: tall - 4, "text-anchor": "middle" }, text));
+  });
   parts.push(...thresholdMarks(x, top - 4, tall - bottom));
   svg.setAttribute("viewBox", `0 0 ${width} ${tall}`);
-  svg.setAttribute("aria-label", `Histogram of the scores of ${whole.format(shown.length)} decisions${hello?.model ? `; review from ${percent(hello.model.thresholds.review)}, block from ${percent(hello.model.thresholds.block)}` : ""}`);
+  svg.setAttribute(
+    "aria-label",
+    `Histogram of the scores of ${whole.format(shown.length)} decisions` +
+      (hello?.model ? `; ${thresholdText(hello.model.thresholds)}` : ""),
+  );
   svg.replaceChildren(...parts);
 }
 
 function thresholdMarks(x, top, bottom) {
   const limits = hello?.model?.thresholds;
   if (!limits) return [];
-  const review = x(logOdds(limits.review)), block = x(logOdds(limits.block)), near = block - review < 60;
-  return [["review", review, near ? "end" : "middle", near ? -3 : 0], ["block", block, near ? "start" : "middle", near ? 3 : 0]].filter(([kind]) => kind === "review" ? limits.review < limits.block : true)
-    .flatMap(([kind, at, anchor, shift]) => [shape("line", { class: "mark", x1: at, x2: at, y1: top, y2: bottom }), shape("text", { class: "marked", x: at + shift, y: top - 2, "text-anchor": anchor }, kind)]);
+  const review = x(logOdds(limits.review)),
+    block = x(logOdds(limits.block)),
+    near = block - review < 60;
+  return [
+    ["review", review, near ? "end" : "middle", near ? -3 : 0],
+    ["block", block, near ? "start" : "middle", near ? 3 : 0],
+  ]
+    .filter(([kind]) => (kind === "review" ? limits.review < limits.block : true))
+    .flatMap(([kind, at, anchor, shift]) => [
+      shape("line", { class: "mark", x1: at, x2: at, y1: top, y2: bottom }),
+      shape("text", { class: "marked", x: at + shift, y: top - 2, "text-anchor": anchor }, kind),
+    ]);
 }
 
 // ---------------------------------------------------------------- one transaction
@@ -436,20 +634,59 @@ function close() {
 }
 
 function pairs(...entries) {
-  return el("dl", { class: "pairs" }, ...entries.flatMap(([name, value, look]) => [el("dt", {}, name), el("dd", { class: look }, value)]));
+  return el(
+    "dl",
+    { class: "pairs" },
+    ...entries.flatMap(([name, value, kind]) => [el("dt", {}, name), el("dd", { class: kind }, value)]),
+  );
 }
 
 function drawDetail() {
   const row = opened;
   const balance = (value) => known(value, (v) => money.format(v));
   detail.replaceChildren(
-    el("header", {}, el("h2", { id: "detail-title" }, row.transaction_id), el("button", { type: "button", class: "close quiet", "aria-label": "Close", onclick: () => { close(); grid.focus(); } }, "✕")),
+    el(
+      "header",
+      {},
+      el("h2", { id: "detail-title" }, row.transaction_id),
+      el(
+        "button",
+        {
+          type: "button",
+          class: "close quiet",
+          "aria-label": "Close",
+          onclick: () => {
+            close();
+            grid.focus();
+          },
+        },
+        "✕",
+      ),
+    ),
     el("p", { class: "note" }, `${moment.format(row.time)} · hour ${whole.format(row.step)} · model ${row.model}`),
-    el("div", { class: "verdict" }, el("strong", {}, percent(row.fraud_probability)), pill(row.decision), el("span", { class: "note" }, row.history ? "" : "decided without history")),
+    el(
+      "div",
+      { class: "verdict" },
+      el("strong", {}, percent(row.fraud_probability)),
+      pill(row.decision),
+      el("span", { class: "note" }, row.history ? "" : "decided without history"),
+    ),
     scale(row),
     el("section", { class: "marking", id: "marking", role: "group", "aria-label": "What became known" }),
     el("section", {}, el("h3", {}, "Reasons"), ...reasons(row)),
-    el("section", {}, el("h3", {}, "Transaction"), pairs(["Amount", money.format(row.amount), "amount"], ["Type", typeWord(row.type)], ["From", row.nameOrig], ["Sender’s balance", balance(row.oldbalanceOrg)], ["To", row.nameDest], ["Receiver’s balance", balance(row.oldbalanceDest)])),
+    el(
+      "section",
+      {},
+      el("h3", {}, "Transaction"),
+      pairs(
+        ["Amount", money.format(row.amount), "amount"],
+        ["Type", typeWord(row.type)],
+        ["From", row.nameOrig],
+        ["Sender’s balance", balance(row.oldbalanceOrg)],
+        ["To", row.nameDest],
+        ["Receiver’s balance", balance(row.oldbalanceDest)],
+      ),
+    ),
     el("section", { id: "accounts" }, el("h3", {}, "Accounts"), el("p", { class: "note" }, "Asking the store…")),
     ...others(row),
   );
@@ -457,39 +694,130 @@ function drawDetail() {
 }
 
 function scale(row) {
-  const width = 390, x = (odds) => 6 + ((odds + RANGE) / (2 * RANGE)) * (width - 12), limits = row.thresholds;
+  const width = 390,
+    x = (odds) => 6 + ((odds + RANGE) / (2 * RANGE)) * (width - 12),
+    limits = row.thresholds;
   const ends = [-RANGE, logOdds(limits.review), logOdds(limits.block), RANGE];
-  const svg = shape("svg", { class: "scale", viewBox: `0 0 ${width} 38`, role: "img", "aria-label": `${percent(row.fraud_probability)}; review from ${percent(limits.review)}, block from ${percent(limits.block)}` });
-  KINDS.forEach((kind, i) => svg.append(shape("rect", { class: kind, x: x(ends[i]), width: Math.max(0, x(ends[i + 1]) - x(ends[i]) - 1), y: 16, height: 5, rx: 2 })));
+  const svg = shape("svg", {
+    class: "scale",
+    viewBox: `0 0 ${width} 38`,
+    role: "img",
+    "aria-label": `${percent(row.fraud_probability)}; ${thresholdText(limits)}`,
+  });
+  KINDS.forEach((kind, i) =>
+    svg.append(
+      shape("rect", {
+        class: kind,
+        x: x(ends[i]),
+        width: Math.max(0, x(ends[i + 1]) - x(ends[i]) - 1),
+        y: 16,
+        height: 5,
+        rx: 2,
+      }),
+    ),
+  );
   svg.append(shape("path", { class: "point", d: `M${x(row.odds)} 14l-6 -9h12z` }));
   const close = x(ends[2]) - x(ends[1]) < 110;
-  svg.append(shape("text", { x: x(ends[1]) + (close ? -3 : 0), y: 34, "text-anchor": close ? "end" : "middle" }, `review ${percent(limits.review)}`));
-  svg.append(shape("text", { x: clamp(x(ends[2]) + (close ? 3 : 0), 0, width - (close ? 90 : 45)), y: 34, "text-anchor": close ? "start" : "middle" }, `block ${percent(limits.block)}`));
+  svg.append(
+    shape(
+      "text",
+      { x: x(ends[1]) + (close ? -3 : 0), y: 34, "text-anchor": close ? "end" : "middle" },
+      `review ${percent(limits.review)}`,
+    ),
+  );
+  svg.append(
+    shape(
+      "text",
+      {
+        x: clamp(x(ends[2]) + (close ? 3 : 0), 0, width - (close ? 90 : 45)),
+        y: 34,
+        "text-anchor": close ? "start" : "middle",
+      },
+      `block ${percent(limits.block)}`,
+    ),
+  );
   return svg;
 }
 
 function reasons(row) {
-  if (!row.reasons.length) return [el("p", { class: "note" }, hello?.explain === "alerts" && row.decision === "allow" ? "Allowed payments are not explained; [serve] explain = all explains them too." : "No feature moved this score.")];
+  if (!row.reasons.length)
+    return [
+      el(
+        "p",
+        { class: "note" },
+        hello?.explain === "alerts" && row.decision === "allow"
+          ? "Allowed payments are not explained; [serve] explain = all explains them too."
+          : "No feature moved this score.",
+      ),
+    ];
   const most = Math.max(...row.reasons.map((reason) => Math.abs(reason.contribution ?? 0)), 1e-9);
   const list = row.reasons.map(({ feature, value, contribution }) => {
-    const { text, kind } = spoken(feature);
+    const { text, kind } = labelOf(feature);
     const item = el("li", {}, el("div", { class: "what" }, el("span", {}, text), el("b", {}, amountOf(value, kind))));
     if (contribution !== null) {
       const bar = el("i");
       bar.style.setProperty("--share", Math.abs(contribution) / most);
-      item.append(el("div", { class: "weight" }, el("span", { class: contribution < 0 ? "beam away" : "beam", "aria-hidden": "true" }, bar), el("span", { title: contribution < 0 ? "speaks against fraud" : "speaks for fraud" }, `${contribution < 0 ? "−" : "+"}${Math.abs(contribution).toFixed(2)}`)));
+      item.append(
+        el(
+          "div",
+          { class: "weight" },
+          el("span", { class: contribution < 0 ? "beam away" : "beam", "aria-hidden": "true" }, bar),
+          el(
+            "span",
+            { title: contribution < 0 ? "speaks against fraud" : "speaks for fraud" },
+            `${contribution < 0 ? "−" : "+"}${Math.abs(contribution).toFixed(2)}`,
+          ),
+        ),
+      );
     }
     return item;
   });
-  return [el("ol", { class: "reasons" }, ...list), el("p", { class: "note" }, "Log-odds that each moved the score from an ordinary value; right (+) speaks for fraud.")];
+  return [
+    el("ol", { class: "reasons" }, ...list),
+    el(
+      "p",
+      { class: "note" },
+      "Log-odds that each moved the score from an ordinary value; right (+) speaks for fraud.",
+    ),
+  ];
 }
 
 function others(row) {
   const mine = new Set([row.nameOrig, row.nameDest]);
-  const found = [...all].reverse().filter((other) => other.uid !== row.uid && (mine.has(other.nameOrig) || mine.has(other.nameDest))).slice(0, 8);
-  if (!found.length) return [];
-  return [el("section", {}, el("h3", {}, "Other decisions on these accounts"), el("ul", { class: "others" }, ...found.map((other) => el("li", {},
-    el("button", { type: "button", onclick: () => { open(other, true); } }, el("span", { class: "note" }, clock.format(other.time)), pill(other.decision), el("span", {}, money.format(other.amount)))))))];
+  const related = [...all]
+    .reverse()
+    .filter((other) => other.uid !== row.uid && (mine.has(other.nameOrig) || mine.has(other.nameDest)))
+    .slice(0, 8);
+  if (!related.length) return [];
+  return [
+    el(
+      "section",
+      {},
+      el("h3", {}, "Other decisions on these accounts"),
+      el(
+        "ul",
+        { class: "others" },
+        ...related.map((other) =>
+          el(
+            "li",
+            {},
+            el(
+              "button",
+              {
+                type: "button",
+                onclick: () => {
+                  open(other, true);
+                },
+              },
+              el("span", { class: "note" }, clock.format(other.time)),
+              pill(other.decision),
+              el("span", {}, money.format(other.amount)),
+            ),
+          ),
+        ),
+      ),
+    ),
+  ];
 }
 
 // ---------------------------------------------------------------- marking
@@ -497,11 +825,36 @@ function others(row) {
 function drawMarking(said = "", wrong = false) {
   const box = $("marking");
   if (!box) return;
-  const marked = marks.get(opened.transaction_id), off = !hello?.may_write;
-  const button = (fraud, text, letter) => el("button", { type: "button", class: verdict(fraud), "aria-pressed": String(marked === fraud), disabled: off, onclick: () => mark(fraud) }, text, ...(off ? [] : [el("kbd", { "aria-hidden": "true" }, letter)]));
+  const marked = marks.get(opened.transaction_id),
+    off = !hello?.may_write;
+  const button = (fraud, text, letter) =>
+    el(
+      "button",
+      {
+        type: "button",
+        class: verdict(fraud),
+        "aria-pressed": String(marked === fraud),
+        disabled: off,
+        onclick: () => mark(fraud),
+      },
+      text,
+      ...(off ? [] : [el("kbd", { "aria-hidden": "true" }, letter)]),
+    );
   const focused = box.contains(document.activeElement) ? document.activeElement.className : "";
-  box.replaceChildren(button(true, "Fraud", "F"), button(false, "Honest", "H"),
-    el("p", { class: wrong ? "problem" : "note", role: "status" }, said || (off ? readOnly() : marked === undefined ? "What became known of it counts for both accounts." : `Marked as ${verdict(marked)}.`)));
+  box.replaceChildren(
+    button(true, "Fraud", "F"),
+    button(false, "Honest", "H"),
+    el(
+      "p",
+      { class: wrong ? "problem" : "note", role: "status" },
+      said ||
+        (off
+          ? readOnly()
+          : marked === undefined
+            ? "What became known of it counts for both accounts."
+            : `Marked as ${verdict(marked)}.`),
+    ),
+  );
   if (focused) box.querySelector(`.${focused}`)?.focus();
 }
 
@@ -513,7 +866,10 @@ async function mark(fraud) {
     if (!unknown.length) marks.set(row.transaction_id, fraud);
     stale = true;
     if (opened !== row) return;
-    drawMarking(unknown.length ? "The store does not know this transaction; nothing was recorded." : "", unknown.length > 0);
+    drawMarking(
+      unknown.length ? "The store does not know this transaction; nothing was recorded." : "",
+      unknown.length > 0,
+    );
     history(row);
   } catch (error) {
     if (opened === row) drawMarking(`Not recorded: ${error.message}`, true);
@@ -525,75 +881,251 @@ async function mark(fraud) {
 async function history(row) {
   let content;
   try {
-    const told = await post("/history", { accounts: [row.nameOrig, row.nameDest], step: row.step });
-    content = told.accounts.map((account, i) => accountView(account, i ? "Receiver" : "Sender"));
+    const answer = await post("/history", { accounts: [row.nameOrig, row.nameDest], step: row.step });
+    content = answer.accounts.map((account, i) => accountView(account, i ? "Receiver" : "Sender"));
   } catch (error) {
     content = [el("p", { class: "problem" }, `The store was not read: ${error.message}`)];
   }
-  if (opened === row) $("accounts").replaceChildren(el("h3", {}, `Accounts, up to hour ${whole.format(row.step)}, this transaction included`), ...content);
+  if (opened === row)
+    $("accounts").replaceChildren(
+      el("h3", {}, `Accounts, up to hour ${whole.format(row.step)}, this transaction included`),
+      ...content,
+    );
 }
 
-const spanWord = (hours) => (hours === 1 ? "1 hour" : hours % 24 || hours < 49 ? `${hours} hours` : `${hours / 24} days`);
+const spanWord = (hours) =>
+  hours === 1 ? "1 hour" : hours % 24 || hours < 49 ? `${hours} hours` : `${hours / 24} days`;
 
 function accountView({ account, windows, later, days_out: sent, days_in: got }, role) {
-  const line = (name, sums) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, whole.format(sums.out_count)), el("td", {}, brief.format(sums.out_sum)), el("td", {}, whole.format(sums.in_count)), el("td", {}, brief.format(sums.in_sum)), el("td", { class: sums.frauds ? "bad" : undefined }, whole.format(sums.frauds)));
-  const head = ["Last", "sent", "money", "got", "money", "frauds"].map((text) => el("th", { scope: "col" }, text));
+  const line = (name, sums) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, name),
+      el("td", {}, whole.format(sums.out_count)),
+      el("td", {}, brief.format(sums.out_sum)),
+      el("td", {}, whole.format(sums.in_count)),
+      el("td", {}, brief.format(sums.in_sum)),
+      el("td", { class: sums.frauds ? "bad" : undefined }, whole.format(sums.frauds)),
+    );
+  const head = ["Last", "sent", "money", "received", "money", "frauds"].map((text) => el("th", { scope: "col" }, text));
   const rest = later.out_count + later.in_count ? [line("after", later)] : [];
-  return el("div", { class: "account" }, el("h3", {}, role, el("b", {}, account)),
-    el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...windows.map((sums) => line(spanWord(sums.hours), sums)), ...rest)), dayBars(sent, got));
+  return el(
+    "div",
+    { class: "account" },
+    el("h3", {}, role, el("b", {}, account)),
+    el(
+      "table",
+      {},
+      el("thead", {}, el("tr", {}, ...head)),
+      el("tbody", {}, ...windows.map((sums) => line(spanWord(sums.hours), sums)), ...rest),
+    ),
+    dayBars(sent, got),
+  );
 }
 
 function dayBars(sent, got) {
-  const most = Math.max(...sent, ...got), width = 390, step = width / sent.length;
+  const most = Math.max(...sent, ...got),
+    width = 390,
+    step = width / sent.length;
   if (!most) return "";
-  const svg = shape("svg", { viewBox: `0 0 ${width} 44`, preserveAspectRatio: "none", role: "img", "aria-label": `Money of each of the last ${sent.length} days, sent above and received below the line; at most ${brief.format(most)}` });
-  sent.forEach((value, i) => { if (value) svg.append(shape("rect", { class: "out", x: i * step + 1, width: step - 2, y: 21 - Math.max(1, (value / most) * 20), height: Math.max(1, (value / most) * 20), rx: 1 })); });
-  got.forEach((value, i) => { if (value) svg.append(shape("rect", { class: "in", x: i * step + 1, width: step - 2, y: 23, height: Math.max(1, (value / most) * 20), rx: 1 })); });
+  const svg = shape("svg", {
+    viewBox: `0 0 ${width} 44`,
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label":
+      `Money of each of the last ${sent.length} days, sent above and received below the line; ` +
+      `at most ${brief.format(most)}`,
+  });
+  sent.forEach((value, i) => {
+    if (value)
+      svg.append(
+        shape("rect", {
+          class: "out",
+          x: i * step + 1,
+          width: step - 2,
+          y: 21 - Math.max(1, (value / most) * 20),
+          height: Math.max(1, (value / most) * 20),
+          rx: 1,
+        }),
+      );
+  });
+  got.forEach((value, i) => {
+    if (value)
+      svg.append(
+        shape("rect", {
+          class: "in",
+          x: i * step + 1,
+          width: step - 2,
+          y: 23,
+          height: Math.max(1, (value / most) * 20),
+          rx: 1,
+        }),
+      );
+  });
   svg.append(shape("line", { class: "grid", x1: 0, x2: width, y1: 22, y2: 22 }));
-  return el("figure", {}, svg, el("figcaption", { class: "note" }, `${sent.length} days: sent above the line, received below; highest ${brief.format(most)}`));
+  return el(
+    "figure",
+    {},
+    svg,
+    el(
+      "figcaption",
+      { class: "note" },
+      `${sent.length} days: sent above the line, received below; highest ${brief.format(most)}`,
+    ),
+  );
 }
 
 // ---------------------------------------------------------------- by hand
 
 const EXAMPLES = [
-  { name: "An ordinary payment", note: "groceries at a merchant", make: (n) => [{ type: "PAYMENT", amount: 42.9, nameOrig: `C-hand-${n}`, oldbalanceOrg: 1830.5, nameDest: "M-hand-market", oldbalanceDest: null }] },
-  { name: "An emptied account", note: "all of it, to somebody new", make: (n) => [{ type: "TRANSFER", amount: 18420.75, nameOrig: `C-hand-${n}`, oldbalanceOrg: 18420.75, nameDest: `C-new-${n}`, oldbalanceDest: 0 }] },
-  { name: "A chain of mules", note: "passed on twice, then cash", make: (n) => [
-    { type: "TRANSFER", amount: 9800, nameOrig: `C-hand-${n}`, oldbalanceOrg: 9800, nameDest: `C-mule-${n}a`, oldbalanceDest: 12.4 },
-    { type: "TRANSFER", amount: 9500, nameOrig: `C-mule-${n}a`, oldbalanceOrg: 9812.4, nameDest: `C-mule-${n}b`, oldbalanceDest: 0 },
-    { type: "CASH_OUT", amount: 9500, nameOrig: `C-mule-${n}b`, oldbalanceOrg: 9500, nameDest: "C-hand-agent", oldbalanceDest: 250000 }] },
-  { name: "A large salary", note: "much money, nothing wrong", make: (n) => [{ type: "CASH_IN", amount: 6250, nameOrig: `C-hand-${n}`, oldbalanceOrg: 310.2, nameDest: "C-hand-bank", oldbalanceDest: 900000 }] },
+  {
+    name: "An ordinary payment",
+    note: "groceries at a merchant",
+    make: (n) => [
+      {
+        type: "PAYMENT",
+        amount: 42.9,
+        nameOrig: `C-hand-${n}`,
+        oldbalanceOrg: 1830.5,
+        nameDest: "M-hand-market",
+        oldbalanceDest: null,
+      },
+    ],
+  },
+  {
+    name: "An emptied account",
+    note: "all of it, to somebody new",
+    make: (n) => [
+      {
+        type: "TRANSFER",
+        amount: 18420.75,
+        nameOrig: `C-hand-${n}`,
+        oldbalanceOrg: 18420.75,
+        nameDest: `C-new-${n}`,
+        oldbalanceDest: 0,
+      },
+    ],
+  },
+  {
+    name: "A chain of mules",
+    note: "passed on twice, then cash",
+    make: (n) => [
+      {
+        type: "TRANSFER",
+        amount: 9800,
+        nameOrig: `C-hand-${n}`,
+        oldbalanceOrg: 9800,
+        nameDest: `C-mule-${n}a`,
+        oldbalanceDest: 12.4,
+      },
+      {
+        type: "TRANSFER",
+        amount: 9500,
+        nameOrig: `C-mule-${n}a`,
+        oldbalanceOrg: 9812.4,
+        nameDest: `C-mule-${n}b`,
+        oldbalanceDest: 0,
+      },
+      {
+        type: "CASH_OUT",
+        amount: 9500,
+        nameOrig: `C-mule-${n}b`,
+        oldbalanceOrg: 9500,
+        nameDest: "C-hand-agent",
+        oldbalanceDest: 250000,
+      },
+    ],
+  },
+  {
+    name: "A large salary",
+    note: "much money, nothing wrong",
+    make: (n) => [
+      {
+        type: "CASH_IN",
+        amount: 6250,
+        nameOrig: `C-hand-${n}`,
+        oldbalanceOrg: 310.2,
+        nameDest: "C-hand-bank",
+        oldbalanceDest: 900000,
+      },
+    ],
+  },
 ];
-let rest = [];  // what follows the transaction in the form
+let rest = []; // what follows the transaction in the form
 
-const random = () => [...crypto.getRandomValues(new Uint8Array(3))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+const random = () =>
+  [...crypto.getRandomValues(new Uint8Array(3))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 const hourNow = () => hello?.model?.step ?? all[all.length - 1]?.step ?? 2000;
 
 function fillForm(example) {
-  const n = random(), [first, ...others] = example.make(n);
+  const n = random(),
+    [first, ...others] = example.make(n);
   rest = others;
-  for (const [name, value] of Object.entries({ transaction_id: `hand-${n}`, step: hourNow(), ...first })) handForm.elements[name].value = value ?? "";
-  $("hand-more").textContent = rest.map((next) => `Then ${typeWord(next.type)} of ${money.format(next.amount)} from ${next.nameOrig} to ${next.nameDest}.`).join(" ");
+  for (const [name, value] of Object.entries({ transaction_id: `hand-${n}`, step: hourNow(), ...first }))
+    handForm.elements[name].value = value ?? "";
+  $("hand-more").textContent = rest
+    .map(
+      (next) =>
+        `Then ${typeWord(next.type)} of ${money.format(next.amount)} from ${next.nameOrig} to ${next.nameDest}.`,
+    )
+    .join(" ");
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.example === example);
 }
 
 function formTransaction() {
-  const form = new FormData(handForm), number = (name) => (form.get(name).trim() === "" ? null : Number(form.get(name).replace(",", ".")));
-  return { transaction_id: form.get("transaction_id"), step: number("step"), type: form.get("type"), amount: number("amount"), nameOrig: form.get("nameOrig"), oldbalanceOrg: number("oldbalanceOrg"), nameDest: form.get("nameDest"), oldbalanceDest: number("oldbalanceDest") };
+  const form = new FormData(handForm),
+    number = (name) => (form.get(name).trim() === "" ? null : Number(form.get(name).replace(",", ".")));
+  return {
+    transaction_id: form.get("transaction_id"),
+    step: number("step"),
+    type: form.get("type"),
+    amount: number("amount"),
+    nameOrig: form.get("nameOrig"),
+    oldbalanceOrg: number("oldbalanceOrg"),
+    nameDest: form.get("nameDest"),
+    oldbalanceDest: number("oldbalanceDest"),
+  };
 }
 
 function result(sent, answer) {
-  return el("li", {}, pill(answer.decision), el("span", {}, `${percent(answer.fraud_probability)} · ${money.format(sent.amount)} · ${sent.nameOrig} → ${sent.nameDest}`),
-    el("button", { type: "button", class: "link", onclick: () => { $("hand-dialog").close(); show(sent.transaction_id); } }, "Open"));
+  return el(
+    "li",
+    {},
+    pill(answer.decision),
+    el(
+      "span",
+      {},
+      `${percent(answer.fraud_probability)} · ${money.format(sent.amount)} · ${sent.nameOrig} → ${sent.nameDest}`,
+    ),
+    el(
+      "button",
+      {
+        type: "button",
+        class: "link",
+        onclick: () => {
+          $("hand-dialog").close();
+          show(sent.transaction_id);
+        },
+      },
+      "Open",
+    ),
+  );
 }
 
 function show(id) {
   const row = [...all, ...waiting].reverse().find((one) => one.transaction_id === id);
-  if (row) open(row, true); else openWhenSeen = id;
+  if (row) open(row, true);
+  else openWhenSeen = id;
 }
 
 for (const example of EXAMPLES) {
-  const button = el("button", { type: "button", "aria-pressed": "false", onclick: () => fillForm(example) }, example.name, el("span", {}, example.note));
+  const button = el(
+    "button",
+    { type: "button", "aria-pressed": "false", onclick: () => fillForm(example) },
+    example.name,
+    el("span", {}, example.note),
+  );
   button.example = example;
   $("examples").append(button);
 }
@@ -606,7 +1138,8 @@ $("by-hand").addEventListener("click", () => {
 $("hand-close").addEventListener("click", () => $("hand-dialog").close());
 handForm.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const first = formTransaction(), results = $("hand-results");
+  const first = formTransaction(),
+    results = $("hand-results");
   results.replaceChildren();
   $("hand-problem").textContent = "";
   try {
