@@ -225,7 +225,7 @@ def bodies(piece: list[dict], run: str) -> list[bytes]:
 
 
 def opened(world: World, url: str) -> Service:
-    """The service of both doors, with the store at `url`."""
+    """The service of both endpoints, with the store at `url`."""
     scorer = Scorer(load_bundle(world.bundle), world.settings.serve, world.settings.rules)
     service = Service(world.settings.serve, open_store(url, scorer.retention, 5), {"benchmark": KEY.encode()})
     service.use(scorer)

@@ -1,5 +1,5 @@
 """The manifests as kustomize renders them: strict schemas, names that meet, settings that load, servers and consumers
-that start; and `make minikube` up to Minikube's door.
+that start; and `make minikube` up to Minikube itself.
 """
 
 import contextlib
@@ -980,7 +980,7 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     (tmp_path / "keys").write_text(secrets["fraud-api-keys"]["stringData"]["api-keys"])
     [key] = load_keys({"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}).values()
 
-    # Again, with a service behind the door that knows the first run's keys and serves what was copied to the node.
+    # Again, with a service behind the address that knows the first run's keys and serves what was copied to the node.
     newer = example_bundle(minikube.project / "models/champion", bias=-13.0).manifest.version
     port = servers.free_port()
     environ = {

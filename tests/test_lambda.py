@@ -181,7 +181,7 @@ def day(finished, tmp_path_factory) -> tuple[list[dict], Path]:
 
 
 def differences(requests: list[tuple[str, str, bytes]], *urls: str) -> list[tuple]:
-    """Requests whose answers from two doors are not byte-equal."""
+    """Requests whose answers from two endpoints are not byte-equal."""
     with httpx.Client(headers=KEY, timeout=30) as client:
         answers = [
             [client.request(method, url + path, content=body) for url in urls] for method, path, body in requests
@@ -230,7 +230,7 @@ def test_ten_thousand_bodies_are_byte_equal(project, function, day, tmp_path):
 
 
 def test_bodies_are_byte_equal_with_dynamodb(project, function, day, tmp_path):
-    """Each door with a table of its own."""
+    """Each endpoint with a table of its own."""
     transactions, _ = day
     create_table("other")
     with (
@@ -274,7 +274,7 @@ BAD = [
 
 
 def test_bad_input_gets_the_same_answer(project, function):
-    """A 4xx that names field and reason, from both doors alike, and both go on."""
+    """A 4xx that names field and reason, from both endpoints alike, and both go on."""
     with (
         function(FRAUD_STORE_URL="memory://") as running,
         lambda_runtime.gateway(running) as here,
