@@ -7,7 +7,7 @@ __all__ = ['ARROW_TYPES', 'RECORD_COLUMNS', 'PAYMENT_COLUMNS', 'CONTRACT_PAYMENT
            'label_table', 'decision_table', 'NoDecisions', 'read_decisions', 'newest_step', 'read_labels']
 
 # %% ../../nbs/data/10_lake.ipynb #948b7e66
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,18 +67,21 @@ def label_table(records: Sequence[LabelRecord]) -> pa.Table:
     schema = arrow_schema(LabelRecord)
     return pa.table({name: [getattr(record, name) for record in records] for name in schema.names}, schema=schema)
 
+def _fields(models: Sequence[BaseModel], names: Iterable[str], prefix: str = "") -> dict[str, list]:
+    "{prefix + field: its values}."
+    rows = [vars(model) for model in models]
+    return {f"{prefix}{name}": [row[name] for row in rows] for name in names}
+
 def _record_columns(records: Sequence[ScoredRecord]) -> dict[str, list]:
     "The values of `decision_schema()`, by column."
-    columns = {name: [getattr(record, name) for record in records] for name in RECORD_COLUMNS}
-    columns["reasons"] = [[dict(reason) for reason in reasons] for reasons in columns["reasons"]]
+    columns = _fields(records, RECORD_COLUMNS)
+    columns["reasons"] = [[vars(reason) for reason in reasons] for reasons in columns["reasons"]]
     payments = [record.transaction for record in records]
-    columns |= {name: [getattr(payment, name) for payment in payments] for name in PAYMENT_COLUMNS}
+    columns |= _fields(payments, PAYMENT_COLUMNS)
     columns["cents"] = [round(payment.amount * 100) for payment in payments]
-    for name in Source.model_fields:
-        columns[f"source_{name}"] = [getattr(record.source, name) for record in records]
-    for name in Shadow.model_fields:
-        columns[f"shadow_{name}"] = [record.shadow and getattr(record.shadow, name) for record in records]
-    return columns
+    columns |= _fields([record.source for record in records], Source.model_fields, "source_")
+    shadows = [vars(record.shadow) if record.shadow else {} for record in records]
+    return columns | {f"shadow_{name}": [shadow.get(name) for shadow in shadows] for name in Shadow.model_fields}
 
 def decision_table(
     records: Sequence[ScoredRecord],

@@ -25,7 +25,6 @@ from .dvc_remote import restore_data
 from .gate import GateCheck, Verdict, check_promotion, choose_challenger, same_model
 from fraud_pkg.model.tracking import (
     Version, fetch_version, find_version, log_contender, registered_aliases, registered_versions, registry_client,
-    require_registry,  # noqa: F401  other modules import it from here
 )
 from ..train.samples import Sample
 

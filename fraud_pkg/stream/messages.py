@@ -7,8 +7,8 @@ __all__ = ['VERSION', 'log', 'INVALID_KINDS', 'AVRO_TYPES', 'TRANSACTION_AVRO', 
            'TRANSACTION_FORMAT', 'LABEL_FORMAT', 'DECISION_FORMAT', 'Model', 'HEADER_PREFIX', 'REDRIVEN',
            'TransactionMessage', 'LabelMessage', 'InvalidMessage', 'invalid_message', 'avro_schema', 'AvroFormat',
            'read_message', 'read_transaction', 'read_label', 'payment_fields', 'Received', 'scored_record',
-           'write_record', 'read_record', 'read_scored_record', 'Output', 'pack', 'unpack', 'dead_letter', 'Topics',
-           'topics_of', 'BatchResult']
+           'write_record', 'read_record', 'ScoredMessage', 'read_scored_record', 'Output', 'pack', 'unpack',
+           'dead_letter', 'Topics', 'topics_of', 'BatchResult']
 
 # %% ../../nbs/stream/00_messages.ipynb #d550c2b9
 import base64
@@ -227,13 +227,16 @@ def read_record(value: bytes | None) -> dict[str, Any]:
         raise _unknown_version(version)
     return record
 
-# %% ../../nbs/stream/00_messages.ipynb #a2f8f10a
+# %% ../../nbs/stream/00_messages.ipynb #6e7920fc
+class ScoredMessage(ScoredRecord):
+    "A scored record as a message. JSON names the version of its schema, Avro has it in its head."
+    schema_version: Annotated[Literal[1], Field(alias="schema")] = VERSION
+
 def read_scored_record(value: bytes | None) -> ScoredRecord:
     "The validated scored record; raises `InvalidMessage`."
-    try:
-        record = ScoredRecord.model_validate(read_record(value))
-    except ValidationError as error:
-        raise _from_validation(error) from error
+    record = read_message(ScoredMessage, DECISION_FORMAT, value)
+    if "schema_version" not in record.model_fields_set and value and not value.startswith(MAGIC):
+        raise _unknown_version(None)
     expected = len(feature_names(record.windows))
     if len(record.features) != expected:
         windows = ", ".join(map(str, record.windows))
