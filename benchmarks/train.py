@@ -13,7 +13,7 @@ from measure import Measured, machine, measured, say, summary, write_json
 
 from fraud_pkg.train.metrics import average_precision
 from fraud_pkg.train.samples import Period, load_sample, split_periods
-from fraud_pkg.train.samples import feature_manifest
+from fraud_pkg.features.manifest import feature_manifest
 from fraud_pkg.core.settings import Settings, load_settings
 from fraud_pkg.train.tuning import check_training
 from fraud_pkg.train.xgboost import TREE_KEYS, boost, matrices

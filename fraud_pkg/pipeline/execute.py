@@ -69,7 +69,7 @@ class ProcessTree:
 
     def __init__(self, seconds: float = 0.25):  # between two samples
         import psutil
-        self.peak = 0
+        self.peak, self._gone = 0, psutil.Error
         self._seen: set[psutil.Process] = set()
         self._seconds = seconds
         self._ended = threading.Event()
@@ -77,10 +77,9 @@ class ProcessTree:
         self._before = set(self._me.children())
 
     def _sample(self) -> None:
-        import psutil
         total = self._me.memory_info().rss
         for child in set(self._me.children()) - self._before:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(self._gone):
                 for process in [child, *child.children(recursive=True)]:
                     self._seen.add(process)
                     total += process.memory_info().rss

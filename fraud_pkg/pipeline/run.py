@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ProgressListener', 'STAGE_STARTED', 'STAGE_CACHED', 'LOCK_FILE_WRITTEN', 'DVC_NOISE', 'preflight', 'ProgressEvent',
-           'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'run_pipeline']
+           'StageStates', 'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'run_pipeline']
 
 # %% ../../nbs/pipeline/05_run.ipynb #aa9bd770
 import contextlib
@@ -99,28 +99,16 @@ def _failure_line(*, job: str, job_error: str, dvc_error: str) -> str:
     hint = " Remove that file, and everything runs anew." if "dvc.lock" in dvc_error else ""
     return f"dvc: {dvc_error or 'ended without saying why'}{hint}"
 
-# %% ../../nbs/pipeline/05_run.ipynb #ba2abcd2
-class ReproOutput:
-    "Follows the output of `dvc repro` line by line: the state of each stage, and what explains a failure."
+# %% ../../nbs/pipeline/05_run.ipynb #stagesta
+class StageStates:
+    "The state of each stage, from the lines in which `dvc repro` names them."
 
     def __init__(self) -> None:
         self.states: dict[str, str] = {}  # "running", "cached", "done" or "failed", by stage
         self.job = ""                     # the stage that runs
-        self._job_error = ""              # from the job's command
-        self._dvc_error = ""              # from DVC, or what it says outside a stage
 
-    def take(self, line: str) -> ProgressEvent | None:
-        "The event that a line means, if any."
-        text = line.rstrip("\n").rsplit("\r", 1)[-1]  # of a progress bar the last state
-        event = self._stage_event(text)
-        if event or self._keep_error(text) or DVC_NOISE.match(text):
-            return event
-        if self.job:
-            return ProgressEvent(kind="line", job=self.job, text=text)
-        self._dvc_error = self._dvc_error or text
-        return None
-
-    def _stage_event(self, text: str) -> ProgressEvent | None:
+    def stage_event(self, text: str) -> ProgressEvent | None:
+        "The event of a line that begins or ends a stage."
         if match := STAGE_STARTED.match(text):
             self.job = match[1]
             self.states[self.job] = "running"
@@ -132,6 +120,26 @@ class ReproOutput:
             finished, self.job = self.job, ""
             self.states[finished] = "done"
             return ProgressEvent(kind="done", job=finished)
+        return None
+
+# %% ../../nbs/pipeline/05_run.ipynb #ba2abcd2
+class ReproOutput(StageStates):
+    "Follows the output of `dvc repro` line by line: the state of each stage, and what explains a failure."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._job_error = ""  # from the job's command
+        self._dvc_error = ""  # from DVC, or what it says outside a stage
+
+    def take(self, line: str) -> ProgressEvent | None:
+        "The event that a line means, if any."
+        text = line.rstrip("\n").rsplit("\r", 1)[-1]  # of a progress bar the last state
+        event = self.stage_event(text)
+        if event or self._keep_error(text) or DVC_NOISE.match(text):
+            return event
+        if self.job:
+            return ProgressEvent(kind="line", job=self.job, text=text)
+        self._dvc_error = self._dvc_error or text
         return None
 
     def _keep_error(self, text: str) -> bool:

@@ -37,16 +37,15 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..core.errors import FraudError
+from ..core.record import DecisionResponse
 from ..core.settings import Settings, load_settings
-from fraud_pkg.serve.console import (
-    AccountHistories, Asset, Feed, FeedMessages, HistoryRequest, RecentDecisions, called_here, greeting,
-    history_route, load_assets, resume_position,
-)
+from .console import (
+    AccountHistories, Asset, Feed, FeedMessages, HistoryRequest, RecentDecisions,
+    called_here, greeting, history_route, load_assets, resume_position)
 from .logs import log_json_lines
 from .metrics import Metrics
 from .reload import Watcher, open_service
 from .service import Answer, Service, refusal
-from ..core.record import DecisionResponse
 from .wire import EXAMPLE, Problems, Refused, TransactionRequest, refused_field
 from ..store.memory import MemoryStore, save_snapshot
 from ..store.tiles import OnlineStore
