@@ -66,6 +66,7 @@ def _check_needs(by_name: Mapping[str, Job]) -> None:
                 reason = f"{outsider} is no stage, and only stages wait for each other"
                 raise FraudError(f"{job.notebook}: needs {need}, but {reason}")
 
+# %% ../../nbs/pipeline/03_compile.ipynb #a2f32d0a
 def _in_order(jobs: Sequence[Job]) -> list[Job]:
     "The jobs with what each needs before it, equals by name, the stages first; raises `FraudError` for a circle."
     by_name = {job.name: job for job in jobs}
@@ -114,6 +115,7 @@ def dvc_command(job: Job) -> str:
     "What DVC runs for a stage."
     return f"fraud jobs run {job.name}"
 
+# %% ../../nbs/pipeline/03_compile.ipynb #02a2eb13
 def _dvc_stage(job: Job) -> dict[str, Any]:
     "A job as it stands in dvc.yaml."
     stage: dict[str, Any] = {
@@ -142,6 +144,7 @@ def _stale_manifests(root: Path, files: Mapping[str, str]) -> list[str]:
 def _differs(path: Path, text: str) -> bool:
     return not path.is_file() or path.read_text(encoding="utf-8") != text
 
+# %% ../../nbs/pipeline/03_compile.ipynb #0a37ac02
 def write_targets(
     root: Path,                      # the project
     targets: Collection[str] = TARGETS,

@@ -64,12 +64,25 @@ def _end_processes(processes: Sequence["psutil.Process"], seconds: float) -> Non
             process.kill()
 
 # %% ../../nbs/pipeline/04_execute.ipynb #077f816a
+def _sample_tree(main: "psutil.Process", ignored: set["psutil.Process"]) -> tuple[int, set["psutil.Process"]]:
+    "Bytes of resident memory of a process and its descendants, and these, without the children `ignored`."
+    import psutil
+    total = main.memory_info().rss
+    descendants = set()
+    for child in set(main.children()) - ignored:
+        with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+            for process in [child, *child.children(recursive=True)]:
+                descendants.add(process)
+                total += process.memory_info().rss
+    return total, descendants
+
+# %% ../../nbs/pipeline/04_execute.ipynb #82f9efc5
 class ProcessTree:
     "This process and those started below it while the `with` block runs; `peak` is in bytes."
 
     def __init__(self, seconds: float = 0.25):  # between two samples
         import psutil
-        self.peak, self._gone = 0, psutil.Error
+        self.peak = 0
         self._seen: set[psutil.Process] = set()
         self._seconds = seconds
         self._ended = threading.Event()
@@ -77,12 +90,8 @@ class ProcessTree:
         self._before = set(self._me.children())
 
     def _sample(self) -> None:
-        total = self._me.memory_info().rss
-        for child in set(self._me.children()) - self._before:
-            with contextlib.suppress(self._gone):
-                for process in [child, *child.children(recursive=True)]:
-                    self._seen.add(process)
-                    total += process.memory_info().rss
+        total, descendants = _sample_tree(self._me, self._before)
+        self._seen |= descendants
         self.peak = max(self.peak, total)
 
     def _sample_until_ended(self) -> None:
@@ -304,6 +313,7 @@ def utc_now() -> str:
     "The time as ISO 8601, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
+# %% ../../nbs/pipeline/04_execute.ipynb #227a9a52
 def _write_record(record: Record, notebook: Path) -> None:
     "Writes the record, and the notebook as a page, beside the executed notebook."
     notebook.with_suffix(".json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

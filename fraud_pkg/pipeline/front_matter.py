@@ -69,6 +69,7 @@ def _parse_front_matter(text: str) -> FrontMatter:
         place = ".".join(map(str, first["loc"]))
         raise FraudError(f"front matter, {place}: {first['msg'].removeprefix('Value error, ')}") from error
 
+# %% ../../nbs/pipeline/01_front_matter.ipynb #2eda0144
 def _read_front_matter(cells: Sequence[Cell]) -> dict[str, Any]:
     "The fields of the declaration, title and summary; raises `FraudError` where one is missing or wrong."
     match = FRONT_MATTER.match(cells[0].source) if cells and cells[0].kind == "markdown" else None
@@ -104,6 +105,7 @@ def _check_parameter(name: str, declared: Collection[str]) -> None:
     if section not in declared and f"{section}.{key}" not in declared:
         raise FraudError(f"parameter {name} belongs to [{section}], which the front matter's settings do not name")
 
+# %% ../../nbs/pipeline/01_front_matter.ipynb #0a164425
 def _assigned_name(line: ast.stmt) -> str:
     "The name that a line gives a plain value; raises `ValueError` for another line."
     if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Name):
@@ -141,6 +143,7 @@ def _modules(cells: Sequence[Cell], package: Path) -> tuple[str, ...]:
     except SyntaxError as error:
         raise FraudError(f"a code cell is not Python ({error.msg})") from error
 
+# %% ../../nbs/pipeline/01_front_matter.ipynb #a106820a
 def read_job(
     path: Path,     # a notebook in the project's jobs folder
     package: Path,  # the package whose modules it may import

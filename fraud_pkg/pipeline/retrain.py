@@ -58,6 +58,7 @@ def last_retraining(settings: Settings) -> Retraining | None:
     retrainings = [event for event in map(json.loads, lines) if event["kind"] == "retraining"]
     return retrainings[-1] if retrainings else None
 
+# %% ../../nbs/pipeline/06_retrain.ipynb #d2e9b6e2
 def _nothing_new(settings: Settings) -> str | None:
     "Why a retraining would learn nothing that the last one did not; None where it would."
     before = last_retraining(settings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ProgressListener', 'STAGE_STARTED', 'STAGE_CACHED', 'LOCK_FILE_WRITTEN', 'DVC_NOISE', 'preflight', 'ProgressEvent',
-           'StageStates', 'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'run_pipeline']
+           'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'run_pipeline']
 
 # %% ../../nbs/pipeline/05_run.ipynb #aa9bd770
 import contextlib
@@ -85,6 +85,7 @@ def _killing_signal(dvc_error: str) -> int | None:
         return -status
     return status - 128 if 130 <= status <= 159 else None  # as a shell says it
 
+# %% ../../nbs/pipeline/05_run.ipynb #13c6224c
 def _failure_line(*, job: str, job_error: str, dvc_error: str) -> str:
     "The one line that explains why `dvc repro` failed."
     number = _killing_signal(dvc_error)
@@ -99,16 +100,16 @@ def _failure_line(*, job: str, job_error: str, dvc_error: str) -> str:
     hint = " Remove that file, and everything runs anew." if "dvc.lock" in dvc_error else ""
     return f"dvc: {dvc_error or 'ended without saying why'}{hint}"
 
-# %% ../../nbs/pipeline/05_run.ipynb #stagesta
-class StageStates:
-    "The state of each stage, from the lines in which `dvc repro` names them."
+# %% ../../nbs/pipeline/05_run.ipynb #ba2abcd2
+class _StageStates:
+    "Follows which stage runs, and how the others fared."
 
     def __init__(self) -> None:
         self.states: dict[str, str] = {}  # "running", "cached", "done" or "failed", by stage
         self.job = ""                     # the stage that runs
 
-    def stage_event(self, text: str) -> ProgressEvent | None:
-        "The event of a line that begins or ends a stage."
+    def _stage_event(self, text: str) -> ProgressEvent | None:
+        "The event that a line about a stage means; None for another line."
         if match := STAGE_STARTED.match(text):
             self.job = match[1]
             self.states[self.job] = "running"
@@ -122,8 +123,8 @@ class StageStates:
             return ProgressEvent(kind="done", job=finished)
         return None
 
-# %% ../../nbs/pipeline/05_run.ipynb #ba2abcd2
-class ReproOutput(StageStates):
+# %% ../../nbs/pipeline/05_run.ipynb #a462cc8b
+class ReproOutput(_StageStates):
     "Follows the output of `dvc repro` line by line: the state of each stage, and what explains a failure."
 
     def __init__(self) -> None:
@@ -134,7 +135,7 @@ class ReproOutput(StageStates):
     def take(self, line: str) -> ProgressEvent | None:
         "The event that a line means, if any."
         text = line.rstrip("\n").rsplit("\r", 1)[-1]  # of a progress bar the last state
-        event = self.stage_event(text)
+        event = self._stage_event(text)
         if event or self._keep_error(text) or DVC_NOISE.match(text):
             return event
         if self.job:
@@ -190,6 +191,7 @@ def _start_dvc(arguments: Sequence[str], settings: Settings) -> subprocess.Popen
     )
 
 def _lines(process: subprocess.Popen[str]) -> Iterable[str]:
+    "The output of a process, as it comes."
     return process.stdout or ()
 
 # %% ../../nbs/pipeline/05_run.ipynb #e3a597de
@@ -288,6 +290,7 @@ def _upstream(name: str, jobs: Sequence[Job]) -> set[str]:
             names |= set(job.needs)
     return names
 
+# %% ../../nbs/pipeline/05_run.ipynb #b09b6fe1
 def _recall_plan(jobs: Sequence[Job], settings: Settings) -> list[dict[str, Any]]:
     "The stages as `recall` takes them: paths as in `dvc.lock`."
     def lock_path(path: str) -> str:
@@ -355,6 +358,7 @@ def _champion(settings: Settings) -> tuple[str | None, float | None]:
     content = json.loads(manifest.read_text(encoding="utf-8"))
     return content["version"], content["metrics"]["average_precision"]["value"]
 
+# %% ../../nbs/pipeline/05_run.ipynb #57900bec
 def _make_record(request: _RunRequest, states: Mapping[str, str], error: str | None) -> Run:
     "The record of a run that ends now."
     champion, average_precision = _champion(request.settings)
@@ -367,6 +371,7 @@ def _make_record(request: _RunRequest, states: Mapping[str, str], error: str | N
     )
 
 def _append_history(run: Run, settings: Settings) -> None:
+    "Adds a line to reports/history.jsonl."
     settings.reports_dir.mkdir(parents=True, exist_ok=True)
     with (settings.reports_dir / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(run.model_dump_json() + "\n")
@@ -410,6 +415,7 @@ def _check_registry(stages: Sequence[Job], settings: Settings) -> None:
         from fraud_pkg.model.tracking import require_registry
         require_registry(settings)
 
+# %% ../../nbs/pipeline/05_run.ipynb #9b560141
 def refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
     from fraud_pkg.report.pages import build_report
@@ -436,6 +442,7 @@ def _recallable(request: _RunRequest) -> list[Job]:
         names = _upstream(request.only, request.stages) - ({request.only} if request.force else set())
     return [job for job in request.stages if job.name in names]
 
+# %% ../../nbs/pipeline/05_run.ipynb #40cbc41a
 def _promote_again(request: _RunRequest, output: ReproOutput) -> None:
     "Lets the promotion checks decide again, and runs what depends on their answer."
     def tell_news(event: ProgressEvent) -> None:

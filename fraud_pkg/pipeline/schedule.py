@@ -102,13 +102,14 @@ def with_needs(
             wanted |= set(other.needs)
     return [other for other in jobs if other.name in wanted]
 
-def command(job: Scheduled) -> list[str]:
-    "The command that runs the job itself in any case, and what it needs where that has changed."
-    return ["fraud", "run", "--force", "--job", job.name] if job.stage else ["fraud", "jobs", "run", job.name]
-
 def _deadline_with_needs(job: Scheduled, jobs: Sequence[Scheduled]) -> int:
     "Seconds for the job and all that it needs."
     return sum(needed.deadline for needed in with_needs(job, jobs))
+
+# %% ../../nbs/pipeline/00_schedule.ipynb #4ce02d14
+def command(job: Scheduled) -> list[str]:
+    "The command that runs the job itself in any case, and what it needs where that has changed."
+    return ["fraud", "run", "--force", "--job", job.name] if job.stage else ["fraud", "jobs", "run", job.name]
 
 # %% ../../nbs/pipeline/00_schedule.ipynb #34e83c81
 def from_template(name: str, /, **values: str) -> str:
@@ -175,6 +176,7 @@ def _run_choices(jobs: Sequence[Scheduled]) -> dict[str, list[Scheduled]]:
     by_cron = {cron: [job for job in jobs if job.schedule == cron] for cron in crons}
     return by_cron | {job.name: [job] for job in jobs}
 
+# %% ../../nbs/pipeline/00_schedule.ipynb #30fd99f7
 def _timeout_minutes(group: Sequence[Scheduled], jobs: Sequence[Scheduled]) -> int:
     "The time of all these jobs, of what several of them need only once, and ten minutes for the set-up."
     deadlines = {needed.name: needed.deadline for job in group for needed in with_needs(job, jobs)}
@@ -189,6 +191,7 @@ def _schedule_lines(choices: Mapping[str, Sequence[Scheduled]]) -> str:
     head = "  schedule:  # in UTC; GitHub may start late, and stops after 60 days without a commit"
     return "\n".join([head, *crons]) if crons else ""
 
+# %% ../../nbs/pipeline/00_schedule.ipynb #119339ce
 def _stream_condition(choices: Mapping[str, Sequence[Scheduled]]) -> str:
     "Lets a scheduled run of jobs that read live traffic start only where a stream is named; empty without such jobs."
     live = [choice for choice, group in choices.items() if " " in choice and not any(job.stage for job in group)]
@@ -292,6 +295,7 @@ def _copy_bundle(champion: Path, url: str) -> None:
         for name in names:
             shutil.copyfile(champion / name, folder / name)
 
+# %% ../../nbs/pipeline/00_schedule.ipynb #cda4c0a8
 def deliver_champion(
     root: Path,
     url: str,  # s3://BUCKET/PREFIX or a folder
