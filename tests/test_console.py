@@ -188,8 +188,7 @@ def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
 
 def test_read_only(service, browser, tmp_path):  # noqa: F811
     """A key with read access cannot mark, and the page says so; nor may anybody without keys, on loopback. A key is
-    gone
-    when the page is loaded again.
+    gone when the page is loaded again.
     """
     with visit(browser, service) as made:
         unlock(made, READ)

@@ -11,7 +11,6 @@ __all__ = ['Content', 'LABELS_PER_REQUEST', 'RemoteAnswer', 'Candidate', 'candid
 import json
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
