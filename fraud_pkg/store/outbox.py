@@ -52,3 +52,6 @@ class OutboxStore(OnlineStore, Protocol):
         Raises `ConflictError` when a partition is elsewhere or one of the transactions is recorded already, and
         `StoreError` when it is not known whether it happened.
         """
+
+    def close(self) -> None:
+        "Gives back what it holds: the folder, or the connections."

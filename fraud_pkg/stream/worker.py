@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAST_WAIT', 'COMMIT_INTERVAL', 'Offsets', 'Work', 'Probe', 'merge_partitions', 'CircuitBreaker', 'Patience',
            'observe_latency', 'DeliveryTracker', 'FinishedBatch', 'finish_batch', 'TransactionalOutbox',
-           'DirectDelivery', 'Worker', 'NoModel', 'local_work', 'remote_work', 'ClosableOutbox', 'open_store',
-           'topics_read', 'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
+           'DirectDelivery', 'Worker', 'NoModel', 'local_work', 'remote_work', 'open_store', 'topics_read',
+           'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
 # %% ../../nbs/stream/05_worker.ipynb #118d618c
 import contextlib
@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 from kafka import TopicPartition
 
@@ -315,15 +314,11 @@ def remote_work(remote: RemoteService, topics: Topics, format: str) -> Work:
     return work
 
 # %% ../../nbs/stream/05_worker.ipynb #261ef2da
-class ClosableOutbox(OutboxStore, Protocol):
-    "An outbox store that can be closed."
-    def close(self) -> None: ...
-
-def open_store(settings: Settings, scores: bool) -> ClosableOutbox:
+def open_store(settings: Settings, scores: bool) -> OutboxStore:
     "The store of a consumer that decides itself; raises `FraudError`."
     stream, retention = settings.stream, max(settings.features.windows) + settings.features.label_delay
     folder = settings.root / stream.state
-    store = cast(ClosableOutbox, open_outbox_store(settings.store.url, retention, settings.store.timeout, folder))
+    store = open_outbox_store(settings.store.url, retention, settings.store.timeout, folder)
     if scores or store.shared:
         return store
     store.close()
@@ -337,7 +332,7 @@ class _Parts:
     work: Work
     probe: Probe
     positions: Positions
-    outbox: ClosableOutbox | None
+    outbox: OutboxStore | None
 
 def _remote_parts(settings: Settings, environ: Mapping[str, str]) -> _Parts:
     stream = settings.stream
@@ -345,7 +340,7 @@ def _remote_parts(settings: Settings, environ: Mapping[str, str]) -> _Parts:
     positions = TopicPositions(stream, functools.partial(open_consumer, stream, environ))
     return _Parts(remote_work(remote, topics_of(stream), stream.format), remote.ping, positions, None)
 
-def _local_parts(settings: Settings, metrics: StreamMetrics, store: ClosableOutbox) -> _Parts:
+def _local_parts(settings: Settings, metrics: StreamMetrics, store: OutboxStore) -> _Parts:
     service = Service(settings.serve, store, {})
     watcher = Watcher(service, settings)
     watcher.taken = metrics.use
