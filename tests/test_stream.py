@@ -498,9 +498,9 @@ def test_consumers_join_and_leave(case, world, redis_url):
     """Up to three share the work, and the partitions change hands while messages flow; each is decided once, and each
     account's in their order.
     """
-    made, rows = case(stream__partitions=6, stream__batch=50, store__url=redis_url.replace("/0", "/2")), 30_000
+    made, rows = case(stream__partitions=6, stream__batch=50, store__url=redis_url.replace("/0", "/2")), 15_000
     made.fraud("redrive", "--dry-run")  # makes the topics
-    source = made.start("produce", str(world.quiet), "--limit", str(rows), "--rate", "1500")
+    source = made.start("produce", str(world.quiet), "--limit", str(rows), "--rate", "300")  # 50 s
     with made.running("score") as first:
         made.until(lambda: metric(first, "fraud_stream_messages_total") > 500, process=first)
         with made.running("score") as second:
