@@ -14,119 +14,123 @@ from typing import Any
 
 from ..core.files import write_whole
 from ..core.settings import Settings
+from ..model.bakeoff import BakeOffReport
 from ..model.bundle import load_bundle
+from ..model.card import Card, Segment
+from ..model.gate import Verdict
+from ..monitor.drift import DriftRecord, DriftVerdict
 from .charts import capitalised, environment, spaced, write_assets
 from fraud_pkg.report.figures import (
     Record, card_curve, contender_bars, curves_plot, drift_bars, influence_bars, is_miscalibrated, is_weak, job_bars,
-    money_bars, money_plot, picture, read_benchmarks, read_history, read_jobs, read_json, read_live_checks, recall_bars,
-    recall_of_all, references, reliability_plot, runs_plot,
+    money_bars, money_plot, picture, read_benchmarks, read_history, read_jobs, read_json, read_live_checks, read_model,
+    recall_bars, recall_of_all, references, reliability_plot, runs_plot, to_model,
 )
 
 # %% ../../nbs/report/02_pages.ipynb #7618593d
-def group_phrase(part: Record) -> str:
+def group_phrase(part: Segment) -> str:
     "A group of the card in a sentence."
-    name = spaced(part["name"])
+    name = spaced(part.name)
     phrases = {
         "amount": f"amounts {name}",
-        "type of payment": f"payments of type {part['name']}",
+        "type of payment": f"payments of type {part.name}",
         "sender": f"senders {name}",
     }
-    return phrases.get(part["by"], name)
+    return phrases.get(part.by, name)
 
 def largest_loss(
-    card: Record,
+    card: Card,
     group: str,  # what the frauds are grouped by
 ) -> list[str]:
     "The group of frauds in which most money is lost, if it is more than a third of all."
-    parts = [part for part in card["segments"] if part["by"] == group]
-    lost = sum(part["lost"] for part in parts)
-    worst = max(parts, key=lambda part: part["lost"], default=None)
-    if worst is None or len(parts) < 2 or worst["lost"] < lost / 3 or not worst["lost"]:
+    parts = [part for part in card.segments if part.by == group]
+    lost = sum(part.lost for part in parts)
+    worst = max(parts, key=lambda part: part.lost, default=None)
+    if worst is None or len(parts) < 2 or worst.lost < lost / 3 or not worst.lost:
         return []
     causes = "causes" if group == "kind of fraud" else "cause"
-    are = "is" if worst["missed"] == 1 else "are"
-    return [f"{capitalised(group_phrase(worst))} {causes} {worst['lost'] / lost:.0%} of the remaining loss: "
-            f"{worst['lost']:,.0f} of {worst['amount']:,.0f} at risk there. {worst['missed']} of these "
-            f"{worst['frauds']} frauds {are} allowed; the rest is what reviews cost and do not recover."]
+    are = "is" if worst.missed == 1 else "are"
+    return [f"{capitalised(group_phrase(worst))} {causes} {worst.lost / lost:.0%} of the remaining loss: "
+            f"{worst.lost:,.0f} of {worst.amount:,.0f} at risk there. {worst.missed} of these "
+            f"{worst.frauds} frauds {are} allowed; the rest is what reviews cost and do not recover."]
 
 # %% ../../nbs/report/02_pages.ipynb #4b010956
 LEAST_FRAUDS = 5  # frauds of a group before a sentence is made of it
 
-def weakest_groups(card: Record, most: int = 3) -> list[str]:
+def weakest_groups(card: Card, most: int = 3) -> list[str]:
     "Groups of which clearly fewer frauds are found within the budget than of all, the worst first."
     everything = recall_of_all(card)
-    groups = [part for part in card["segments"]
-              if part["by"] != "all" and part["frauds"] >= LEAST_FRAUDS and is_weak(part, everything)]
-    groups.sort(key=lambda part: part["within_budget"]["value"])
+    groups = [part for part in card.segments
+              if part.by != "all" and part.frauds >= LEAST_FRAUDS and is_weak(part, everything)]
+    groups.sort(key=lambda part: part.within_budget.value)
     sentences = []
     for part in groups[:most]:
-        share = part["within_budget"]
+        share = part.within_budget
         sentences.append(
-            f"Recall within the budget is {share['value']:.0%} for {group_phrase(part)} ({share['low']:.0%} to "
-            f"{share['high']:.0%}; {part['frauds']:,} frauds), {everything:.0%} for all frauds.")
+            f"Recall within the budget is {share.value:.0%} for {group_phrase(part)} ({share.low:.0%} to "
+            f"{share.high:.0%}; {part.frauds:,} frauds), {everything:.0%} for all frauds.")
     return sentences
 
 # %% ../../nbs/report/02_pages.ipynb #9ba66ac4
-def beyond_budget(card: Record) -> list[str]:
+def beyond_budget(card: Card) -> list[str]:
     "When the thresholds ask for clearly more than the team can look at."
-    points = {point["name"]: point for point in card["points"]}
+    points = {point.name: point for point in card.points}
     budget, used = points["budget"], points["thresholds"]
-    if used["per_day"] < 1.5 * budget["per_day"]:
+    if used.per_day < 1.5 * budget.per_day:
         return []
-    ratio = used["per_day"] / budget["per_day"]
-    return [f"Its thresholds stop {used['per_day']:,.0f} payments a day, {ratio:,.0f} times the alert budget of "
-            f"{budget['per_day']:,.0f}: they follow from costs alone. With the budget alone reviewed, "
-            f"{budget['recall']:.0%} of the frauds are found and {budget['saved']:.0%} of their cost is saved."]
+    ratio = used.per_day / budget.per_day
+    return [f"Its thresholds stop {used.per_day:,.0f} payments a day, {ratio:,.0f} times the alert budget of "
+            f"{budget.per_day:,.0f}: they follow from costs alone. With the budget alone reviewed, "
+            f"{budget.recall:.0%} of the frauds are found and {budget.saved:.0%} of their cost is saved."]
 
 # %% ../../nbs/report/02_pages.ipynb #f0db1006
-def honest_payments(card: Record) -> list[str]:
+def honest_payments(card: Card) -> list[str]:
     "What honest customers bear."
-    rows = {row["decision"]: row for row in card["worth"]["decisions"]}
-    delayed = rows["review"]["honest"] + rows["block"]["honest"]
-    frauds = rows["review"]["frauds"] + rows["block"]["frauds"]
+    rows = {row.decision: row for row in card.worth.decisions}
+    delayed = rows["review"].honest + rows["block"].honest
+    frauds = rows["review"].frauds + rows["block"].frauds
     if not delayed:
         return []
-    share = delayed / (delayed + rows["allow"]["honest"])
+    share = delayed / (delayed + rows["allow"].honest)
     ratio = f"{delayed / frauds:.1f} for each fraud that is stopped" if frauds else "and no fraud"
     return [f"{delayed:,} honest payments are reviewed or blocked ({share:.1%} of them all, {ratio}); "
-            f"{rows['block']['honest']:,} of them are blocked at once."]
+            f"{rows['block'].honest:,} of them are blocked at once."]
 
 # %% ../../nbs/report/02_pages.ipynb #c693d805
-def worst_calibrated(card: Record) -> list[str]:
+def worst_calibrated(card: Card) -> list[str]:
     "The bin whose probability is most clearly wrong."
-    bins = [b for b in card["reliability"] if is_miscalibrated(b)]
+    bins = [b for b in card.reliability if is_miscalibrated(b)]
     if not bins:
         return []
-    worst = max(bins, key=lambda b: b["rows"] * abs(b["predicted"] - b["observed"]))
-    tendency = "too high" if worst["predicted"] > worst["observed"] else "too low"
-    return [f"Where {worst['predicted']:.2%} is predicted on average, {worst['observed']:.2%} were fraud "
-            f"({worst['low']:.2%} to {worst['high']:.2%}; {worst['rows']:,} payments): "
+    worst = max(bins, key=lambda b: b.rows * abs(b.predicted - b.observed))
+    tendency = "too high" if worst.predicted > worst.observed else "too low"
+    return [f"Where {worst.predicted:.2%} is predicted on average, {worst.observed:.2%} were fraud "
+            f"({worst.low:.2%} to {worst.high:.2%}; {worst.rows:,} payments): "
             f"the probabilities are {tendency} there."]
 
 # %% ../../nbs/report/02_pages.ipynb #0ce74bd2
-def weak_spots(card: Record) -> list[str]:
+def weak_spots(card: Card) -> list[str]:
     "Sentences about where the champion fails, what weighs most first."
     losses = [sentence for group in ("kind of fraud", "amount") for sentence in largest_loss(card, group)]
     return [*beyond_budget(card), *weakest_groups(card), *honest_payments(card), *losses, *worst_calibrated(card)]
 
 # %% ../../nbs/report/02_pages.ipynb #e0d50fbf
-def _limits_of_card(card: Record) -> list[str]:
+def _limits_of_card(card: Card) -> list[str]:
     "What follows from the one period that the champion was measured on."
     sentences = []
-    if card["learned_from_it"]:
+    if card.learned_from_it:
         sentences.append("This champion has learned from a part of the period that it is measured on here: the figures "
                          "flatter it. Those of its own test period are in its bundle.")
-    sentences.append(f"It was measured once, on {card['days']:.0f} days with {card['frauds']:,} frauds. The intervals "
+    sentences.append(f"It was measured once, on {card.days:.0f} days with {card.frauds:,} frauds. The intervals "
                      "say how far a figure would move with other accounts from the same weeks, not with another world.")
-    few = [f"{spaced(part['name'])} ({part['frauds']})" for part in card["segments"]
-           if part["by"] == "kind of fraud" and part["frauds"] < 10]
+    few = [f"{spaced(part.name)} ({part.frauds})" for part in card.segments
+           if part.by == "kind of fraud" and part.frauds < 10]
     if few:
         sentences.append(f"Fewer than ten frauds were seen of {', '.join(few)}: too few to trust their shares.")
     return sentences
 
 def limits(
     champion: Record,  # its manifest
-    card: Record | None,
+    card: Card | None,
 ) -> list[str]:
     "What must not be read into the figures."
     sentences = []
@@ -149,9 +153,10 @@ def next_steps(content: Mapping[str, Any]) -> list[tuple[str, str]]:  # what, co
              for job in content["jobs"] if job["status"] in ("failed", "interrupted")]
     if content["champion"] is None:
         steps.append(("There is no champion yet. Run the pipeline.", "fraud run"))
-    if (content["drift"] or {}).get("verdict") == "drift":
+    drift, verdict = content["drift"], content["verdict"]
+    if drift and drift.verdict == "drift":
         steps.append(("The data has drifted: retrain on newer data.", "fraud run"))
-    if content["verdict"] and not content["verdict"]["passed"]:
+    if verdict and not verdict.passed:
         steps.append(("The last challenger was refused. Let Optuna look for better parameters.",
                       "fraud run --set train.trials=20"))
     if content["champion"] is not None:
@@ -172,21 +177,22 @@ def evidently_pages(reports: Path) -> dict[str, str]:
     return {name: f"monitor/{name}.html" for name in ("drift", "performance")
             if (reports / "monitor" / f"{name}.html").is_file()}
 
-def read_card(reports: Path, champion: Record | None) -> dict[str, Any] | None:
+def read_card(reports: Path, champion: Record | None) -> Card | None:
     "What the promote job has measured of this champion; None when it is of another one."
-    card = read_json(reports / "bakeoff" / "card.json")
-    return card if card and champion and card["version"] == champion["version"] else None
+    path = reports / "bakeoff" / "card.json"
+    card = read_json(path)
+    return to_model(Card, card, path) if card and champion and card["version"] == champion["version"] else None
 
 # %% ../../nbs/report/02_pages.ipynb #2a72e831
 def _bake_off(reports: Path, champion: str | None) -> dict[str, Any]:
     "Rows, curves and bars of the last bake-off, and what the promotion checks said."
-    bakeoff: dict[str, Any] = read_json(reports / "bakeoff" / "bakeoff.json") or {"rows": [], "curves": {}}
-    rows = bakeoff["rows"]
+    report = read_model(BakeOffReport, reports / "bakeoff" / "bakeoff.json")
+    rows, curves = (report.rows, report.curves) if report else ([], {})
     return {
-        "rows": rows, "verdict": read_json(reports / "bakeoff" / "verdict.json"),
-        "curves": curves_plot(bakeoff.get("curves", {}), rows, champion), "measures": contender_bars(rows, champion),
+        "rows": rows, "verdict": read_model(Verdict, reports / "bakeoff" / "verdict.json"),
+        "curves": curves_plot(curves, rows, champion), "measures": contender_bars(rows, champion),
         "references": references(rows),
-        "scenarios": sorted({scenario for row in rows for scenario in row["metrics"]["scenarios"]}),
+        "scenarios": sorted({scenario for row in rows for scenario in row.metrics["scenarios"]}),
     }
 
 def collect(settings: Settings) -> dict[str, Any]:
@@ -199,8 +205,8 @@ def collect(settings: Settings) -> dict[str, Any]:
         "weak": weak_spots(card) if card else [], "limits": limits(champion, card) if champion else [],
         "profile": read_json(reports / "data" / "profile.json"),
         "profile_picture": picture(reports / "data" / "profile.png"),
-        "drift": read_json(reports / "monitor" / "verdict.json"),
-        "drifted": read_json(reports / "monitor" / "drift.json"), "pages": evidently_pages(reports),
+        "drift": read_model(DriftVerdict, reports / "monitor" / "verdict.json"),
+        "drifted": read_model(DriftRecord, reports / "monitor" / "drift.json"), "pages": evidently_pages(reports),
         "jobs": read_jobs(reports), "history": history, "broken": broken, "live": read_live_checks(reports),
         "benchmarks": read_benchmarks(settings.root), "budget": settings.decision.alert_budget,
     }
@@ -209,21 +215,21 @@ def collect(settings: Settings) -> dict[str, Any]:
 # %% ../../nbs/report/02_pages.ipynb #88070486
 GROUPS = ("kind of fraud", "amount", "type of payment", "sender")
 
-def _card_charts(card: Record) -> dict[str, Any]:
+def _card_charts(card: Card) -> dict[str, Any]:
     "The charts of a champion; of groups those that have something to compare."
     groups = {group: recall_bars(card, group) for group in GROUPS}
     return {
         "money": money_bars(card), "money_plot": money_plot(card), "card_plot": card_curve(card),
         "reliability": reliability_plot(card), "influences": influence_bars(card), "kinds": groups["kind of fraud"],
         "groups": [(group, rows) for group, rows in groups.items() if len(rows) > 1],
-        "used": {point["name"]: point for point in card["points"]},
+        "used": {point.name: point for point in card.points},
     }
 
 def draw_charts(content: Mapping[str, Any]) -> dict[str, Any]:
     "The charts of the pages, from what was collected."
     drifted = content["drifted"]
     return {
-        "moved": drift_bars(drifted["features"]) if drifted else [], "runs": runs_plot(content["history"]),
+        "moved": drift_bars(drifted.features) if drifted else [], "runs": runs_plot(content["history"]),
         "durations": job_bars(content["jobs"]), **(_card_charts(content["card"]) if content["card"] else {}),
     }
 
