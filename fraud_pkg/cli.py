@@ -25,6 +25,7 @@ import typer
 
 if TYPE_CHECKING:
     from fraud_pkg.core.settings import Settings
+    from fraud_pkg.model.registry import ModelSummary
     from fraud_pkg.pipeline.run import ProgressEvent, Run
 
 # %% ../nbs/cli.ipynb #f172596a
@@ -295,22 +296,25 @@ def _show_run(result: "Run") -> None:
 
 def _show_bake_off(config: "Settings") -> None:
     "The bake-off of the last promotion."
-    from fraud_pkg.model.bakeoff import bake_off_table
-    content = json.loads((config.reports_dir / "bakeoff/bakeoff.json").read_text(encoding="utf-8"))
-    table = bake_off_table(content["rows"], content["champion"])
+    from fraud_pkg.model.bakeoff import BakeOffReport, bake_off_table
+    text = (config.reports_dir / "bakeoff/bakeoff.json").read_text(encoding="utf-8")
+    report = BakeOffReport.model_validate_json(text, extra="ignore")
+    table = bake_off_table(report.rows, report.champion)
     rows = [(name, *row) for name, row in zip(table.index, table.itertuples(index=False))]
     _print_table("Bake-off on the test period, with 95 % intervals (* champion)", ("contender", *table.columns), rows,
                  right=range(2, len(table.columns) + 1))
 
 def _show_champion(result: "Run", config: "Settings") -> None:
     "The champion, whether it passed the promotion checks, where the report is and what to do next."
+    from fraud_pkg.model.gate import Verdict
     manifest = json.loads((config.models_dir / "champion/manifest.json").read_text(encoding="utf-8"))
-    verdict = json.loads((config.reports_dir / "bakeoff/verdict.json").read_text(encoding="utf-8"))
+    text = (config.reports_dir / "bakeoff/verdict.json").read_text(encoding="utf-8")
+    verdict = Verdict.model_validate_json(text, extra="ignore")
     print(f"Champion: {result.champion} ({manifest['name']}), average precision {result.average_precision:.3f}; "
           "where it comes from: fraud models show")
-    for reason in verdict["reasons"]:
-        if not reason["passed"]:
-            print(f"Gate:     challenger {verdict['challenger']} was refused ({reason['check']}: {reason['detail']})")
+    for reason in verdict.reasons:
+        if not reason.passed:
+            print(f"Gate:     challenger {verdict.challenger} was refused ({reason.check}: {reason.detail})")
     print(f"Report:   {config.reports_dir / 'index.html'}")
     print("Next:     open the report; change settings.ini and run again; make lab opens the notebooks")
 
@@ -484,11 +488,11 @@ def models_list(overrides: Overrides = None) -> None:
     "Show every registered version, newest first."
     from fraud_pkg.model.registry import list_models
 
-    def row(model: Mapping[str, Any]) -> tuple[Any, ...]:
-        precision = "" if model["average_precision"] is None else f"{model['average_precision']:.3f}"
-        return (model["version"], model["number"], model["contender"], ", ".join(model["aliases"]), precision,
-                GATE_RESULTS[model["passed"]], model["promoted_at"], model["rolled_back"],
-                model["data_fingerprint"][:12], model["code_revision"][:12])
+    def row(model: "ModelSummary") -> tuple[Any, ...]:
+        precision = "" if model.average_precision is None else f"{model.average_precision:.3f}"
+        return (model.version, model.number, model.contender, ", ".join(model.aliases), precision,
+                GATE_RESULTS[model.passed], model.promoted_at, model.rolled_back,
+                model.data_fingerprint[:12], model.code_revision[:12])
 
     columns = ("version", "no.", "contender", "alias", "average precision", "gate", "promoted", "rolled back", "data",
                "code")
@@ -500,7 +504,7 @@ def models_show(name: ModelName = "champion", overrides: Overrides = None) -> No
     import yaml
 
     from fraud_pkg.model.registry import show_model
-    content = json.loads(json.dumps(show_model(_settings(overrides), name)))
+    content = show_model(_settings(overrides), name).model_dump(mode="json")
     print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=160), end="")
 
 # %% ../nbs/cli.ipynb #2f80d26b

@@ -1,9 +1,10 @@
 """The table of the last bake-off as text, for a job's summary and for a comment."""
 
-import json
 from pathlib import Path
 
-from fraud_pkg.model.bakeoff import bake_off_table
+from fraud_pkg.model.bakeoff import BakeOffReport, bake_off_table
 
-found = json.loads(Path("reports/bakeoff/bakeoff.json").read_text(encoding="utf-8"))
-print(bake_off_table(found["rows"], found["champion"]).to_string())
+report = BakeOffReport.model_validate_json(
+    Path("reports/bakeoff/bakeoff.json").read_text(encoding="utf-8"), extra="ignore"
+)
+print(bake_off_table(report.rows, report.champion).to_string())

@@ -169,7 +169,7 @@ class BakeOff(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     rows: list[BakeOffRow]  # in the order of `KINDS`
     champion: str | None  # bundle version
-    champion_name: str | None
+    champion_name: str | None = None
 
 def _score_folders(settings: Settings) -> list[Path]:
     "The contenders' folders in data/scores; raises `RegistryError` when there are none."
@@ -215,13 +215,12 @@ TABLE_COLUMNS = {"average precision": ("average_precision", ".3f"), "ROC AUC": (
                  "money saved": ("money_saved_share", ".1%")}
 
 def bake_off_table(
-    rows: Sequence[BakeOffRow | Mapping[str, Any]],  # of `bake_off`, or as JSON has them
+    rows: Sequence[BakeOffRow],
     champion: str | None = None,  # bundle version, marked with a star
 ) -> "pd.DataFrame":
     "One line per contender, each value with its 95 % interval."
     import pandas as pd
 
-    rows = [BakeOffRow.model_validate(row) for row in rows]
     names = [row.name + (" *" if champion and row.version == champion else "") for row in rows]
     columns = {title: [interval(row.metrics.get(key), form) for row in rows]
                for title, (key, form) in TABLE_COLUMNS.items()}
@@ -257,7 +256,7 @@ class PrecisionRecall(BaseModel):
 
 class BakeOffReport(BakeOff):
     "The bake-off with its curves; reports/bakeoff/bakeoff.json is one."
-    curves: dict[str, PrecisionRecall]  # {name of a row: curve}
+    curves: dict[str, PrecisionRecall] = {}  # {name of a row: curve}; an older file has none
 
 def _precision_recall_png(y: np.ndarray, scores: dict[str, np.ndarray]) -> bytes:
     "The picture of the curves."
@@ -270,13 +269,13 @@ def _precision_recall_png(y: np.ndarray, scores: dict[str, np.ndarray]) -> bytes
     plt.close(figure)
     return picture.getvalue()
 
-def write_bake_off(settings: Settings) -> dict[str, Any]:  # a `BakeOffReport`
+def write_bake_off(settings: Settings) -> BakeOffReport:
     "The bake-off with its curves, also as bakeoff.json and precision_recall.png in reports/bakeoff."
     result, (y, scores) = bake_off(settings), bake_off_scores(settings)
     scores = {row.name: scores[row.name] for row in result.rows if row.name in scores}
     curves = {name: PrecisionRecall(**thin_curve(y, score)) for name, score in scores.items()}
-    report = BakeOffReport(**result.model_dump(), curves=curves).model_dump()
+    report = BakeOffReport(**dict(result), curves=curves)
     folder = settings.reports_dir / "bakeoff"
     write_whole(folder / "precision_recall.png", _precision_recall_png(y, scores))
-    write_whole(folder / "bakeoff.json", json.dumps(report, indent=1) + "\n")
+    write_whole(folder / "bakeoff.json", json.dumps(report.model_dump(), indent=1) + "\n")
     return report

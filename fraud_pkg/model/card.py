@@ -353,13 +353,13 @@ def champion_card(
         false_alarms=false_alarms(bundle, period))
 
 # %% ../../nbs/model/10_card.ipynb #195e1262
-def write_card(settings: Settings, test: Sample, features: Mapping[str, Any]) -> dict[str, Any] | None:  # a `Card`
+def write_card(settings: Settings, test: Sample, features: Mapping[str, Any]) -> Card | None:
     "Writes reports/bakeoff/card.json about models/champion; no file, and None, when the data lacks a feature it needs."
     bundle = load_bundle(settings.models_dir / "champion", settings.train.threads)
     path = settings.reports_dir / "bakeoff/card.json"
     if set(bundle.manifest.features) - set(test.names):
         path.unlink(missing_ok=True)
         return None
-    card = champion_card(bundle, test, features, settings).model_dump()
-    write_whole(path, json.dumps(card, indent=1, allow_nan=False) + "\n")
+    card = champion_card(bundle, test, features, settings)
+    write_whole(path, json.dumps(card.model_dump(), indent=1, allow_nan=False) + "\n")
     return card

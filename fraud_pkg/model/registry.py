@@ -196,11 +196,11 @@ def _summary(version: Version, aliases: Mapping[str, int]) -> ModelSummary:
         promoted_at=tags.get("promoted_at"), rolled_back=tags.get("rolled_back") or None,
         data_fingerprint=tags["data_fingerprint"], code_revision=tags["code_revision"])
 
-def list_models(settings: Settings) -> list[dict[str, Any]]:  # each a `ModelSummary`
+def list_models(settings: Settings) -> list[ModelSummary]:
     "Every registered version, newest first: what it is, its aliases, whether it passed the promotion checks."
     with registry_client(settings) as client:
         aliases = registered_aliases(client, settings)
-        return [_summary(version, aliases).model_dump() for version in registered_versions(client, settings)]
+        return [_summary(version, aliases) for version in registered_versions(client, settings)]
 
 # %% ../../nbs/model/09_registry.ipynb #33a5f896
 class ModelDetails(ModelSummary):
@@ -236,18 +236,17 @@ def _registered_manifest(client: "MlflowClient", version: Version) -> Manifest:
 def show_model(
     settings: Settings,
     name: str = "champion",  # bundle version, number or alias
-) -> dict[str, Any]:  # a `ModelDetails`
+) -> ModelDetails:
     "Where a version comes from and what is known about it."
     with registry_client(settings) as client:
         version = find_version(client, settings, name)
         manifest = _registered_manifest(client, version)
         summary = _summary(version, registered_aliases(client, settings))
     verdict = version.tags.get("verdict")
-    details = ModelDetails(
-        **summary.model_dump(), run_id=version.run_id, data=manifest.data, dvc=_dvc_data(version),
+    return ModelDetails(
+        **dict(summary), run_id=version.run_id, data=manifest.data, dvc=_dvc_data(version),
         settings=manifest.settings, params=manifest.params, parity=manifest.parity, thresholds=manifest.thresholds,
         metrics=manifest.metrics, verdict=Verdict.model_validate_json(verdict) if verdict else None)
-    return details.model_dump(mode="json")
 
 # %% ../../nbs/model/09_registry.ipynb #57680046
 def model_data(
