@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TYPE_CHECKING
 
@@ -26,6 +26,7 @@ import typer
 if TYPE_CHECKING:
     from fraud_pkg.core.settings import Settings
     from fraud_pkg.model.registry import ModelSummary
+    from fraud_pkg.monitor.check_run import CheckRun
     from fraud_pkg.pipeline.run import ProgressEvent, Run
 
 # %% ../nbs/cli.ipynb #f172596a
@@ -565,13 +566,13 @@ def models_rollback(
     print(f"champion: {version.bundle_version} ({version.contender})")
 
 # %% ../nbs/cli.ipynb #bdaffec7
-def _show_checks(verdict: Mapping[str, Any]) -> None:
+def _show_checks(check_run: "CheckRun") -> None:
     "The checks of a check run as a table."
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
-    rows = [(check["check"], f"{check['bad']} of {check['judged']}", "alarm" if check["alarm"] else "",
-             shown(check["value"]), shown(check["threshold"])) for check in verdict.get("checks", ())]
+    rows = [(check.check, f"{check.bad} of {check.judged}", "alarm" if check.alarm else "", shown(check.value),
+             shown(check.threshold)) for check in check_run.checks]
     if rows:
         _print_table("", ("check", "bad windows", "", "newest", "threshold"), rows, right=(3, 4))
 
@@ -583,17 +584,17 @@ def watch_live(
     "Judge the champion on live traffic: the decisions that `fraud stream sink` wrote."
     from fraud_pkg.core.errors import FraudError
     from fraud_pkg.pipeline.retrain import watch_and_retrain
-    verdict, outcome = watch_and_retrain(_settings(overrides), ProgressView(), learn=retrain)
-    _show_checks(verdict)
-    print(f"{verdict['verdict']}: {verdict['reasons'][0]}", *verdict["reasons"][1:], sep="\n  ")
-    if verdict["verdict"] == "unknown":
+    check_run, outcome = watch_and_retrain(_settings(overrides), ProgressView(), learn=retrain)
+    _show_checks(check_run)
+    print(f"{check_run.verdict}: {check_run.reasons[0]}", *check_run.reasons[1:], sep="\n  ")
+    if check_run.verdict == "unknown":
         raise FraudError("the verdict is unknown")
     if not outcome:
         return
-    if outcome["error"]:
-        raise FraudError(f"retraining failed: {outcome['error']}")
-    print(f"new champion {outcome['after']} instead of {outcome['before']}" if outcome["promoted"] else
-          f"champion {outcome['before']} stays: no challenger passed the promotion checks")
+    if outcome.error:
+        raise FraudError(f"retraining failed: {outcome.error}")
+    print(f"new champion {outcome.after} instead of {outcome.before}" if outcome.promoted else
+          f"champion {outcome.before} stays: no challenger passed the promotion checks")
 
 # %% ../nbs/cli.ipynb #6a62c59e
 if __name__ == "__main__" and __spec__:  # python -m fraud_pkg.cli; a notebook has no __spec__

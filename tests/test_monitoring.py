@@ -21,7 +21,8 @@ import yaml
 from kafka import KafkaProducer
 
 from fraud_pkg.cli import app
-from fraud_pkg.monitor.check_run import push_figures
+from fraud_pkg.monitor.check_run import CheckRun, push_figures
+from fraud_pkg.monitor.live import CheckResult, CheckSummary, JudgedWindow
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.wire import EXAMPLE
 from fraud_pkg.core.settings import load_settings
@@ -264,16 +265,24 @@ def fraud(folder: Path, *arguments: str, **overrides) -> Iterator[int]:
 def bad_monitor(folder: Path, pushgateway: str) -> None:
     """A look of the monitor that asks for a new model, pushed as `fraud watch` pushes it."""
     checks = [
-        {"check": name, "value": 0.3, "threshold": 0.2, "bad": 3, "judged": 5}
+        CheckSummary(check=name, judged=5, bad=3, needed=3, alarm=True, value=0.3, threshold=0.2, by_chance=0.01)
         for name in ("features", "score", "recall", "precision")
     ]
-    found = {
-        "verdict": "retrain",
-        "checks": checks,
-        "age_days": 3000,
-        "labels_used": 7,
-        "windows": [{"labelled": True, "average_precision": 0.4}],
-    }
+    nothing = CheckResult(value=None, threshold=None, bad=None, rows=0)
+    window = JudgedWindow(
+        flagged=0,
+        first_step=0,
+        end_step=24,
+        rows=0,
+        others=0,
+        labelled=True,
+        average_precision=0.4,
+        features=nothing,
+        score=nothing,
+        recall=nothing,
+        precision=nothing,
+    )
+    found = CheckRun(verdict="retrain", reasons=[], checks=checks, age_days=3000, labels_used=7, windows=[window])
     push_figures(
         found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={})
     )

@@ -11,7 +11,7 @@ from fraud_pkg.data.acquire import acquire
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.features.table import build_features
 from fraud_pkg.train.samples import Period, load_sample, split_periods
-from fraud_pkg.monitor.live import DecisionWindow, Reference, chance, count_bad, judge_window
+from fraud_pkg.monitor.live import DecisionWindow, JudgedWindow, Reference, chance, count_bad, judge_window
 from fraud_pkg.model.bakeoff import evaluate_contender
 from fraud_pkg.train.samples import Periods
 from fraud_pkg.core.settings import load_settings
@@ -22,7 +22,7 @@ LEARNED, WATCHED = 90, 200  # days
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory) -> tuple[list[dict], Reference]:
+def judged(tmp_path_factory) -> tuple[list[JudgedWindow], Reference]:
     """Daily windows after a champion's test period, in a world without drift."""
     given = {
         "simulate.rows": 1500 * (LEARNED + WATCHED),
@@ -62,7 +62,7 @@ def test_bad_windows_are_as_rare_as_promised(judged):
     windows, reference = judged
     rate = reference.monitor.false_alarm_rate
     for check in reference.checks:
-        bad = [w[check]["bad"] for w in windows if w[check] and w[check]["bad"] is not None]
+        bad = [result.bad for window in windows if (result := window.result(check))]
         assert len(bad) >= 0.8 * WATCHED, (check, len(bad))
         bound = next(i for i in range(len(bad)) if chance(i + 1, len(bad), rate) < 0.01)
         assert sum(bad) <= bound, f"{check}: {sum(bad)} of {len(bad)} windows are bad; at most {bound} are promised"
@@ -72,7 +72,5 @@ def test_alarms_are_rarer_still(judged):
     """k of n: at most two days in a hundred have an alarm of any check."""
     windows, reference = judged
     looks = [windows[max(0, i + 1 - reference.monitor.of_windows) : i + 1] for i in range(WATCHED)]
-    alarms = sum(
-        any(count_bad(look, check, reference.monitor)["alarm"] for check in reference.checks) for look in looks
-    )
+    alarms = sum(any(count_bad(look, check, reference.monitor).alarm for check in reference.checks) for look in looks)
     assert alarms <= 0.02 * WATCHED, alarms

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'CHECK_METRICS', 'ShadowSide', 'ShadowComparison', 'compare_shadow', 'label_problems', 'judge_newest',
            'CheckRun', 'trained_until', 'run_checks', 'write_check_run', 'check_run_metrics', 'push_figures',
-           'add_event', 'watch_champion', 'watch']
+           'add_event', 'watch']
 
 # %% ../../nbs/monitor/02_check_run.ipynb #931589e4
 import json
@@ -317,22 +317,14 @@ def check_run_metrics(check_run: CheckRun, monitor: Monitor) -> "CollectorRegist
     return registry
 
 # %% ../../nbs/monitor/02_check_run.ipynb #c125fcfe
-def _as_check_run(content: "CheckRun | Mapping[str, Any]") -> CheckRun:
-    "Of a part of verdict.json; until tests/test_monitoring.py makes a `CheckRun`."
-    if isinstance(content, CheckRun):
-        return content
-    checks = [CheckSummary.model_construct(**check) for check in content.get("checks", ())]
-    windows = [JudgedWindow.model_construct(**window) for window in content.get("windows", ())]
-    return CheckRun.model_construct(None, **{**content, "checks": checks, "windows": windows})
-
-def push_figures(check_run: "CheckRun | Mapping[str, Any]", settings: Settings) -> None:
+def push_figures(check_run: CheckRun, settings: Settings) -> None:
     "Sends the metrics to `[monitor] pushgateway`, if it names one; raises `FraudError` when it does not take them."
     address = settings.monitor.pushgateway
     if not address:
         return
     from prometheus_client import push_to_gateway
 
-    registry = check_run_metrics(_as_check_run(check_run), settings.monitor)
+    registry = check_run_metrics(check_run, settings.monitor)
     try:
         push_to_gateway(address, "fraud-monitor", registry, timeout=5)
     except OSError as error:
@@ -363,7 +355,7 @@ def _with_push_error(check_run: CheckRun, error: FraudError) -> CheckRun:
     verdict = "unknown" if check_run.verdict == "healthy" else check_run.verdict
     return check_run.model_copy(update={"verdict": verdict, "reasons": [str(error), *check_run.reasons]})
 
-def watch_champion(settings: Settings) -> CheckRun:
+def watch(settings: Settings) -> CheckRun:
     "Runs the checks, writes, pushes metrics; what keeps it from judging makes the verdict `unknown`."
     at = datetime.now(UTC).isoformat(timespec="seconds")
     try:
@@ -378,7 +370,3 @@ def watch_champion(settings: Settings) -> CheckRun:
         check_run = _with_push_error(check_run, error)
     _write_verdict(check_run, settings)
     return check_run
-
-def watch(settings: Settings) -> dict[str, Any]:
-    "`watch_champion`, as verdict.json has it."
-    return watch_champion(settings).to_dict()

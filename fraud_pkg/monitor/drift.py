@@ -227,9 +227,6 @@ class MonitorRecord(BaseModel):
     "A row of the monitor's JSON files. Fields that were not given do not apply, and are left out."
     model_config = ConfigDict(frozen=True)
 
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
     def to_dict(self) -> dict[str, Any]:
         "As JSON has it."
         return self.model_dump(exclude_unset=True)

@@ -253,11 +253,6 @@ class LiveCheck:
         "The counts of the reference."
         return self.windows.whole
 
-    @property
-    def most(self) -> int:
-        "`max_rows`, until nbs/explore/drift says so."
-        return self.max_rows
-
     def draws(self, rows: int) -> np.ndarray:
         "[resamples] the statistic on windows of the reference, sorted."
         rng = np.random.default_rng(rows)

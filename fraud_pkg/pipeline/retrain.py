@@ -8,14 +8,17 @@ __all__ = ['retraining_settings', 'last_labelled_step', 'Retraining', 'last_retr
 # %% ../../nbs/pipeline/06_retrain.ipynb #1c08dd79
 import json
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import FraudError
 from ..core.settings import Settings
 from ..data.lake import newest_step
 from ..model.bundle import load_bundle
+from ..model.gate import Verdict
 from ..model.locations import publish_bundle
-from ..monitor.check_run import add_event, watch
+from ..monitor.check_run import CheckRun, add_event, watch
 from ..monitor.live import MIN_WINDOWS
 from .run import ProgressListener, Run, refresh_page, run_pipeline
 
@@ -37,9 +40,10 @@ def last_labelled_step(settings: Settings) -> int:
     return newest_step(settings.root / settings.stream.sink) - settings.features.label_delay
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #bae38186
-class Retraining(TypedDict):
+class Retraining(BaseModel):
     "What came of a retraining; a line of `reports/watch/history.jsonl`."
-    kind: str                        # "retraining"
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["retraining"] = "retraining"
     at: str                          # UTC
     before: str                      # version of the champion
     after: str | None
@@ -49,41 +53,41 @@ class Retraining(TypedDict):
     seconds: float
     average_precision: float | None  # of the champion afterwards, on the test period
     error: str | None
-    gate: dict[str, Any] | None      # reports/bakeoff/verdict.json
+    gate: Verdict | None             # None after an error
 
 def last_retraining(settings: Settings) -> Retraining | None:
     "The newest retraining in reports/watch/history.jsonl; None where there was none."
     path = settings.reports_dir / "watch/history.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     retrainings = [event for event in map(json.loads, lines) if event["kind"] == "retraining"]
-    return retrainings[-1] if retrainings else None
+    return Retraining.model_validate(retrainings[-1], extra="ignore") if retrainings else None
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #d2e9b6e2
 def _nothing_new(settings: Settings) -> str | None:
     "Why a retraining would learn nothing that the last one did not; None where it would."
     before = last_retraining(settings)
-    if before is None or before["error"] or before["learned_until"] != last_labelled_step(settings):
+    if before is None or before.error or before.learned_until != last_labelled_step(settings):
         return None
-    return f"nothing new is labelled since the last retraining, which learned until step {before['learned_until']}"
+    return f"nothing new is labelled since the last retraining, which learned until step {before.learned_until}"
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #b00abc80
 def _outcome(run: Run, before: str, learned_until: int, settings: Settings) -> Retraining:
     "What came of a run that was a retraining."
     verdict = settings.reports_dir / "bakeoff/verdict.json"
-    gate = json.loads(verdict.read_text(encoding="utf-8")) if verdict.is_file() and not run.error else None
-    return {
-        "kind": "retraining",
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "before": before,
-        "after": run.champion,
-        "promoted": run.champion != before and not run.error,
-        "learned_until": learned_until,
-        "newest_step": newest_step(settings.root / settings.stream.sink),
-        "seconds": run.seconds,
-        "average_precision": run.average_precision,
-        "error": run.error,
-        "gate": gate,
-    }
+    has_verdict = verdict.is_file() and not run.error
+    gate = Verdict.model_validate_json(verdict.read_text(encoding="utf-8"), extra="ignore") if has_verdict else None
+    return Retraining(
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        before=before,
+        after=run.champion,
+        promoted=run.champion != before and not run.error,
+        learned_until=learned_until,
+        newest_step=newest_step(settings.root / settings.stream.sink),
+        seconds=run.seconds,
+        average_precision=run.average_precision,
+        error=run.error,
+        gate=gate,
+    )
 
 def retrain(settings: Settings, tell: ProgressListener = lambda event: None) -> Retraining:
     "Runs the pipeline on the stream's data and records the outcome; copies a new champion to an S3 `[serve] bundle`."
@@ -91,9 +95,9 @@ def retrain(settings: Settings, tell: ProgressListener = lambda event: None) -> 
     learned_until = last_labelled_step(settings)
     run = run_pipeline(retraining_settings(settings), force=True, tell=tell)
     outcome = _outcome(run, before, learned_until, settings)
-    if outcome["promoted"] and settings.serve.bundle.startswith("s3://"):
+    if outcome.promoted and settings.serve.bundle.startswith("s3://"):
         publish_bundle(settings.models_dir / "champion", settings.serve.bundle)
-    add_event(outcome, settings)
+    add_event(outcome.model_dump(mode="json"), settings)
     return outcome
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #cbc9f32e
@@ -101,13 +105,13 @@ def watch_and_retrain(
     settings: Settings,
     tell: ProgressListener = lambda event: None,
     learn: bool = True,  # False: only check
-) -> tuple[dict[str, Any], Retraining | None]:  # verdict as of `watch`; what came of a retraining, None without one
+) -> tuple[CheckRun, Retraining | None]:  # what came of a retraining, None without one
     "Runs the live checks, retrains when their verdict asks for it, and brings both onto reports/index.html."
-    verdict = watch(settings)
-    wanted = learn and verdict["verdict"] == "retrain"
+    check_run = watch(settings)
+    wanted = learn and check_run.verdict == "retrain"
     if wanted and (reason := _nothing_new(settings)):
-        verdict["reasons"].append(reason)
+        check_run = check_run.model_copy(update={"reasons": [*check_run.reasons, reason]})
         wanted = False
     outcome = retrain(settings, tell) if wanted else None
     refresh_page(settings)
-    return verdict, outcome
+    return check_run, outcome
