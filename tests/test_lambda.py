@@ -112,7 +112,7 @@ def test_deployed_as_declared(project):
         == "PAY_PER_REQUEST"
     )
     assert fetched(project, "dev").stat().st_size < 30_000_000
-    assert "https://" in project.printed and "The store's table is new" in project.printed
+    assert "https://" in project.printed and "The online store's table is new" in project.printed
 
 
 def test_answers_with_its_own_store(function):
@@ -356,7 +356,7 @@ def test_redeploy_second_stage_and_removal(project):
     """
     before = configuration("dev")["CodeSha256"]
     again = project.fraud("deploy", "lambda", "--stage", "dev").stdout
-    assert configuration("dev")["CodeSha256"] == before and "The store's table is new" not in again
+    assert configuration("dev")["CodeSha256"] == before and "The online store's table is new" not in again
     example_bundle(project.root / "models/champion")
     project.fraud("deploy", "lambda", "--stage", "dev")
     assert configuration("dev")["CodeSha256"] != before

@@ -140,6 +140,7 @@ def quiet_month(workspace):
     return project.root
 
 
+@pytest.mark.long(reason="the emulator of DynamoDB takes ten milliseconds a transaction")
 def test_dynamodb(quiet_month, table):
     check(quiet_month, 1_500, 24, table, 100)
 
@@ -155,6 +156,7 @@ def test_paysim_redis(paysim, tmp_path):
         check(paysim, 19_999, 1, url, 100)
 
 
+@pytest.mark.long(reason="the emulator of DynamoDB takes ten milliseconds a transaction")
 @pytest.mark.external
 def test_paysim_dynamodb(paysim, table):
     """The first two hours, for the same reason."""

@@ -428,6 +428,7 @@ def redis_store(url: str, table: pa.Table) -> tuple[dict, set]:
     )
 
 
+@pytest.mark.long(reason="a second round of kills, with Redis")
 def test_killed_with_a_shared_store(case, world, redis_url):
     """Redis, three partitions, labels in a process of their own, two scorers and a labeller that are killed."""
     made, table = (
