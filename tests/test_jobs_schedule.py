@@ -286,15 +286,15 @@ def small_image(folder: Path) -> Path:
     (folder / "settings.ini").write_text("[features]\nengine = local\n")
     stage = """
 from unittest import mock
-from fraud_pkg import scoring
+from fraud_pkg.model import example
 from fraud_pkg.core.settings import load_settings
 
-def write(folder, trained, calibration, thresholds, metrics, *rest, write=scoring.write_bundle):
-    # as the pipeline's bundles have it
-    return write(folder, trained, calibration, thresholds, {"average_precision": {"value": 0.5}}, *rest)
+def write(*rest, write=example.write_bundle, **named):
+    # metrics as the pipeline's bundles have them
+    return write(*rest, **named | {"metrics": {"average_precision": {"value": 0.5}}})
 
-with mock.patch.object(scoring, "write_bundle", write):
-    scoring.example_bundle(load_settings().models_dir / "champion")
+with mock.patch.object(example, "write_bundle", write):
+    example.example_bundle(load_settings().models_dir / "champion")
 print("trained")
 """
     watch = (
