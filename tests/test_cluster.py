@@ -18,6 +18,8 @@ from servers import SparkCluster, free_port, program, spark_cluster
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.core.settings import load_settings
 
+CLUSTER = pytest.mark.long(reason="a Spark cluster: five minutes of two cores")
+
 ON = {"features__engine": "spark", "features__spark_memory": "1g"}
 
 
@@ -64,6 +66,7 @@ def parts(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@CLUSTER
 def test_features(finished, apart, cluster):
     """The parts of a cluster are those of local[2], byte for byte."""
     shutil.rmtree(finished.root / "apart/features")
@@ -72,6 +75,7 @@ def test_features(finished, apart, cluster):
     assert all("Finished task" in cluster.log(worker) for worker in (0, 1))
 
 
+@CLUSTER
 def test_training(finished, apart, cluster):
     """Trees that two workers grew are as good as those of one process, and their bundle is of the same kind."""
     apart.fraud(
@@ -93,6 +97,7 @@ def test_training(finished, apart, cluster):
     )  # fitted to its own scores
 
 
+@CLUSTER
 def test_score(finished, scored, cluster):
     """The scores of a lake: those of the features job and the champion, by either engine, with where they come from."""
     told = finished.fraud("score", "lake", "scored_there", **ON, features__spark_master=cluster.url).stdout
@@ -146,6 +151,7 @@ def in_the_middle(cluster: SparkCluster, worker: int, thread: threading.Thread, 
     assert sum(map(done, range(len(cluster.workers)))) < of and thread.is_alive()
 
 
+@CLUSTER
 def test_a_worker_is_killed(finished, scored, cluster):
     """kill -9 of a worker and its executor in the middle: Spark does its tasks again on the other one, and the bytes
     are the same.
@@ -166,6 +172,7 @@ def failed(done: subprocess.CompletedProcess) -> str:
     return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
+@CLUSTER
 def test_what_is_wrong_is_said(finished, lake, cluster):
     """A master that does not answer, executors that no worker has memory for."""
     asked = dict(ON, features__spark_master=f"spark://127.0.0.1:{free_port()}")
@@ -183,6 +190,7 @@ def test_what_is_wrong_is_said(finished, lake, cluster):
     assert not (finished.root / "nothing").exists()
 
 
+@CLUSTER
 def test_all_workers_are_lost(finished, lake, cluster):
     """The last worker dies in the middle and none comes back: the command gives up, says so, and leaves nothing half
     written.
@@ -222,6 +230,7 @@ def component(tmp_path_factory) -> list[dict]:
     return list(yaml.safe_load_all(done.stdout))
 
 
+@CLUSTER
 def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
     """A driver asks Kubernetes for executors: what it asks for is safe and complete, and what runs in that pod does the
     work.
