@@ -55,7 +55,7 @@ def test_engines_and_repetition_give_the_same_champion(finished, workspace):
 
 def test_changed_training_does_not_touch_features(finished):
     before = finished.json("data/features/manifest.json")
-    finished.fraud("run", train__seed=8)
+    finished.fraud("run", train__seed=8, xgboost__rounds=20, tensorflow__epochs=1)
     assert finished.states() | {"monitor": "", "report": ""} == {
         "acquire": "cached",
         "features": "cached",
