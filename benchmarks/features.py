@@ -33,14 +33,14 @@ def compared_names(windows: Sequence[int]) -> list[str]:
         *(f"type_{name}" for name in TYPES),
         "hour_of_day",
         "day_of_week",
-        "orig_balance",
-        "dest_balance",
+        "sender_balance",
+        "receiver_balance",
         "amount_to_balance",
         "empties_account",
-        "dest_is_merchant",
+        "receiver_is_merchant",
     ]
-    sides = [f"{side}_{name}" for side in ("orig", "dest") for name in side_names(windows)]
-    return [*own, *sides, "dest_is_new"]
+    sides = [f"{side}_{name}" for side in ("sender", "receiver") for name in side_names(windows)]
+    return [*own, *sides, "receiver_is_new"]
 
 
 def side_names(windows: Sequence[int]) -> list[str]:
@@ -65,34 +65,34 @@ def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: in
             "step",
             "type",
             "amount",
-            "nameOrig",
-            "oldbalanceOrg",
-            "nameDest",
-            "oldbalanceDest",
-            "isFraud",
+            "sender",
+            "sender_balance",
+            "receiver",
+            "receiver_balance",
+            "is_fraud",
         ],
     ).with_columns(cents=(pl.col("amount") * 100).round().cast(pl.Int64))
     sorted_events = polars_events(tx)
     histories = polars_histories(sorted_events, windows, label_delay)
     sides = {}
-    for side, name in enumerate(("orig", "dest")):
+    for side, name in enumerate(("sender", "receiver")):
         rows = histories.filter(pl.col("side") == side).sort("row").drop("side", "row")
         sides[name] = rows.rename({column: f"{name}_{column}" for column in rows.columns})
-    balance = (pl.col("oldbalanceOrg") * 100).round()
+    balance = (pl.col("sender_balance") * 100).round()
     own = tx.select(
         "tx_id",
         pl.col("cents").truediv(100).alias("amount"),
         *((pl.col("type") == name).fill_null(False).alias(f"type_{name}") for name in TYPES),
         (pl.col("step") % 24).alias("hour_of_day"),
         (pl.col("step") // 24 % 7).alias("day_of_week"),
-        pl.col("oldbalanceOrg").alias("orig_balance"),
-        pl.col("oldbalanceDest").alias("dest_balance"),
+        "sender_balance",
+        "receiver_balance",
         pl.when(balance != 0).then(pl.col("cents") / balance).alias("amount_to_balance"),
         (pl.col("cents") == balance).alias("empties_account"),
-        pl.col("nameDest").str.starts_with("M").alias("dest_is_merchant"),
+        pl.col("receiver").str.starts_with("M").alias("receiver_is_merchant"),
     )
-    table = pl.concat([own, sides["orig"], sides["dest"]], how="horizontal").with_columns(
-        dest_is_new=pl.col("dest_hours_since_seen").is_null()
+    table = pl.concat([own, sides["sender"], sides["receiver"]], how="horizontal").with_columns(
+        receiver_is_new=pl.col("receiver_hours_since_seen").is_null()
     )
     table.select("tx_id", pl.col(compared_names(windows)).cast(pl.Float32)).write_parquet(
         target, compression="lz4", statistics=False
@@ -105,7 +105,7 @@ def polars_events(tx):
     """
     import polars as pl
 
-    codes = pl.concat([tx["nameOrig"], tx["nameDest"]], rechunk=True).cast(pl.Categorical).to_physical()
+    codes = pl.concat([tx["sender"], tx["receiver"]], rechunk=True).cast(pl.Categorical).to_physical()
     longest = int(tx["step"].max()) + 1
     events = pl.concat(
         [
@@ -115,7 +115,7 @@ def polars_events(tx):
                 side=pl.lit(side, pl.Int64),
                 step=pl.col("step").cast(pl.Int64),
                 cents="cents",
-                fraud=pl.col("isFraud").cast(pl.Int64),
+                fraud=pl.col("is_fraud").cast(pl.Int64),
             )
             for side in (0, 1)
         ]
@@ -238,33 +238,35 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
         shown += [f"df{window} / nullif(dn{window}, 0) AS fraud_share_{window}h"]
     types = ", ".join(f"coalesce(type = '{name}', false)::FLOAT AS type_{name}" for name in TYPES)
     both = ", ".join(
-        f"{side}.{name}::FLOAT AS {side}_{name}" for side in ("orig", "dest") for name in side_names(windows)
+        f"{side}_history.{name}::FLOAT AS {side}_{name}"
+        for side in ("sender", "receiver")
+        for name in side_names(windows)
     )
     with duckdb.connect(
         config={"threads": THREADS, "temp_directory": str(target.parent / "spill"), "preserve_insertion_order": "false"}
     ) as database:
         database.execute(f"""
             CREATE TEMP VIEW tx AS
-                SELECT *, round(amount * 100) AS cents, round(oldbalanceOrg * 100) AS balance
+                SELECT *, round(amount * 100) AS cents, round(sender_balance * 100) AS balance
                 FROM read_parquet('{raw}');
             CREATE TEMP VIEW events AS
-                SELECT nameOrig AS account, tx_id, step, cents, 1::DOUBLE AS o, isFraud::DOUBLE AS fraud FROM tx
+                SELECT sender AS account, tx_id, step, cents, 1::DOUBLE AS o, is_fraud::DOUBLE AS fraud FROM tx
                 UNION ALL
-                SELECT nameDest, tx_id, step, cents, 0, isFraud FROM tx;
+                SELECT receiver, tx_id, step, cents, 0, is_fraud FROM tx;
             CREATE TEMP VIEW counted AS
                 SELECT tx_id, o, step, cents, {", ".join(counted)}
                 FROM events WINDOW {", ".join(frames)};
             CREATE TEMP TABLE histories AS SELECT tx_id, o, {", ".join(map(as_float, shown))} FROM counted;
             COPY (SELECT tx.tx_id, (cents / 100)::FLOAT AS amount, {types},
                          (step % 24)::FLOAT AS hour_of_day, (step // 24 % 7)::FLOAT AS day_of_week,
-                         oldbalanceOrg::FLOAT AS orig_balance, oldbalanceDest::FLOAT AS dest_balance,
+                         sender_balance::FLOAT AS sender_balance, receiver_balance::FLOAT AS receiver_balance,
                          (cents / nullif(balance, 0))::FLOAT AS amount_to_balance,
                          (cents = balance)::FLOAT AS empties_account,
-                         starts_with(nameDest, 'M')::FLOAT AS dest_is_merchant,
-                         {both}, (dest.hours_since_seen IS NULL)::FLOAT AS dest_is_new
+                         starts_with(receiver, 'M')::FLOAT AS receiver_is_merchant,
+                         {both}, (receiver_history.hours_since_seen IS NULL)::FLOAT AS receiver_is_new
                   FROM tx
-                  JOIN histories orig ON orig.tx_id = tx.tx_id AND orig.o = 1
-                  JOIN histories dest ON dest.tx_id = tx.tx_id AND dest.o = 0)
+                  JOIN histories sender_history ON sender_history.tx_id = tx.tx_id AND sender_history.o = 1
+                  JOIN histories receiver_history ON receiver_history.tx_id = tx.tx_id AND receiver_history.o = 0)
             TO '{target}' (FORMAT parquet, COMPRESSION lz4_raw)""")
 
 
@@ -289,7 +291,7 @@ def common_script(csv: Path, target: Path, memory: str) -> None:
         .getOrCreate()
     )
     log = spark.read.csv(str(csv), header=True, inferSchema=True)
-    money = ["amount", "oldbalanceOrg", "newbalanceOrig", "oldbalanceDest", "newbalanceDest"]
+    money = ["amount", "sender_balance", "sender_balance_after", "receiver_balance", "receiver_balance_after"]
     log = log.withColumns({f"log_{name}": F.log1p(name) for name in money} | {"hour": F.col("step") % 24})
     encoders = Pipeline(
         stages=[
@@ -362,14 +364,14 @@ def as_csv(raw: Path, target: Path) -> None:
         "step",
         "type",
         "amount",
-        "nameOrig",
-        "oldbalanceOrg",
-        "newbalanceOrig",
-        "nameDest",
-        "oldbalanceDest",
-        "newbalanceDest",
-        "isFraud",
-        "isFlaggedFraud",
+        "sender",
+        "sender_balance",
+        "sender_balance_after",
+        "receiver",
+        "receiver_balance",
+        "receiver_balance_after",
+        "is_fraud",
+        "flagged",
     ]
     pc.write_csv(pq.read_table(raw, columns=names), target)
 

@@ -32,10 +32,10 @@ from fraud_pkg.train.xgboost import boost, matrices, train_xgboost
 COLUMNS = {
     "tx_id": "TRANSACTION_ID",
     "timestamp": "TX_DATETIME",
-    "nameOrig": "CUSTOMER_ID",
-    "nameDest": "TERMINAL_ID",
+    "sender": "CUSTOMER_ID",
+    "receiver": "TERMINAL_ID",
     "amount": "TX_AMOUNT",
-    "isFraud": "TX_FRAUD",
+    "is_fraud": "TX_FRAUD",
     "scenario": "TX_FRAUD_SCENARIO",
 }
 DELAY, TEST, INNER = (
@@ -144,8 +144,8 @@ def prepare(file: Path, root: Path) -> tuple[Settings, dict, pd.DataFrame]:
     """The pipeline's features of the file, their manifest, and the file itself by transaction."""
     given = {
         "data.source": str(file.resolve()),
-        "data.orig_prefix": "C",
-        "data.dest_prefix": "M",
+        "data.sender_prefix": "C",
+        "data.receiver_prefix": "M",
         "features.engine": "local",
         "features.label_delay": 24 * DELAY,
         **{f"columns.{name}": column for name, column in COLUMNS.items()},
@@ -175,8 +175,8 @@ STEPS = (
     Way("without peak_ratios", without="_peak_ratio_"),
     Way("without fraud streaks", without="_fraud_streak_"),
     Way("without either", without="_peak_ratio_|_fraud_streak_"),
-    Way("without terminals' known frauds", without="dest_fraud_"),
-    Way("without any history", without="orig_out_|orig_in_|dest_out_|dest_in_|_fraud_|_seen|_new"),
+    Way("without terminals' known frauds", without="receiver_fraud_"),
+    Way("without any history", without="sender_out_|sender_in_|receiver_out_|receiver_in_|_fraud_|_seen|_new"),
     Way("smaller steps, flatter trees", overrides={"learning_rate": 0.05, "max_depth": 5}),
     Way("three seeds averaged", seeds=3),
     Way("the last days learned too", refit=True),

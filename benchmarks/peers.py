@@ -11,7 +11,7 @@ import sys
 import time
 from functools import cache
 
-COLUMNS = ("type", "amount", "oldbalanceOrg", "oldbalanceDest", "hour")
+COLUMNS = ("type", "amount", "sender_balance", "receiver_balance", "hour")
 CONSTANT = {
     "transaction_id": "a-1001",
     "fraud_probability": 0.001234567,

@@ -51,7 +51,7 @@ def widen(town: Path, target: Path, rows: int) -> None:
 
 def _of_town(log: pa.Table, number: int) -> pa.Table:
     """The log with the town's number at the end of all account names."""
-    for name in ("nameOrig", "nameDest"):
+    for name in ("sender", "receiver"):
         log = log.set_column(
             log.column_names.index(name),
             log.schema.field(name),

@@ -48,10 +48,10 @@ HEADERS = {"content-type": "application/json", "x-api-key": KEY}
 COLUMNS = (
     "type",
     "amount",
-    "nameOrig",
-    "oldbalanceOrg",
-    "nameDest",
-    "oldbalanceDest",
+    "sender",
+    "sender_balance",
+    "receiver",
+    "receiver_balance",
 )  # of a live transaction, beside id and step
 PARTS = ("process", "http", "lambda")
 
@@ -139,12 +139,12 @@ def live_through(store: OnlineStore, past: list[dict], label_delay: int) -> Onli
         store.record(
             [
                 Transaction(
-                    f"p-{row['tx_id']}", row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)
+                    f"p-{row['tx_id']}", row["step"], row["sender"], row["receiver"], round(row["amount"] * 100)
                 )
                 for row in kept[i : i + 1000]
             ]
         )
-    store.label({f"p-{row['tx_id']}": True for row in kept if row["isFraud"] and row["step"] <= now - label_delay})
+    store.label({f"p-{row['tx_id']}": True for row in kept if row["is_fraud"] and row["step"] <= now - label_delay})
     return store
 
 
@@ -174,7 +174,7 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
         root / "store.npz",
     )
     say("training the scikit-learn pipeline")
-    peers.train(past, [row["isFraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
+    peers.train(past, [row["is_fraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
     origin = f"from {given}" if given else f"trained by this program on {plan.rows:,} simulated transactions"
     size = (bundle.folder / MODEL).stat().st_size / 1000
     described = f"{manifest.name}, {len(manifest.features)} features, {size:,.0f} kB"

@@ -35,7 +35,7 @@ def messages(world: World, count: int, run: str) -> Iterator[tuple[bytes, bytes]
     """(key, value): the live stream, as often as it takes, each time with new ids."""
     for i in range(count):
         row = world.stream[i % len(world.stream)]
-        yield row["nameOrig"].encode(), json.dumps({"schema": 1, "transaction_id": f"{run}-{i}", **row}).encode()
+        yield row["sender"].encode(), json.dumps({"schema": 1, "transaction_id": f"{run}-{i}", **row}).encode()
 
 
 def fill(address: str, topic: str, world: World, count: int, run: str) -> None:

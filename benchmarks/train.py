@@ -73,7 +73,7 @@ def from_frame(settings: Settings, trees: int) -> dict:
     def frame(period: Period) -> pd.DataFrame:
         return pd.read_parquet(
             sorted((settings.data_dir / "features").glob("part-*.parquet")),
-            columns=[*names, "isFraud"],
+            columns=[*names, "is_fraud"],
             filters=[("step", ">=", period.first_step), ("step", "<", period.end_step)],
         )
 
@@ -83,11 +83,11 @@ def from_frame(settings: Settings, trees: int) -> dict:
         for key, value in parameters(settings).items()
     }
     model = xgboost.XGBClassifier(n_estimators=trees, eval_metric="aucpr", **own)
-    model.fit(train[names], train["isFraud"], eval_set=[(validation[names], validation["isFraud"])], verbose=False)
+    model.fit(train[names], train["is_fraud"], eval_set=[(validation[names], validation["is_fraud"])], verbose=False)
     return {
         "rows": len(train),
         "average_precision": average_precision(
-            validation["isFraud"].to_numpy(), model.predict_proba(validation[names])[:, 1]
+            validation["is_fraud"].to_numpy(), model.predict_proba(validation[names])[:, 1]
         ),
     }
 

@@ -29,7 +29,7 @@ REPORT = {
     "bake-off": ("bakeoff.html", "#measures", WIDE, False),
     "report-phone": ("index.html", None, PHONE, True),
 }
-FIELDS = ("step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
+FIELDS = ("step", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance")
 SENT = 20_000  # payments before the picture of the console, so that accounts have a history
 
 

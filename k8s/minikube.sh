@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 profile=${MINIKUBE_PROFILE:-minikube}
 champion=${FRAUD_SERVE_BUNDLE:-models/champion}
 node_models=/data/fraud-models  # as in k8s/overlays/minikube/models.yaml
-transaction='{"transaction_id": "a-1001", "step": 2000, "type": "TRANSFER", "amount": 1520.5, "nameOrig": "C1001", "oldbalanceOrg": 1600.0, "nameDest": "C2002", "oldbalanceDest": 0.0}'
+transaction='{"transaction_id": "a-1001", "step": 2000, "type": "TRANSFER", "amount": 1520.5, "sender": "C1001", "sender_balance": 1600.0, "receiver": "C2002", "receiver_balance": 0.0}'
 
 fail() { echo "error: $*" >&2; exit 1; }
 say() { printf '\n== %s\n' "$*"; }

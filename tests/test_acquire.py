@@ -28,13 +28,13 @@ ROW = "1,PAYMENT,9839.64,C1,170136,160296.36,M1,0,0,0,0\n"
 HANDBOOK = {
     "columns.tx_id": "TRANSACTION_ID",
     "columns.timestamp": "TX_DATETIME",
-    "columns.nameOrig": "CUSTOMER_ID",
-    "columns.nameDest": "TERMINAL_ID",
+    "columns.sender": "CUSTOMER_ID",
+    "columns.receiver": "TERMINAL_ID",
     "columns.amount": "TX_AMOUNT",
-    "columns.isFraud": "TX_FRAUD",
+    "columns.is_fraud": "TX_FRAUD",
     "columns.scenario": "TX_FRAUD_SCENARIO",
-    "data.orig_prefix": "C",
-    "data.dest_prefix": "M",
+    "data.sender_prefix": "C",
+    "data.receiver_prefix": "M",
 }
 
 
@@ -73,28 +73,28 @@ def test_paysim_head(tmp_path):
 
     table = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])
     assert table.schema.equals(arrow_schema())
-    assert pc.sum(table["isFraud"]).as_py() == 81
+    assert pc.sum(table["is_fraud"]).as_py() == 81
     assert table["tx_id"].to_pylist() == list(range(19_999))
     assert table.slice(2, 1).to_pylist()[0] == {
         "tx_id": 2,
         "step": 1,
         "type": "TRANSFER",
         "amount": 181.0,
-        "nameOrig": "C1305486145",
-        "oldbalanceOrg": 181.0,
-        "newbalanceOrig": 0.0,
-        "nameDest": "C553264065",
-        "oldbalanceDest": 0.0,
-        "newbalanceDest": 0.0,
-        "isFraud": 1,
-        "isFlaggedFraud": 0,
+        "sender": "C1305486145",
+        "sender_balance": 181.0,
+        "sender_balance_after": 0.0,
+        "receiver": "C553264065",
+        "receiver_balance": 0.0,
+        "receiver_balance_after": 0.0,
+        "is_fraud": 1,
+        "flagged": 0,
         "scenario": None,
     }
-    assert pc.max(table["oldbalanceDest"]).as_py() >= 1e7  # those the spreadsheet wrote in scientific notation
+    assert pc.max(table["receiver_balance"]).as_py() >= 1e7  # those the spreadsheet wrote in scientific notation
 
     profile = json.loads((tmp_path / "reports" / "data" / "profile.json").read_text())
     assert (profile["rows"], profile["frauds"]) == (19_999, 81)
-    frauds = table.filter(pc.equal(table["isFraud"], 1))
+    frauds = table.filter(pc.equal(table["is_fraud"], 1))
     assert set(frauds["type"].to_pylist()) == {"TRANSFER", "CASH_OUT"}
     assert {kind for kind, count in profile["types"].items() if count["frauds"]} == {"TRANSFER", "CASH_OUT"}
 
@@ -119,12 +119,12 @@ def test_handbook(tmp_path):
     assert manifest["last_step"] == 144 + 101 * 24 - 1  # 2018-04-01 to 2018-07-10, both included
 
     table = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])
-    empty = ["type", "oldbalanceOrg", "newbalanceOrig", "oldbalanceDest", "newbalanceDest", "isFlaggedFraud"]
+    empty = ["type", "sender_balance", "sender_balance_after", "receiver_balance", "receiver_balance_after", "flagged"]
     assert all(table[name].null_count == table.num_rows for name in empty)
-    assert table["scenario"].is_valid().to_pylist() == pc.equal(table["isFraud"], 1).to_pylist()
+    assert table["scenario"].is_valid().to_pylist() == pc.equal(table["is_fraud"], 1).to_pylist()
     assert set(table["scenario"].drop_null().unique().to_pylist()) == {"1", "2", "3"}
-    assert all(name.startswith("C") for name in table["nameOrig"].unique().to_pylist())
-    assert all(name.startswith("M") for name in table["nameDest"].unique().to_pylist())
+    assert all(name.startswith("C") for name in table["sender"].unique().to_pylist())
+    assert all(name.startswith("M") for name in table["receiver"].unique().to_pylist())
 
 
 @pytest.mark.external
@@ -134,7 +134,7 @@ def test_handbook_needs_prefixes_and_can_be_sampled(tmp_path):
         acquire(project(tmp_path, source, **{k: v for k, v in HANDBOOK.items() if k.startswith("columns")}))
     manifest = acquire(project(tmp_path, source, **HANDBOOK, **{"data.sample_size": 50_000}))
     assert manifest["sampled"] and 50_000 <= manifest["rows"] < 51_000
-    kept = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])["nameOrig"].value_counts().to_pylist()
+    kept = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])["sender"].value_counts().to_pylist()
     customers = pq.read_table(source, columns=["CUSTOMER_ID"])["CUSTOMER_ID"].value_counts().to_pylist()
     counts = {f"C{c['values']}": c["counts"] for c in customers}
     assert all(counts[k["values"]] == k["counts"] for k in kept)
@@ -155,8 +155,8 @@ BAD = {  # content of log.csv, settings, words of the one line
     "text in a number": (HEADER + ROW.replace("9839.64", "much"), {}, "amount: not a number (1, first in line 2)"),
     "duplicate ids": ("tx_id," + HEADER + ("7," + ROW) * 2, {}, "tx_id: seen before (1, first in line 3)"),
     "a step back": (HEADER + "2" + ROW[1:] + ROW, {}, "step: goes backwards (1, first in line 3)"),
-    "no UTF-8": ((HEADER + ROW.replace("C1", "Zoë")).encode("latin-1"), {}, "nameOrig: not UTF-8 (1, first in line 2)"),
-    "a NUL byte": (HEADER + ROW.replace("C1", "C\0"), {}, "nameOrig: a NUL byte (1, first in line 2)"),
+    "no UTF-8": ((HEADER + ROW.replace("C1", "Zoë")).encode("latin-1"), {}, "sender: not UTF-8 (1, first in line 2)"),
+    "a NUL byte": (HEADER + ROW.replace("C1", "C\0"), {}, "sender: a NUL byte (1, first in line 2)"),
     "too few fields": (HEADER + "1,PAYMENT\n", {}, "row: fewer fields than the header (1, first in line 2)"),
     "an open quote": (HEADER + ROW + '1,"PAYMENT,5\n' + ROW * 3, {}, "row: quote not closed (4, first in line 3)"),
     "a broken moment": (

@@ -45,10 +45,10 @@ def difficult(simulated, tmp_path_factory):
         "step": steps,
         "type": pa.array(rng.choice(["TRANSFER", "CASH_OUT"], rows), mask=missing),
         "amount": rng.integers(0, 10**6, rows) / 100,
-        "nameOrig": rng.choice(list("ABCDEFG"), rows),
-        "nameDest": rng.choice(["M1", *"ABCDEFG"], rows),
-        "oldbalanceOrg": pa.array(rng.integers(0, 3, rows) * 50.25, mask=missing),
-        "isFraud": (rng.random(rows) < 0.2).astype(int),
+        "sender": rng.choice(list("ABCDEFG"), rows),
+        "receiver": rng.choice(["M1", *"ABCDEFG"], rows),
+        "sender_balance": pa.array(rng.integers(0, 3, rows) * 50.25, mask=missing),
+        "is_fraud": (rng.random(rows) < 0.2).astype(int),
     }
     (folder / "raw").mkdir()
     pq.write_table(
@@ -77,13 +77,13 @@ def test_a_difference_is_seen(simulated):
     target = simulated / "changed.parquet"
     features.with_polars(next((simulated / "raw").glob("*.parquet")), target, WINDOWS, DELAY)
     content = pq.read_table(target)
-    changed = content["orig_out_sum_24h"].to_numpy().copy()
+    changed = content["sender_out_sum_24h"].to_numpy().copy()
     changed[[3, 5]] += 1
     pq.write_table(
-        content.set_column(content.column_names.index("orig_out_sum_24h"), "orig_out_sum_24h", pa.array(changed)),
+        content.set_column(content.column_names.index("sender_out_sum_24h"), "sender_out_sum_24h", pa.array(changed)),
         target,
     )
-    assert features.differences(simulated, target, WINDOWS) == {"orig_out_sum_24h": 2}
+    assert features.differences(simulated, target, WINDOWS) == {"sender_out_sum_24h": 2}
 
 
 def test_a_larger_log_is_many_towns(simulated, tmp_path):
@@ -91,8 +91,8 @@ def test_a_larger_log_is_many_towns(simulated, tmp_path):
     town, wide = (pq.read_table(next((folder / "raw").glob("*.parquet"))) for folder in (simulated, tmp_path / "wide"))
     assert len(wide) == 3 * len(town) and wide.schema == town.schema
     assert (np.diff(wide["step"].to_numpy()) >= 0).all() and (wide["tx_id"].to_numpy() == np.arange(len(wide))).all()
-    accounts = set(wide["nameOrig"].to_pylist())
-    assert len(accounts) == 3 * len(set(town["nameOrig"].to_pylist()))
+    accounts = set(wide["sender"].to_pylist())
+    assert len(accounts) == 3 * len(set(town["sender"].to_pylist()))
     features.ours("local", tmp_path / "wide", "1g")
 
 

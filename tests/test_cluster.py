@@ -44,7 +44,7 @@ def apart(finished) -> Workspace:
 def lake(finished) -> Path:
     """The raw table in three files, in no order of time."""
     raw = pq.read_table(next((finished.root / "data/raw").glob("*.parquet"))).drop_columns(
-        ["newbalanceOrig", "newbalanceDest"]
+        ["sender_balance_after", "receiver_balance_after"]
     )
     folder, third = finished.root / "lake", len(raw) // 3
     folder.mkdir()

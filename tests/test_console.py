@@ -78,12 +78,12 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing to scroll sideways
         made.screenshot(f"console-{look}")
         assert made.violations() == []
-        sent = transaction(f"{look}{HOSTILE}", amount=5000.0, nameOrig=f"C{look}{HOSTILE}", nameDest=f"C{look}-dest")
+        sent = transaction(f"{look}{HOSTILE}", amount=5000.0, sender=f"C{look}{HOSTILE}", receiver=f"C{look}-dest")
         assert any(
             seconds_until_seen(made, service, {**sent, "transaction_id": f"{sent['transaction_id']}{i}"}) < 1
             for i in range(3)
         )  # a busy machine may need another chance
-        page.locator(".row", has_text=sent["nameOrig"]).first.click()
+        page.locator(".row", has_text=sent["sender"]).first.click()
         assert (
             page.locator("#detail-title").text_content().startswith(sent["transaction_id"])
             and page.locator("#detail img, #rows img").count() == 0
@@ -99,7 +99,7 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
         made.screenshot(f"console-{look}-opened", full=True)
         known = httpx.post(
             f"{service}/history",
-            json={"accounts": [sent["nameOrig"], sent["nameDest"]], "step": sent["step"]},
+            json={"accounts": [sent["sender"], sent["receiver"]], "step": sent["step"]},
             headers={"X-API-Key": READ},
         ).json()
         assert [account["windows"][0]["frauds"] for account in known["accounts"]] == [1, 1]
@@ -120,7 +120,7 @@ def test_many_decisions(service, browser):  # noqa: F811
             send(
                 service,
                 *(
-                    transaction(f"many{start + i}", amount=float(1 + (start + i) % 4000), nameOrig=f"C{i}")
+                    transaction(f"many{start + i}", amount=float(1 + (start + i) % 4000), sender=f"C{i}")
                     for i in range(1000)
                 ),
             )

@@ -155,7 +155,7 @@ def live(row: dict, prefix: str) -> dict:
     """A row of the raw table as its sender would have sent it."""
     known = {
         name: row[name]
-        for name in ("step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest")
+        for name in ("step", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance")
         if row[name] is not None
     }
     return {"transaction_id": f"{prefix}{row['tx_id']}", **known}
@@ -171,11 +171,11 @@ def day(finished, tmp_path_factory) -> tuple[list[dict], Path]:
     store, place = MemoryStore(RETENTION), tmp_path_factory.mktemp("store") / "snapshot.npz"
     store.record(
         [
-            Transaction(str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100))
+            Transaction(str(row["tx_id"]), row["step"], row["sender"], row["receiver"], round(row["amount"] * 100))
             for row in before
         ]
     )
-    store.label({str(row["tx_id"]): True for row in before if row["isFraud"]})
+    store.label({str(row["tx_id"]): True for row in before if row["is_fraud"]})
     save_snapshot(store, place)
     return [live(row, "") for row in now], place
 
@@ -262,8 +262,8 @@ BAD = [
     json.dumps({**EXAMPLE, "step": 1.5}).encode(),
     json.dumps({**EXAMPLE, "step": None}).encode(),
     json.dumps({**EXAMPLE, "timestamp": "2026-01-05T10:00:00"}).encode(),
-    json.dumps({**EXAMPLE, "nameOrig": ""}).encode(),
-    json.dumps({**EXAMPLE, "nameDest": "é" * 65}).encode(),
+    json.dumps({**EXAMPLE, "sender": ""}).encode(),
+    json.dumps({**EXAMPLE, "receiver": "é" * 65}).encode(),
     b'{"a":' * 5_000,
     json.dumps({"transactions": [EXAMPLE] * 1_001}).encode(),
     json.dumps({"transactions": [EXAMPLE, EXAMPLE]}).encode(),

@@ -80,7 +80,7 @@ class Live:
         """The transactions of these days, a day after the other; what became known by then of older ones comes before,
         as in life, where a day is long.
         """
-        step, number, fraud = (self.table[name].to_numpy() for name in ("step", "tx_id", "isFraud"))
+        step, number, fraud = (self.table[name].to_numpy() for name in ("step", "tx_id", "is_fraud"))
         with contextlib.closing(
             KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)
         ) as producer:

@@ -35,10 +35,10 @@ def live(row: dict) -> TransactionRequest:
         step=row["step"],
         type=row["type"],
         amount=row["amount"],
-        nameOrig=row["nameOrig"],
-        oldbalanceOrg=row["oldbalanceOrg"],
-        nameDest=row["nameDest"],
-        oldbalanceDest=row["oldbalanceDest"],
+        sender=row["sender"],
+        sender_balance=row["sender_balance"],
+        receiver=row["receiver"],
+        receiver_balance=row["receiver_balance"],
     )
 
 
@@ -61,14 +61,14 @@ def replay(rows: list[dict], store, label_delay: int, batch: int) -> np.ndarray:
             assert store.label({str(waiting.pop(0)["tx_id"]): True}) == []
         transactions = [live(row) for row in part]
         events = [
-            Transaction(t.transaction_id, t.step, t.nameOrig, t.nameDest, round(t.amount * 100)) for t in transactions
+            Transaction(t.transaction_id, t.step, t.sender, t.receiver, round(t.amount * 100)) for t in transactions
         ]
         reading = store.read(
             {a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step
         )
         found.append(matrix(request_features(transactions, events), look_back(events, reading, WINDOWS, label_delay)))
         assert all(store.record(events))
-        waiting += [row for row in part if row["isFraud"]]
+        waiting += [row for row in part if row["is_fraud"]]
     return np.vstack(found)
 
 
@@ -194,11 +194,11 @@ def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
             "step": step,
             "type": "TRANSFER",
             "amount": cents / 100,
-            "nameOrig": prefix + orig,
-            "oldbalanceOrg": 5.0,
-            "nameDest": prefix + dest,
-            "oldbalanceDest": None,
-            "isFraud": int(fraud),
+            "sender": prefix + orig,
+            "sender_balance": 5.0,
+            "receiver": prefix + dest,
+            "receiver_balance": None,
+            "is_fraud": int(fraud),
             "known": step + min(late, delay),
         }
         for i, (step, orig, dest, cents, fraud, late) in enumerate(sorted(drawn, key=lambda one: one[0]))
@@ -210,9 +210,9 @@ def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
                 ("tx_id", pa.int64()),
                 ("step", pa.int32()),
                 ("amount", pa.float64()),
-                ("nameOrig", pa.string()),
-                ("nameDest", pa.string()),
-                ("isFraud", pa.int8()),
+                ("sender", pa.string()),
+                ("receiver", pa.string()),
+                ("is_fraud", pa.int8()),
             )
         }
     )
@@ -226,7 +226,7 @@ def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
         store.label({prefix + str(row["tx_id"]): True for row in due})
         events = [
             Transaction(
-                prefix + str(row["tx_id"]), row["step"], row["nameOrig"], row["nameDest"], round(row["amount"] * 100)
+                prefix + str(row["tx_id"]), row["step"], row["sender"], row["receiver"], round(row["amount"] * 100)
             )
             for row in part
         ]
@@ -235,5 +235,5 @@ def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
         )
         online.append(look_back(events, reading, windows, delay))
         assert all(store.record(events))
-        waiting += [row for row in part if row["isFraud"]]
+        waiting += [row for row in part if row["is_fraud"]]
     np.testing.assert_array_equal(np.vstack(online), local_history(raw, windows, delay, threads=1).sides())

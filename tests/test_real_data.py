@@ -8,13 +8,13 @@ pytestmark = pytest.mark.external
 HANDBOOK = {
     "columns__tx_id": "TRANSACTION_ID",
     "columns__timestamp": "TX_DATETIME",
-    "columns__nameOrig": "CUSTOMER_ID",
-    "columns__nameDest": "TERMINAL_ID",
+    "columns__sender": "CUSTOMER_ID",
+    "columns__receiver": "TERMINAL_ID",
     "columns__amount": "TX_AMOUNT",
-    "columns__isFraud": "TX_FRAUD",
+    "columns__is_fraud": "TX_FRAUD",
     "columns__scenario": "TX_FRAUD_SCENARIO",
-    "data__orig_prefix": "C",
-    "data__dest_prefix": "M",
+    "data__sender_prefix": "C",
+    "data__receiver_prefix": "M",
 }
 
 

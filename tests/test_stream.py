@@ -122,7 +122,8 @@ def world(tmp_path_factory) -> World:
     )
     quiet = root / "quiet.parquet"
     pq.write_table(
-        table.set_column(table.column_names.index("isFraud"), "isFraud", pa.array(np.zeros(len(table), np.int8))), quiet
+        table.set_column(table.column_names.index("is_fraud"), "is_fraud", pa.array(np.zeros(len(table), np.int8))),
+        quiet,
     )
     batch = settings(data__source=str(quiet), paths__data="batch")
     acquire(batch)
@@ -285,8 +286,8 @@ def metric(process: subprocess.Popen, name: str, **labels: str) -> float:
 
 def events_of(table: pa.Table) -> list[Transaction]:
     return [
-        Transaction(str(r["tx_id"]), r["step"], r["nameOrig"], r["nameDest"], round(r["amount"] * 100))
-        for r in table.select(["tx_id", "step", "nameOrig", "nameDest", "amount"]).to_pylist()
+        Transaction(str(r["tx_id"]), r["step"], r["sender"], r["receiver"], round(r["amount"] * 100))
+        for r in table.select(["tx_id", "step", "sender", "receiver", "amount"]).to_pylist()
     ]
 
 
@@ -306,7 +307,7 @@ def expected_store(table: pa.Table, frauds: bool) -> MemoryStore:
         store.label(
             {
                 str(i): True
-                for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True)
+                for i, fraud in zip(table["tx_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)
                 if fraud
             }
         )
@@ -364,7 +365,7 @@ def test_every_decision_is_that_of_batch_scoring(uninterrupted, world):
     assert uninterrupted.said.startswith("100,000 transactions and 0 labels")
     assert len(uninterrupted.decisions) == ROWS
     check_decisions(once(uninterrupted.decisions), world, ROWS)
-    keys = dict(zip(map(str, world.table["tx_id"].to_pylist()), world.table["nameOrig"].to_pylist(), strict=True))
+    keys = dict(zip(map(str, world.table["tx_id"].to_pylist()), world.table["sender"].to_pylist(), strict=True))
     assert all(keys[read_record(r.value)["transaction_id"]].encode() == r.key for r in uninterrupted.decisions[:1000])
     store = JournaledStore(uninterrupted.case.folder / "data/stream", RETENTION)
     assert everything(store) == everything(expected_store(world.table, frauds=False))
@@ -419,7 +420,7 @@ def redis_store(url: str, table: pa.Table) -> tuple[dict, set]:
     """Histories and recorded transactions of everybody in `table`."""
     store, accounts = (
         RedisOutboxStore(url, RETENTION, 10),
-        sorted(set(table["nameOrig"].to_pylist()) | set(table["nameDest"].to_pylist())),
+        sorted(set(table["sender"].to_pylist()) | set(table["receiver"].to_pylist())),
     )
     reading = store.read(accounts, map(str, table["tx_id"].to_pylist()), int(max(table["step"].to_pylist())))
     store.close()
@@ -437,13 +438,13 @@ def test_killed_with_a_shared_store(case, world, redis_url):
     )
     source = made.folder / "source.parquet"
     pq.write_table(table, source)
-    frauds = sum(table["isFraud"].to_pylist())
+    frauds = sum(table["is_fraud"].to_pylist())
     made.fraud("produce", str(source))
     made.send(
         "labels",
         [
             (str(i).encode(), label_message(str(i), True, "json"))
-            for i, fraud in zip(table["tx_id"].to_pylist(), table["isFraud"].to_pylist(), strict=True)
+            for i, fraud in zip(table["tx_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)
             if fraud
         ],
     )
@@ -567,7 +568,7 @@ POISON = {
         json.dumps({"schema": 1, **EXAMPLE, "timestamp": "2026-01-05T10:00:00Z"}).encode(),
         json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "far", "step": 20_000}).encode(),
         b'{"transaction_id": "' + b"y" * 1_040_000 + b'"}',
-        json.dumps({"schema": 1, **EXAMPLE, "nameOrig": "x" * 65}).encode(),
+        json.dumps({"schema": 1, **EXAMPLE, "sender": "x" * 65}).encode(),
     ],
     "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "0", "amount": 1.0, "step": 3}).encode()],
 }
@@ -787,8 +788,8 @@ def test_replay_at_a_rate_with_labels(case, world):
     last = table["step"][rows - 1].as_py()
     known = {
         str(r["tx_id"])
-        for r in table.slice(0, rows).select(["tx_id", "step", "isFraud"]).to_pylist()
-        if r["isFraud"] and r["step"] + 24 <= last
+        for r in table.slice(0, rows).select(["tx_id", "step", "is_fraud"]).to_pylist()
+        if r["is_fraud"] and r["step"] + 24 <= last
     }
     assert f"{rows:,} transactions and {len(known):,} labels" in said
     with made.running("score") as process:

@@ -23,10 +23,10 @@ SMOKE = {
     "step": 1,
     "type": "PAYMENT",
     "amount": 1.00,
-    "nameOrig": "C-smoke",
-    "oldbalanceOrg": 10.00,
-    "nameDest": "M-smoke",
-    "oldbalanceDest": 0.00,
+    "sender": "C-smoke",
+    "sender_balance": 10.00,
+    "receiver": "M-smoke",
+    "receiver_balance": 0.00,
 }
 
 

@@ -53,10 +53,10 @@ class Payment(BaseModel):
     timestamp: str | None  # ISO 8601, as it was sent
     type: str | None
     amount: float
-    nameOrig: str
-    oldbalanceOrg: float | None
-    nameDest: str
-    oldbalanceDest: float | None
+    sender: str
+    sender_balance: float | None
+    receiver: str
+    receiver_balance: float | None
 
 class Source(BaseModel):
     "The message that a transaction came in."

@@ -99,8 +99,8 @@ class Data(Section):
     max_quarantined: Share = 0.01
     epoch: Moment = ""
     decisions: str = ""
-    orig_prefix: str = ""
-    dest_prefix: str = ""
+    sender_prefix: str = ""
+    receiver_prefix: str = ""
     ignore: Names = ()
 
 # %% ../../nbs/core/02_settings.ipynb #e004b2ab
@@ -111,14 +111,14 @@ class Columns(Section):
     timestamp: str = ""
     type: str = ""
     amount: str = ""
-    nameOrig: str = ""
-    oldbalanceOrg: str = ""
-    newbalanceOrig: str = ""
-    nameDest: str = ""
-    oldbalanceDest: str = ""
-    newbalanceDest: str = ""
-    isFraud: str = ""
-    isFlaggedFraud: str = ""
+    sender: str = ""
+    sender_balance: str = ""
+    sender_balance_after: str = ""
+    receiver: str = ""
+    receiver_balance: str = ""
+    receiver_balance_after: str = ""
+    is_fraud: str = ""
+    flagged: str = ""
     scenario: str = ""
 
 # %% ../../nbs/core/02_settings.ipynb #243f5857

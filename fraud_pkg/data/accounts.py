@@ -148,9 +148,9 @@ def transaction_table(
     (old_orig, old_dest), (new_orig, new_dest) = money / 100
     columns = {
         "tx_id": np.arange(len(step)), "step": step, "type": _labels(TYPES, kind), "amount": cents / 100,
-        "nameOrig": orig, "oldbalanceOrg": old_orig, "newbalanceOrig": new_orig,
-        "nameDest": dest, "oldbalanceDest": old_dest, "newbalanceDest": new_dest,
-        "isFraud": scenario >= 0, "isFlaggedFraud": flagged, "scenario": _labels(scenario_names, scenario),
+        "sender": orig, "sender_balance": old_orig, "sender_balance_after": new_orig,
+        "receiver": dest, "receiver_balance": old_dest, "receiver_balance_after": new_dest,
+        "is_fraud": scenario >= 0, "flagged": flagged, "scenario": _labels(scenario_names, scenario),
     }
     schema = arrow_schema()
     for field in schema:

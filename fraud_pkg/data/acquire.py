@@ -51,12 +51,13 @@ def name_accounts(
     source: str,              # its name in messages
 ) -> dict[str, pa.ChunkedArray]:
     "`columns` with the prefixes of `[data]` before both accounts; raises `FraudError` when two numberings would mix."
-    orig, dest, data = columns["nameOrig"], columns["nameDest"], settings.data
-    if data.orig_prefix == data.dest_prefix and _is_numbered(orig) and _is_numbered(dest):
-        raise FraudError(f"{source}: columns {mapping['nameOrig']} and {mapping['nameDest']} are both numbered: "
-                         "account 5 would be one in both; set [data] orig_prefix and dest_prefix, for example C and M")
-    orig, dest = _with_prefix(orig, data.orig_prefix), _with_prefix(dest, data.dest_prefix)
-    return columns | {"nameOrig": orig, "nameDest": dest}
+    orig, dest, data = columns["sender"], columns["receiver"], settings.data
+    if data.sender_prefix == data.receiver_prefix and _is_numbered(orig) and _is_numbered(dest):
+        raise FraudError(f"{source}: columns {mapping['sender']} and {mapping['receiver']} are both numbered: "
+                         "account 5 would be one in both; set [data] sender_prefix and receiver_prefix, "
+                         "for example C and M")
+    orig, dest = _with_prefix(orig, data.sender_prefix), _with_prefix(dest, data.receiver_prefix)
+    return columns | {"sender": orig, "receiver": dest}
 
 # %% ../../nbs/data/11_acquire.ipynb #3ec7ff85
 def _unreadable_text(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarray]:
@@ -174,7 +175,7 @@ def check_source(
     good, line = table, source.line
     if refused.any():
         good, line = table.filter(pa.array(~refused)), source.line[~refused]
-    scenario = pc.if_else(pc.equal(good["isFraud"], 1), good["scenario"], None)  # some data number the honest ones 0
+    scenario = pc.if_else(pc.equal(good["is_fraud"], 1), good["scenario"], None)  # some data number the honest ones 0
     good = good.set_column(good.schema.get_field_index("scenario"), "scenario", scenario)
     order = _order(good)
     if not (np.diff(order) == 1).all():
@@ -209,9 +210,9 @@ def sample_accounts(
     "All transactions of some originating accounts: `size` or up to one account's or destination's history more."
     if not size or size >= table.num_rows:
         return table
-    codes = np.asarray(table["nameOrig"].combine_chunks().dictionary_encode().indices)
+    codes = np.asarray(table["sender"].combine_chunks().dictionary_encode().indices)
     single = np.bincount(codes)[codes] == 1
-    order = account_hash(pc.if_else(pa.array(single), table["nameDest"], table["nameOrig"]))
+    order = account_hash(pc.if_else(pa.array(single), table["receiver"], table["sender"]))
     limit = np.partition(order, size - 1)[size - 1]
     return table.filter(pa.array(order <= limit))
 
@@ -294,9 +295,10 @@ def _manifest(table: pa.Table, checked: Checked, source: str, digest: str) -> di
 # %% ../../nbs/data/11_acquire.ipynb #1a3c5b32
 def _labelled(live: pa.Table, first_id: int, frauds: pa.Array, lake: str) -> pa.Table:
     "Decisions as transactions under the contract, numbered from `first_id`; fraud where the id is among `frauds`."
-    columns = {name: live[name] for name in ("step", *CONTRACT_PAYMENT_COLUMNS)}
+    columns = {name: live[column] for name, column in CONTRACT_PAYMENT_COLUMNS.items()}
+    columns["step"] = live["step"]
     columns["tx_id"] = np.arange(first_id, first_id + len(live))
-    columns["isFraud"] = pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())
+    columns["is_fraud"] = pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())
     columns["amount"] = live["cents"].to_numpy() / 100
     table, broken = check_table(pa.table(columns))
     if broken:
@@ -313,13 +315,14 @@ def append_decisions(table: pa.Table, settings: Settings) -> tuple[pa.Table, dic
         return table, None
     folder = settings.root / lake
     end = newest_step(folder) - settings.features.label_delay + 1
-    live = read_decisions(folder, ["transaction_id", "step", "cents", *CONTRACT_PAYMENT_COLUMNS], end_step=end)
+    columns = ["transaction_id", "step", "cents", *CONTRACT_PAYMENT_COLUMNS.values()]
+    live = read_decisions(folder, columns, end_step=end)
     frauds = pa.array([number for number, fraud in read_labels(folder).items() if fraud], pa.string())
     kept = table.filter(pc.less(table["step"], live["step"][0]))
     first_id = 0 if not len(kept) else pc.max(kept["tx_id"]).as_py() + 1
     labelled = _labelled(live, first_id, frauds, lake)
     taken = {"folder": lake, "first_step": live["step"][0].as_py(), "last_step": live["step"][-1].as_py(),
-             "rows": len(live), "frauds": int(pc.sum(labelled["isFraud"]).as_py()), "replaced": len(table) - len(kept)}
+             "rows": len(live), "frauds": int(pc.sum(labelled["is_fraud"]).as_py()), "replaced": len(table) - len(kept)}
     return pa.concat_tables([kept, labelled]), taken
 
 # %% ../../nbs/data/11_acquire.ipynb #ae20a2a3

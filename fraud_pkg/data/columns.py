@@ -24,7 +24,12 @@ def _folded(name: str) -> str:
     "A name without underscores and capitals, by which spellings are compared."
     return name.replace("_", "").lower()
 
-ALIASES = {"action": "type", "oldbalanceorig": "oldbalanceOrg", "newbalanceorg": "newbalanceOrig"}
+ALIASES = {  # as PaySim calls them, folded
+    "action": "type", "isflaggedfraud": "flagged",
+    "nameorig": "sender", "oldbalanceorg": "sender_balance", "oldbalanceorig": "sender_balance",
+    "newbalanceorg": "sender_balance_after", "newbalanceorig": "sender_balance_after",
+    "namedest": "receiver", "oldbalancedest": "receiver_balance", "newbalancedest": "receiver_balance_after",
+}
 KNOWN_NAMES = {_folded(column.name): column.name for column in CONTRACT} | {"timestamp": "timestamp"} | ALIASES
 KNOWN_EXTRAS = ("isunauthorizedoverdraft",)
 REQUIRED = tuple(column.name for column in CONTRACT if column.required and column.name not in ("tx_id", "step"))

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from ..core.contract import COLUMNS
 from ..core.errors import FraudError, one_line
 from ..core.record import Kind, LabelRecord, Payment, ScoredRecord, Shadow, Source, field_kinds
-from ..features.definitions import feature_names
+from ..features.definitions import feature_names, transaction_feature_names
 
 # %% ../../nbs/data/10_lake.ipynb #77e7e9f3
 ARROW_TYPES: dict[type, pa.DataType] = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
@@ -45,15 +45,17 @@ def arrow_schema(
 
 # %% ../../nbs/data/10_lake.ipynb #27778e66
 RECORD_COLUMNS = ("transaction_id", "step", "fraud_probability", "decision", "rule", "history", "model", "reasons")
-PAYMENT_COLUMNS = tuple(name for name in Payment.model_fields if name != "amount")
+# {field: column}
+PAYMENT_COLUMNS = {name: f"payment_{name}" if name in transaction_feature_names() else name
+                   for name in Payment.model_fields if name != "amount"}
 # What training data has too.
-CONTRACT_PAYMENT_COLUMNS = tuple(name for name in PAYMENT_COLUMNS if name in COLUMNS)
+CONTRACT_PAYMENT_COLUMNS = {name: column for name, column in PAYMENT_COLUMNS.items() if name in COLUMNS}
 
 def decision_schema(windows: Sequence[int] = ()) -> pa.Schema:
     "Columns of a file of decisions: the record's, and a float32 for each feature of these windows, if there are any."
     flat = [
         *arrow_schema(ScoredRecord, RECORD_COLUMNS),
-        *arrow_schema(Payment, PAYMENT_COLUMNS),
+        *(field.with_name(PAYMENT_COLUMNS[field.name]) for field in arrow_schema(Payment, list(PAYMENT_COLUMNS))),
         pa.field("cents", pa.int64()),
         *(field.with_name(f"source_{field.name}") for field in arrow_schema(Source)),
         *(field.with_name(f"shadow_{field.name}") for field in arrow_schema(Shadow)),
@@ -77,7 +79,7 @@ def _record_columns(records: Sequence[ScoredRecord]) -> dict[str, list]:
     columns = _fields(records, RECORD_COLUMNS)
     columns["reasons"] = [[vars(reason) for reason in reasons] for reasons in columns["reasons"]]
     payments = [record.transaction for record in records]
-    columns |= _fields(payments, PAYMENT_COLUMNS)
+    columns |= {PAYMENT_COLUMNS[name]: values for name, values in _fields(payments, PAYMENT_COLUMNS).items()}
     columns["cents"] = [round(payment.amount * 100) for payment in payments]
     columns |= _fields([record.source for record in records], Source.model_fields, "source_")
     shadows = [vars(record.shadow) if record.shadow else {} for record in records]

@@ -54,13 +54,13 @@ def profile_table(
     table: pa.Table,    # under the contract's schema
 ) -> dict:
     "Counts by type, hour, day, amount and scenario, as JSON has them."
-    fraud = table["isFraud"].to_numpy() == 1
+    fraud = table["is_fraud"].to_numpy() == 1
     step, amount = table["step"].to_numpy(), table["amount"].to_numpy()
     day = step // 24
     return {
         "rows": table.num_rows, "frauds": int(fraud.sum()), "fraud_rate": float(fraud.mean()),
-        "accounts": {"orig": pc.count_distinct(table["nameOrig"]).as_py(),
-                     "dest": pc.count_distinct(table["nameDest"]).as_py()},
+        "accounts": {"sender": pc.count_distinct(table["sender"]).as_py(),
+                     "receiver": pc.count_distinct(table["receiver"]).as_py()},
         "types": _type_counts(table, fraud),
         "hours": _counts(step % 24, fraud, 24),
         "first_day": int(day.min()), "days": _counts(day - day.min(), fraud, 1),

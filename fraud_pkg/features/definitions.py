@@ -14,13 +14,14 @@ from ..core.contract import TYPES
 # %% ../../nbs/features/00_definitions.ipynb #19d76015
 def transaction_feature_names() -> list[str]:
     "Features that need no history, in column order."
-    return ["amount", *(f"type_{name}" for name in TYPES), "hour_of_day", "day_of_week", "orig_balance", "dest_balance",
-            "amount_to_balance", "empties_account", "dest_is_merchant"]
+    return ["amount", *(f"type_{name}" for name in TYPES), "hour_of_day", "day_of_week",
+            "sender_balance", "receiver_balance",
+            "amount_to_balance", "empties_account", "receiver_is_merchant"]
 
 # %% ../../nbs/features/00_definitions.ipynb #f669287f
-SIDES = ("orig", "dest")
+SIDES = ("sender", "receiver")
 DIRECTIONS = ("out", "in")
-OWN_DIRECTION = {"orig": "out", "dest": "in"}  # what this transaction is to the account
+OWN_DIRECTION = {"sender": "out", "receiver": "in"}  # what this transaction is to the account
 FLOW_STATISTICS = ("count", "sum", "mean", "ratio")
 
 def side_width(windows: Sequence[int]) -> int:
@@ -41,4 +42,4 @@ def side_feature_names(side: str, windows: Sequence[int]) -> list[str]:
 def feature_names(windows: Sequence[int]) -> list[str]:
     "All features in the order of the columns of a matrix and of a model's input."
     histories = [name for side in SIDES for name in side_feature_names(side, windows)]
-    return [*transaction_feature_names(), *histories, "dest_is_new"]
+    return [*transaction_feature_names(), *histories, "receiver_is_new"]

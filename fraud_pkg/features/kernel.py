@@ -29,21 +29,21 @@ def safe_divide(
 # %% ../../nbs/features/01_kernel.ipynb #1e60014d
 def transaction_features(
     *,
-    cents: np.ndarray,         # [n] int64, the amount
-    type_code: np.ndarray,     # [n] int, index into TYPES, -1 where the type is missing
-    step: np.ndarray,          # [n] int, hours
-    orig_balance: np.ndarray,  # [n] float64 in currency units, NaN where missing
-    dest_balance: np.ndarray,  # [n] float64, likewise
-    to_merchant: np.ndarray,   # [n] bool
+    cents: np.ndarray,             # [n] int64, the amount
+    type_code: np.ndarray,         # [n] int, index into TYPES, -1 where the type is missing
+    step: np.ndarray,              # [n] int, hours
+    sender_balance: np.ndarray,    # [n] float64 in currency units, NaN where missing
+    receiver_balance: np.ndarray,  # [n] float64, likewise
+    to_merchant: np.ndarray,       # [n] bool
 ) -> np.ndarray:
     "Features that need no history: [n, 13] float32 in the order of `transaction_feature_names`."
     step = np.asarray(step)
     amount = np.asarray(cents) / 100
     types = [np.asarray(type_code) == code for code in range(len(TYPES))]
-    known = ~np.isnan(orig_balance)
-    balance_cents = np.where(known, to_cents(np.where(known, orig_balance, 0)), np.nan)
+    known = ~np.isnan(sender_balance)
+    balance_cents = np.where(known, to_cents(np.where(known, sender_balance, 0)), np.nan)
     empties_account = np.where(known, cents == balance_cents, np.nan)
-    columns = [amount, *types, step % 24, step // 24 % 7, orig_balance, dest_balance,
+    columns = [amount, *types, step % 24, step // 24 % 7, sender_balance, receiver_balance,
                safe_divide(cents, balance_cents), empties_account, to_merchant]
     return np.stack([np.asarray(column, dtype=np.float32) for column in columns], axis=-1)
 
@@ -267,8 +267,8 @@ def matrix(
 ) -> np.ndarray:
     "All features: [n, F] float32 in the order of `feature_names`."
     histories = sides.reshape(len(own), -1)
-    dest_is_new = np.isnan(histories[:, -1:]).astype(np.float32)
-    return np.hstack([own, histories, dest_is_new])
+    receiver_is_new = np.isnan(histories[:, -1:]).astype(np.float32)
+    return np.hstack([own, histories, receiver_is_new])
 
 # %% ../../nbs/features/01_kernel.ipynb #d8ec73d6
 BLOCK = 2048  # transactions; rows become columns inside the second-level cache

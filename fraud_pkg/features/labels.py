@@ -20,12 +20,12 @@ TRANSACTION_LABELS = {
     "amount": FeatureLabel("Amount", "money"),
     "hour_of_day": FeatureLabel("Hour of the day", "hour"),
     "day_of_week": FeatureLabel("Day of the week, from 0", "number"),
-    "orig_balance": FeatureLabel("Sender’s balance", "money"),
-    "dest_balance": FeatureLabel("Receiver’s balance", "money"),
+    "sender_balance": FeatureLabel("Sender’s balance", "money"),
+    "receiver_balance": FeatureLabel("Receiver’s balance", "money"),
     "amount_to_balance": FeatureLabel("Share of the sender’s balance", "share"),
     "empties_account": FeatureLabel("Empties the sender’s account to the cent", "yes"),
-    "dest_is_merchant": FeatureLabel("Receiver is a merchant", "yes"),
-    "dest_is_new": FeatureLabel("Receiver was never seen before", "yes"),
+    "receiver_is_merchant": FeatureLabel("Receiver is a merchant", "yes"),
+    "receiver_is_new": FeatureLabel("Receiver was never seen before", "yes"),
 }
 RULE_LABELS = {
     "rule:block_accounts": FeatureLabel("Rule: an account that is blocked", "number"),
@@ -35,7 +35,7 @@ RULE_LABELS = {
 PLAIN = TRANSACTION_LABELS | RULE_LABELS
 
 # %% ../../nbs/features/03_labels.ipynb #8de6c293
-SIDE_LABELS = {"orig": "Sender", "dest": "Receiver"}
+SIDE_LABELS = {"sender": "Sender", "receiver": "Receiver"}
 FLOW_LABELS = {
     ("count", "out"): FeatureLabel("payments sent", "number"),
     ("count", "in"): FeatureLabel("payments received", "number"),
@@ -53,8 +53,8 @@ LAST_SEEN_LABELS = {
     "fraud_streak_count": FeatureLabel("fraud streak, confirmed frauds in a row", "number"),
     "fraud_streak_hours": FeatureLabel("hours since its fraud streak began", "hours"),
 }
-_FLOW = re.compile(r"(orig|dest)_(out|in)_(count|sum|mean|ratio|peak_ratio)_(\d+)h")
-_FRAUD_SHARE = re.compile(r"(orig|dest)_fraud_share_(\d+)h")
+_FLOW = re.compile(r"(sender|receiver)_(out|in)_(count|sum|mean|ratio|peak_ratio)_(\d+)h")
+_FRAUD_SHARE = re.compile(r"(sender|receiver)_fraud_share_(\d+)h")
 
 # %% ../../nbs/features/03_labels.ipynb #44c58d74
 def window_label(hours: int) -> str:

@@ -38,14 +38,14 @@ def raw_features(raw: pa.Table) -> np.ndarray:
         cents=to_cents(raw["amount"].to_numpy()),
         type_code=pc.fill_null(pc.index_in(raw["type"], pa.array(TYPES)), -1).to_numpy(),
         step=raw["step"].to_numpy(),
-        orig_balance=_floats(raw["oldbalanceOrg"]),
-        dest_balance=_floats(raw["oldbalanceDest"]),
-        to_merchant=pc.starts_with(raw["nameDest"], "M").to_numpy())
+        sender_balance=_floats(raw["sender_balance"]),
+        receiver_balance=_floats(raw["receiver_balance"]),
+        to_merchant=pc.starts_with(raw["receiver"], "M").to_numpy())
 
 # %% ../../nbs/features/04_local.ipynb #1de1f2b1
 PART_ROWS = 500_000  # about; a part is one unit of work for a Spark task and for a reader
-RAW_COLUMNS = ["tx_id", "step", "type", "amount", "nameOrig", "oldbalanceOrg", "nameDest", "oldbalanceDest", "isFraud",
-               "scenario"]
+RAW_COLUMNS = ["tx_id", "step", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance",
+               "is_fraud", "scenario"]
 
 @dataclass(frozen=True)
 class Part:
@@ -104,9 +104,9 @@ Finish = Callable[[pa.Table, Histories], pa.Table]  # raw rows and their histori
 
 def part_table(raw: pa.Table, histories: Histories, windows: Sequence[int]) -> pa.Table:
     "Keys and features of raw rows."
-    rule = pc.fill_null(pc.equal(raw["amount"], raw["oldbalanceOrg"]), False).cast(pa.int8())
-    keys = pa.table({"tx_id": raw["tx_id"], "step": raw["step"], "account": raw["nameOrig"], "tx_amount": raw["amount"],
-                     "isFraud": raw["isFraud"], "scenario": raw["scenario"], "rule": rule})
+    rule = pc.fill_null(pc.equal(raw["amount"], raw["sender_balance"]), False).cast(pa.int8())
+    keys = pa.table({"tx_id": raw["tx_id"], "step": raw["step"], "account": raw["sender"], "tx_amount": raw["amount"],
+                     "is_fraud": raw["is_fraud"], "scenario": raw["scenario"], "rule": rule})
     names = feature_names(windows)
     columns = feature_columns(raw_features(raw), histories, len(names))
     # NaN says what is missing, so no value is null; a third of the time to write goes when Parquet knows that
@@ -138,8 +138,8 @@ def account_buckets(names: pa.StringArray, buckets: int) -> np.ndarray:
 def local_history(raw: pa.Table, windows: Sequence[int], label_delay: int, threads: int) -> Histories:
     "The kernel over a whole raw table in this process."
     rows = len(raw)
-    step, fraud, cents = raw["step"].to_numpy(), raw["isFraud"].to_numpy(), to_cents(raw["amount"].to_numpy())
-    names = pa.chunked_array([*raw["nameOrig"].chunks, *raw["nameDest"].chunks], pa.string()).combine_chunks()
+    step, fraud, cents = raw["step"].to_numpy(), raw["is_fraud"].to_numpy(), to_cents(raw["amount"].to_numpy())
+    names = pa.chunked_array([*raw["sender"].chunks, *raw["receiver"].chunks], pa.string()).combine_chunks()
     buckets = max(2 * threads, math.ceil(2 * rows / PART_ROWS))
     bucket = account_buckets(names, buckets)
     events = np.argsort(both_sides(bucket[:rows], bucket[rows:]), kind="stable")  # by bucket, then by time

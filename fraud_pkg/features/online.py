@@ -23,16 +23,16 @@ def online_transaction(
     cents: int,
     type_code: int,       # index into TYPES, -1 where the type is missing
     step: int,            # hours
-    orig_balance: float,  # currency units, NaN where missing
-    dest_balance: float,  # likewise
+    sender_balance: float,  # currency units, NaN where missing
+    receiver_balance: float,  # likewise
     to_merchant: bool,
 ) -> list[float]:
     "`transaction_features` of one event, in float32 equal to its row."
-    known = not math.isnan(orig_balance)
-    balance_cents = float(round(orig_balance * 100)) if known else math.nan
+    known = not math.isnan(sender_balance)
+    balance_cents = float(round(sender_balance * 100)) if known else math.nan
     types = [type_code == code for code in range(len(TYPES))]
     empties_account = cents == balance_cents if known else math.nan
-    return [cents / 100, *types, step % 24, step // 24 % 7, orig_balance, dest_balance,
+    return [cents / 100, *types, step % 24, step // 24 % 7, sender_balance, receiver_balance,
             _quotient(cents, balance_cents), empties_account, to_merchant]
 
 # %% ../../nbs/features/02_online.ipynb #5f1a2fe3

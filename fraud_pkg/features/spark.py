@@ -344,9 +344,9 @@ def _account_events(spark, raw_file: Path):
         return F.struct(F.col(account).alias("account"), F.lit(out).alias("out"))
 
     cents = F.rint(F.col("amount") * 100).cast("long")
-    both = F.explode(F.array(side("nameOrig", True), side("nameDest", False)))
+    both = F.explode(F.array(side("sender", True), side("receiver", False)))
     raw = spark.read.parquet(str(raw_file)).select(
-        "step", "tx_id", cents.alias("cents"), F.col("isFraud").alias("fraud"), both.alias("side"))
+        "step", "tx_id", cents.alias("cents"), F.col("is_fraud").alias("fraud"), both.alias("side"))
     return raw.select("side.account", "side.out", "step", "tx_id", "cents", "fraud")
 
 # %% ../../nbs/features/05_spark.ipynb #c2f2810b

@@ -133,7 +133,7 @@ def evaluate_plain_baseline(trained: Trained, periods: Periods, settings: Settin
     return BakeOffEntry(trained.name, "baseline", evaluate(periods.test, p, HALF, settings), p)
 
 def evaluate_rule_baseline(periods: Periods, settings: Settings) -> BakeOffEntry:
-    "The rule amount == oldbalanceOrg."
+    "The rule amount == sender_balance."
     p = periods.test.rule.astype(np.float64)
     return BakeOffEntry("rule", "baseline", evaluate(periods.test, p, HALF, settings), p)
 
@@ -149,7 +149,7 @@ def write_scores(
     import pyarrow.parquet as pq
 
     keys = {"tx_id": test.tx_id, "step": test.step, "account": test.account, "amount": test.amount,
-            "isFraud": test.y, "scenario": pa.array(test.scenario, pa.string())}
+            "is_fraud": test.y, "scenario": pa.array(test.scenario, pa.string())}
     contents = {"bakeoff.json": {"rows": [e.row.model_dump() for e in entries]},
                 "history.json": {e.name: list(e.history) for e in entries if e.history}}
     folder = settings.data_dir / "scores" / name
@@ -227,14 +227,14 @@ def bake_off_table(
     return pd.DataFrame({"kind": [row.kind for row in rows], **columns}, index=pd.Index(names, name="contender"))
 
 # %% ../../nbs/model/07_bakeoff.ipynb #193eccc0
-SCORE_COLUMNS = ("tx_id", "step", "account", "amount", "isFraud", "scenario")  # of test.parquet, beside the scores
+SCORE_COLUMNS = ("tx_id", "step", "account", "amount", "is_fraud", "scenario")  # of test.parquet, beside the scores
 
 def bake_off_scores(settings: Settings) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    "isFraud of the test period, and each row's scores of it; raises `RegistryError` for scores of different periods."
+    "is_fraud of the test period, and each row's scores of it; raises `RegistryError` for scores of different periods."
     import pyarrow.parquet as pq
 
     folders = _score_folders(settings)
-    keys = pq.read_table(folders[0] / "test.parquet", columns=["tx_id", "isFraud"])
+    keys = pq.read_table(folders[0] / "test.parquet", columns=["tx_id", "is_fraud"])
     tx_id = keys["tx_id"].to_numpy()
     scores: dict[str, np.ndarray] = {}
     for folder in folders:
@@ -245,7 +245,7 @@ def bake_off_scores(settings: Settings) -> tuple[np.ndarray, dict[str, np.ndarra
         for name in table.column_names:
             if name not in SCORE_COLUMNS:
                 scores.setdefault(name, table[name].to_numpy())
-    return keys["isFraud"].to_numpy(), scores
+    return keys["is_fraud"].to_numpy(), scores
 
 # %% ../../nbs/model/07_bakeoff.ipynb #4eafa0ec
 class PrecisionRecall(BaseModel):

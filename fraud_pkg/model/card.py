@@ -181,7 +181,7 @@ def fraud_groups(s: Sample) -> dict[str, dict[str, np.ndarray]]:
               "amount": _by_amount(s.amount, fraud),
               "type of payment": {name.removeprefix("type_"): values == 1 for name, values in column.items()
                                   if name.startswith("type_")}}
-    seen = column.get("orig_hours_since_seen")
+    seen = column.get("sender_hours_since_seen")
     if seen is not None:
         groups["sender"] = {"seen before": ~np.isnan(seen), "never seen before": np.isnan(seen)}
     return groups

@@ -69,12 +69,12 @@ def _reference_table(
     weight: np.ndarray,  # [n] how many rows of the period each stands for
     score: np.ndarray,   # [n] calibrated
 ) -> "pa.Table":
-    "Rows of a period: features, score, isFraud, period, step, account (a code) and weight."
+    "Rows of a period: features, score, is_fraud, period, step, account (a code) and weight."
     import pyarrow as pa
 
     x = sample.select(names)
     features = {name: pa.array(np.ascontiguousarray(x[:, j])) for j, name in enumerate(names)}
-    return pa.table({**features, "score": pa.array(score), "isFraud": pa.array(sample.y, pa.int8()),
+    return pa.table({**features, "score": pa.array(score), "is_fraud": pa.array(sample.y, pa.int8()),
                      "period": pa.repeat(period, len(sample)), "step": pa.array(sample.step, pa.int32()),
                      "account": pa.array(sample.account), "weight": pa.array(weight)})
 

@@ -106,7 +106,7 @@ def label_problems(
     rows = sum(window.rows for window in labelled)
     frauds = sum(window.frauds for window in labelled)
     unseen = reference.unseen
-    expected = rows * float((unseen.isFraud * unseen.weight).sum() / unseen.weight.sum())
+    expected = rows * float((unseen.is_fraud * unseen.weight).sum() / unseen.weight.sum())
     problems = []
     if unknown > labels / 2:
         problems.append(f"{unknown:,} of {labels:,} labels name transactions that are not in the lake; "

@@ -208,9 +208,9 @@ def performance_report(
     from evidently.presets import ClassificationPreset
 
     flagged = (probability >= threshold).astype(int)
-    rows = pd.DataFrame({"isFraud": np.asarray(y, int), "probability": probability, "flagged": flagged})
+    rows = pd.DataFrame({"is_fraud": np.asarray(y, int), "probability": probability, "flagged": flagged})
     task = BinaryClassification(
-        target="isFraud", prediction_probas="probability", prediction_labels="flagged")  # 1 is fraud
+        target="is_fraud", prediction_probas="probability", prediction_labels="flagged")  # 1 is fraud
     current = Dataset.from_pandas(rows, data_definition=DataDefinition(classification=[task]))
     return Report([ClassificationPreset(probas_threshold=threshold)]).run(current, None)
 

@@ -340,7 +340,7 @@ def _score_check(unseen: "pd.DataFrame", bins: Bins, monitor: Monitor) -> LiveCh
 def _outcome_checks(unseen: "pd.DataFrame", review: float, monitor: Monitor) -> tuple[LiveCheck, LiveCheck]:
     "Recall and precision, on the test period."
     step, weight = unseen.step.to_numpy(), np.ones(len(unseen))
-    fraud, flagged = unseen.isFraud.to_numpy() == 1, unseen.score.to_numpy() >= review
+    fraud, flagged = unseen.is_fraud.to_numpy() == 1, unseen.score.to_numpy() >= review
     frauds = _CheckRows(step, weight, np.flatnonzero(fraud))
     alerts = _CheckRows(step, weight, np.flatnonzero(flagged))
     return (_make_check("recall", HitShare(flagged), frauds, monitor, min_rows=monitor.least_frauds),

@@ -264,7 +264,7 @@ def add_status_routes(app: FastAPI, security: list[params.Depends]) -> None:
 def add_history_route(app: FastAPI, service: Service, security: list[params.Depends]) -> None:
     "What the console asks of accounts."
     service.add_route("POST", "/history", history_route(service), "read")
-    example = {"accounts": [EXAMPLE["nameOrig"], EXAMPLE["nameDest"]], "step": EXAMPLE["step"]}
+    example = {"accounts": [EXAMPLE["sender"], EXAMPLE["receiver"]], "step": EXAMPLE["step"]}
     app.router.add_api_route(
         "/history", lambda: None, methods=["POST"], route_class_override=AuthorizedRoute, name="history",
         summary="What accounts did lately", response_model=AccountHistories, dependencies=security,

@@ -93,9 +93,9 @@ def settings_for_columns(settings: Settings, names: Sequence[str]) -> Settings:
 
 def _label_column(names: Sequence[str], settings: Settings) -> str | None:
     "The column of labels, as the settings name it or as it is usually called."
-    if settings.columns.isFraud:
-        return settings.columns.isFraud
-    usual = (name for name in names if KNOWN_NAMES.get(name.replace("_", "").lower()) == "isFraud")
+    if settings.columns.is_fraud:
+        return settings.columns.is_fraud
+    usual = (name for name in names if KNOWN_NAMES.get(name.replace("_", "").lower()) == "is_fraud")
     return next((name for name in usual if name not in settings.data.ignore), None)
 
 def with_labels(table: pa.Table, settings: Settings) -> pa.Table:
@@ -103,7 +103,7 @@ def with_labels(table: pa.Table, settings: Settings) -> pa.Table:
     name = _label_column(table.column_names, settings)
     honest = pa.array(np.zeros(len(table), np.int8))
     if name is None:
-        return table.append_column("isFraud", honest)
+        return table.append_column("is_fraud", honest)
     column = table[name]
     known = honest if pa.types.is_null(column.type) else pc.fill_null(column, pa.scalar(0).cast(column.type))
     return table.set_column(table.column_names.index(name), name, known)
@@ -182,7 +182,7 @@ def decide_with_rules(raw: pa.Table, decisions: np.ndarray, rules: Rules) -> tup
     "The decisions [n] after the rules, and the rule that changed each."
     if rules == Rules():
         return decisions, [None] * len(raw)
-    columns = (raw["nameOrig"].to_pylist(), raw["nameDest"].to_pylist(), to_cents(raw["amount"].to_numpy()).tolist())
+    columns = (raw["sender"].to_pylist(), raw["receiver"].to_pylist(), to_cents(raw["amount"].to_numpy()).tolist())
     ruled = [apply_rules(rules, Transaction("", 0, orig, dest, cents), int(decision))
              for decision, orig, dest, cents in zip(decisions, *columns, strict=True)]
     return np.array([decision for decision, _ in ruled], np.int64), [rule for _, rule in ruled]
@@ -228,7 +228,7 @@ def lineage_of(bundle: Bundle, settings: Settings, files: Sequence[dict[str, Any
     decides = {
         "columns": settings.section_dict("columns"),
         "rules": settings.section_dict("rules"),
-        "prefixes": [settings.data.orig_prefix, settings.data.dest_prefix],
+        "prefixes": [settings.data.sender_prefix, settings.data.receiver_prefix],
         "epoch": settings.data.epoch,
         "ignore": list(settings.data.ignore),
         "windows": manifest.windows,
@@ -257,7 +257,7 @@ class PartScorer:
         "Scores of raw rows [n] and their histories: what a task of the engine writes."
         bundle = _cached_bundle(self.model, self.sha256)
         scores = score_rows(bundle, matrix(raw_features(raw), histories.sides()), raw, self.rules)
-        keys = {name: raw[name] for name in ("tx_id", "step", "nameOrig", "nameDest", "amount")}
+        keys = {name: raw[name] for name in ("tx_id", "step", "sender", "receiver", "amount")}
         lineage = {name: pa.repeat(value, len(raw)) for name, value in vars(self.lineage).items()}
         names = pa.DictionaryArray.from_arrays(raw["source_file"].combine_chunks(), pa.array(self.files))
         source = {"source_file": names.cast(pa.string()), "source_row": raw["source_row"]}

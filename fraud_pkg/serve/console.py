@@ -61,10 +61,10 @@ def console_rows(
             "step": transaction.step,
             "type": next((name for name, column in _TYPE_COLUMNS if own[column]), None),
             "amount": transaction.cents / 100,
-            "nameOrig": transaction.orig,
-            "nameDest": transaction.dest,
-            "oldbalanceOrg": _known(own[_OWN["orig_balance"]]),
-            "oldbalanceDest": _known(own[_OWN["dest_balance"]]),
+            "sender": transaction.orig,
+            "receiver": transaction.dest,
+            "sender_balance": _known(own[_OWN["sender_balance"]]),
+            "receiver_balance": _known(own[_OWN["receiver_balance"]]),
         }
         rows.append(row | decision)
     return rows

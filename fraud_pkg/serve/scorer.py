@@ -111,8 +111,8 @@ def request_features(
     "Features that need no history."
     rows = [
         online_transaction(transaction.cents, TYPE_CODES.get(request.type, -1), transaction.step,
-                           _or_nan(request.oldbalanceOrg), _or_nan(request.oldbalanceDest),
-                           request.nameDest.startswith("M"))
+                           _or_nan(request.sender_balance), _or_nan(request.receiver_balance),
+                           request.receiver.startswith("M"))
         for request, transaction in zip(requests, transactions, strict=True)
     ]
     return np.array(rows, np.float32)
@@ -264,7 +264,7 @@ class Decider(BundleModel):
     def to_transaction(self, request: TransactionRequest) -> Transaction:
         "The transaction as the store records it; raises `Refused` for an impossible moment."
         step, cents = step_of(request, self.epoch), round(request.amount * 100)
-        return Transaction(request.transaction_id, step, request.nameOrig, request.nameDest, cents)
+        return Transaction(request.transaction_id, step, request.sender, request.receiver, cents)
 
 
     def refusals(self, transactions: Sequence[Transaction], snapshot: StoreSnapshot) -> dict[int, Refused]:

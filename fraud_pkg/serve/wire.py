@@ -59,10 +59,10 @@ class TransactionRequest(BaseModel):
     timestamp: Annotated[datetime, Field(strict=False), BeforeValidator(_iso_moment)] | None = None
     type: TransactionType | None = None
     amount: Annotated[FiniteFloat, _bounds("amount"), AfterValidator(_whole_cents)]
-    nameOrig: Name
-    oldbalanceOrg: Annotated[FiniteFloat, _bounds("oldbalanceOrg")] | None = None
-    nameDest: Name
-    oldbalanceDest: Annotated[FiniteFloat, _bounds("oldbalanceDest")] | None = None
+    sender: Name
+    sender_balance: Annotated[FiniteFloat, _bounds("sender_balance")] | None = None
+    receiver: Name
+    receiver_balance: Annotated[FiniteFloat, _bounds("receiver_balance")] | None = None
 
     @model_validator(mode="after")
     def _one_time(self):
@@ -72,7 +72,7 @@ class TransactionRequest(BaseModel):
 
 EXAMPLE = {
     "transaction_id": "a-1001", "step": 2000, "type": "TRANSFER", "amount": 1520.5,
-    "nameOrig": "C1001", "oldbalanceOrg": 1600.0, "nameDest": "C2002", "oldbalanceDest": 0.0,
+    "sender": "C1001", "sender_balance": 1600.0, "receiver": "C2002", "receiver_balance": 0.0,
 }
 
 # %% ../../nbs/serve/00_wire.ipynb #b28597cf

@@ -254,7 +254,7 @@ class RequestContent(NamedTuple):
 def request_content(request: TransactionRequest) -> RequestContent:
     "The content of a request."
     time = request.timestamp.isoformat() if request.timestamp else str(request.step)
-    return RequestContent(time, request.nameOrig, request.nameDest, round(request.amount * 100))
+    return RequestContent(time, request.sender, request.receiver, round(request.amount * 100))
 
 def decide_remotely(
     remote: RemoteService, messages: Sequence[Received], topics: Topics, format: str, result: BatchResult,

@@ -170,8 +170,8 @@ def payment_fields(transaction: TransactionRequest) -> dict[str, Any]:
     "The fields of `Payment`."
     timestamp = transaction.timestamp and transaction.timestamp.isoformat()
     return {"timestamp": timestamp, "type": transaction.type, "amount": transaction.amount,
-            "nameOrig": transaction.nameOrig, "oldbalanceOrg": transaction.oldbalanceOrg,
-            "nameDest": transaction.nameDest, "oldbalanceDest": transaction.oldbalanceDest}
+            "sender": transaction.sender, "sender_balance": transaction.sender_balance,
+            "receiver": transaction.receiver, "receiver_balance": transaction.receiver_balance}
 
 class Received(Protocol):
     "A message as the client library gives it."

@@ -40,14 +40,14 @@ class ReplayMessage(NamedTuple):
 
 def transaction_messages(table: pa.Table, format: str, prefix: str = "") -> Iterator[ReplayMessage]:
     "The rows of a checked table, in `json` or `avro`; `prefix` stands before each transaction's id."
-    optional = [name for name in (*REQUEST_COLUMNS, "isFraud") if name in table.column_names]
+    optional = [name for name in (*REQUEST_COLUMNS, "is_fraud") if name in table.column_names]
     for batch in table.select(["tx_id", *optional]).to_batches(max_chunksize=5_000):
         for row in batch.to_pylist():
             transaction_id = f"{prefix}{row.pop('tx_id')}"
-            fraud = bool(row.pop("isFraud", 0))
+            fraud = bool(row.pop("is_fraud", 0))
             record = {"transaction_id": transaction_id, **row}
             value = TRANSACTION_FORMAT.write(record) if format == "avro" else to_json({"schema": VERSION, **record})
-            yield ReplayMessage(row["step"], transaction_id, row["nameOrig"].encode(), value, fraud)
+            yield ReplayMessage(row["step"], transaction_id, row["sender"].encode(), value, fraud)
 
 def label_message(transaction_id: str, fraud: bool, format: str) -> bytes:
     "The message that labels a transaction."
@@ -175,8 +175,8 @@ def produce(
     source, name = read_source(settings)
     checked = check_source(source, settings)
     table = checked.good.slice(0, limit) if limit else checked.good
-    if labels and "isFraud" not in table.column_names:
-        raise FraudError(f"{name}: no column isFraud; expected one for labels")
+    if labels and "is_fraud" not in table.column_names:
+        raise FraudError(f"{name}: no column is_fraud; expected one for labels")
     make_topics(stream, environ)
     with broker_errors(stream):
         producer = producer_of(stream, environ, linger=0 if rate else 20)

@@ -32,7 +32,7 @@ class Sample:
     tx_id: np.ndarray  # [n] int64
     account: np.ndarray  # [n] int64, a code for the originating account, valid within this sample
     scenario: np.ndarray  # [n] object, how a fraud was made; None for honest and for unknown
-    rule: np.ndarray  # [n] bool, the baseline: amount == oldbalanceOrg
+    rule: np.ndarray  # [n] bool, the baseline: amount == sender_balance
 
     def __len__(self) -> int:
         return len(self.y)
@@ -111,7 +111,7 @@ def check_classes(
         f"expected honest and fraudulent ones: change [split] {period.name}_hours or bring data that has both there")
 
 # %% ../../nbs/train/00_samples.ipynb #04d33304
-SAMPLE_COLUMNS = ("tx_id", "step", "account", "tx_amount", "isFraud", "scenario", "rule")
+SAMPLE_COLUMNS = ("tx_id", "step", "account", "tx_amount", "is_fraud", "scenario", "rule")
 
 def _feature_files(folder: Path) -> list[Path]:
     "The parts of a whole feature table, in row order."
@@ -156,7 +156,7 @@ def _to_sample(x: np.ndarray, names: tuple[str, ...], keys: pa.Table | None) -> 
 
     account = np.zeros(0) if keys is None else keys["account"].combine_chunks().dictionary_encode().indices.to_numpy()
     return Sample(
-        x=x, names=names, y=column("isFraud", np.int8), amount=column("tx_amount", np.float64),
+        x=x, names=names, y=column("is_fraud", np.int8), amount=column("tx_amount", np.float64),
         step=column("step", np.int32), tx_id=column("tx_id", np.int64), account=account.astype(np.int64),
         scenario=column("scenario", object), rule=column("rule", bool))
 

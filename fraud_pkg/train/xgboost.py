@@ -234,7 +234,7 @@ def plain_baseline_names(
     names: Sequence[str],  # features of a sample
 ) -> tuple[str, ...]:
     "Those that the plain baseline learns from: amount, type and balances."
-    return tuple(n for n in names if n in ("amount", "orig_balance", "dest_balance") or n.startswith("type_"))
+    return tuple(n for n in names if n in ("amount", "sender_balance", "receiver_balance") or n.startswith("type_"))
 
 # %% ../../nbs/train/06_xgboost.ipynb #8acb47d3
 def train_plain_baseline(

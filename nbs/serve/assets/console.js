@@ -319,7 +319,7 @@ function filter() {
     kinds.has(row.decision) &&
     (!type || row.type === type) &&
     (wrong || row.fraud_probability >= least) &&
-    (!account || row.nameOrig.toLowerCase().includes(account) || row.nameDest.toLowerCase().includes(account)) &&
+    (!account || row.sender.toLowerCase().includes(account) || row.receiver.toLowerCase().includes(account)) &&
     (!text || row.needle.includes(text));
 }
 
@@ -370,8 +370,8 @@ function fill(element, row) {
   p.lastChild.style.setProperty("--share", (row.odds + RANGE) / (2 * RANGE));
   amount.textContent = money.format(row.amount);
   type.textContent = typeWord(row.type);
-  from.textContent = row.nameOrig;
-  to.textContent = row.nameDest;
+  from.textContent = row.sender;
+  to.textContent = row.receiver;
   why.textContent = strongest(row);
   if (marks.has(row.transaction_id))
     why.prepend(
@@ -681,10 +681,10 @@ function drawDetail() {
       pairs(
         ["Amount", money.format(row.amount), "amount"],
         ["Type", typeWord(row.type)],
-        ["From", row.nameOrig],
-        ["Sender’s balance", balance(row.oldbalanceOrg)],
-        ["To", row.nameDest],
-        ["Receiver’s balance", balance(row.oldbalanceDest)],
+        ["From", row.sender],
+        ["Sender’s balance", balance(row.sender_balance)],
+        ["To", row.receiver],
+        ["Receiver’s balance", balance(row.receiver_balance)],
       ),
     ),
     el("section", { id: "accounts" }, el("h3", {}, "Accounts"), el("p", { class: "note" }, "Asking the store…")),
@@ -783,10 +783,10 @@ function reasons(row) {
 }
 
 function others(row) {
-  const mine = new Set([row.nameOrig, row.nameDest]);
+  const mine = new Set([row.sender, row.receiver]);
   const related = [...all]
     .reverse()
-    .filter((other) => other.uid !== row.uid && (mine.has(other.nameOrig) || mine.has(other.nameDest)))
+    .filter((other) => other.uid !== row.uid && (mine.has(other.sender) || mine.has(other.receiver)))
     .slice(0, 8);
   if (!related.length) return [];
   return [
@@ -881,7 +881,7 @@ async function mark(fraud) {
 async function history(row) {
   let content;
   try {
-    const answer = await post("/history", { accounts: [row.nameOrig, row.nameDest], step: row.step });
+    const answer = await post("/history", { accounts: [row.sender, row.receiver], step: row.step });
     content = answer.accounts.map((account, i) => accountView(account, i ? "Receiver" : "Sender"));
   } catch (error) {
     content = [el("p", { class: "problem" }, `The store was not read: ${error.message}`)];
@@ -986,10 +986,10 @@ const EXAMPLES = [
       {
         type: "PAYMENT",
         amount: 42.9,
-        nameOrig: `C-hand-${n}`,
-        oldbalanceOrg: 1830.5,
-        nameDest: "M-hand-market",
-        oldbalanceDest: null,
+        sender: `C-hand-${n}`,
+        sender_balance: 1830.5,
+        receiver: "M-hand-market",
+        receiver_balance: null,
       },
     ],
   },
@@ -1000,10 +1000,10 @@ const EXAMPLES = [
       {
         type: "TRANSFER",
         amount: 18420.75,
-        nameOrig: `C-hand-${n}`,
-        oldbalanceOrg: 18420.75,
-        nameDest: `C-new-${n}`,
-        oldbalanceDest: 0,
+        sender: `C-hand-${n}`,
+        sender_balance: 18420.75,
+        receiver: `C-new-${n}`,
+        receiver_balance: 0,
       },
     ],
   },
@@ -1014,26 +1014,26 @@ const EXAMPLES = [
       {
         type: "TRANSFER",
         amount: 9800,
-        nameOrig: `C-hand-${n}`,
-        oldbalanceOrg: 9800,
-        nameDest: `C-mule-${n}a`,
-        oldbalanceDest: 12.4,
+        sender: `C-hand-${n}`,
+        sender_balance: 9800,
+        receiver: `C-mule-${n}a`,
+        receiver_balance: 12.4,
       },
       {
         type: "TRANSFER",
         amount: 9500,
-        nameOrig: `C-mule-${n}a`,
-        oldbalanceOrg: 9812.4,
-        nameDest: `C-mule-${n}b`,
-        oldbalanceDest: 0,
+        sender: `C-mule-${n}a`,
+        sender_balance: 9812.4,
+        receiver: `C-mule-${n}b`,
+        receiver_balance: 0,
       },
       {
         type: "CASH_OUT",
         amount: 9500,
-        nameOrig: `C-mule-${n}b`,
-        oldbalanceOrg: 9500,
-        nameDest: "C-hand-agent",
-        oldbalanceDest: 250000,
+        sender: `C-mule-${n}b`,
+        sender_balance: 9500,
+        receiver: "C-hand-agent",
+        receiver_balance: 250000,
       },
     ],
   },
@@ -1044,10 +1044,10 @@ const EXAMPLES = [
       {
         type: "CASH_IN",
         amount: 6250,
-        nameOrig: `C-hand-${n}`,
-        oldbalanceOrg: 310.2,
-        nameDest: "C-hand-bank",
-        oldbalanceDest: 900000,
+        sender: `C-hand-${n}`,
+        sender_balance: 310.2,
+        receiver: "C-hand-bank",
+        receiver_balance: 900000,
       },
     ],
   },
@@ -1067,7 +1067,7 @@ function fillForm(example) {
   $("hand-more").textContent = rest
     .map(
       (next) =>
-        `Then ${typeWord(next.type)} of ${money.format(next.amount)} from ${next.nameOrig} to ${next.nameDest}.`,
+        `Then ${typeWord(next.type)} of ${money.format(next.amount)} from ${next.sender} to ${next.receiver}.`,
     )
     .join(" ");
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.example === example);
@@ -1081,10 +1081,10 @@ function formTransaction() {
     step: number("step"),
     type: form.get("type"),
     amount: number("amount"),
-    nameOrig: form.get("nameOrig"),
-    oldbalanceOrg: number("oldbalanceOrg"),
-    nameDest: form.get("nameDest"),
-    oldbalanceDest: number("oldbalanceDest"),
+    sender: form.get("sender"),
+    sender_balance: number("sender_balance"),
+    receiver: form.get("receiver"),
+    receiver_balance: number("receiver_balance"),
   };
 }
 
@@ -1096,7 +1096,7 @@ function result(sent, answer) {
     el(
       "span",
       {},
-      `${percent(answer.fraud_probability)} · ${money.format(sent.amount)} · ${sent.nameOrig} → ${sent.nameDest}`,
+      `${percent(answer.fraud_probability)} · ${money.format(sent.amount)} · ${sent.sender} → ${sent.receiver}`,
     ),
     el(
       "button",
