@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -15,41 +15,45 @@ sys.path.insert(0, str(PROJECT))
 
 from measure import Measured, machine, measured, say, summary, write_json  # noqa: E402
 
+from fraud_pkg.core.contract import DAY, HOUR, MINUTE, duration_text, tile_of  # noqa: E402
+from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
 from fraud_pkg.features.definitions import feature_names  # noqa: E402
-from fraud_pkg.core.contract import TYPES  # noqa: E402
-from fraud_pkg.core.settings import load_settings  # noqa: E402
 
 PUBLISHED = 6_362_620  # rows of the PaySim log
+WINDOWS = "1h, 24h, 7d, 30d"
 COMPARED = ("count", "sum", "mean", "ratio")
 THREADS = 2
 
 
 def compared_names(windows: Sequence[int]) -> list[str]:
-    """The features that everybody computes: all of the transaction, and of both accounts flows, fraud shares and hours
-    since seen.
+    """The features that everybody computes: all numbers of the payment, and of both accounts flows, fraud shares and
+    seconds since seen.
     """
     own = [
         "amount",
-        *(f"type_{name}" for name in TYPES),
         "hour_of_day",
         "day_of_week",
         "sender_balance",
         "receiver_balance",
         "amount_to_balance",
         "empties_account",
-        "receiver_is_merchant",
     ]
-    sides = [f"{side}_{name}" for side in ("sender", "receiver") for name in side_names(windows)]
-    return [*own, *sides, "receiver_is_new"]
+    return own + [f"{side}_{name}" for side in ("sender", "receiver") for name in side_names(windows)]
 
 
 def side_names(windows: Sequence[int]) -> list[str]:
     """The history features of one side, without its name."""
-    flows = [f"{direction}_{what}_{window}h" for window in windows for direction in ("out", "in") for what in COMPARED]
-    return [*flows, *(f"fraud_share_{window}h" for window in windows), "hours_since_seen"]
+    texts = [duration_text(window) for window in windows]
+    flows = [f"{direction}_{what}_{text}" for text in texts for direction in ("out", "in") for what in COMPARED]
+    return [*flows, *(f"fraud_share_{days}" for days in label_windows(windows)), "seconds_since_seen"]
 
 
-# The peers. Each reads the raw Parquet file and writes one file with tx_id and the compared features as float32.
+def label_windows(windows: Sequence[int]) -> dict[str, int]:
+    """Windows of labels: their names, and their days."""
+    return {duration_text(window): window // DAY for window in windows if window % DAY == 0}
+
+
+# The peers. Each reads the raw Parquet file and writes one file with row and the compared features as float32.
 
 
 def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: int) -> None:
@@ -61,9 +65,8 @@ def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: in
     tx = pl.read_parquet(
         raw,
         columns=[
-            "tx_id",
-            "step",
-            "type",
+            "row",
+            "time",
             "amount",
             "sender",
             "sender_balance",
@@ -80,51 +83,42 @@ def with_polars(raw: Path, target: Path, windows: Sequence[int], label_delay: in
         sides[name] = rows.rename({column: f"{name}_{column}" for column in rows.columns})
     balance = (pl.col("sender_balance") * 100).round()
     own = tx.select(
-        "tx_id",
+        "row",
         pl.col("cents").truediv(100).alias("amount"),
-        *((pl.col("type") == name).fill_null(False).alias(f"type_{name}") for name in TYPES),
-        (pl.col("step") % 24).alias("hour_of_day"),
-        (pl.col("step") // 24 % 7).alias("day_of_week"),
+        (pl.col("time") // HOUR % 24).alias("hour_of_day"),
+        (pl.col("time") // DAY % 7).alias("day_of_week"),
         "sender_balance",
         "receiver_balance",
         pl.when(balance != 0).then(pl.col("cents") / balance).alias("amount_to_balance"),
         (pl.col("cents") == balance).alias("empties_account"),
-        pl.col("receiver").str.starts_with("M").alias("receiver_is_merchant"),
     )
-    table = pl.concat([own, sides["sender"], sides["receiver"]], how="horizontal").with_columns(
-        receiver_is_new=pl.col("receiver_hours_since_seen").is_null()
-    )
-    table.select("tx_id", pl.col(compared_names(windows)).cast(pl.Float32)).write_parquet(
+    table = pl.concat([own, sides["sender"], sides["receiver"]], how="horizontal")
+    table.select("row", pl.col(compared_names(windows)).cast(pl.Float32)).write_parquet(
         target, compression="lz4", statistics=False
     )
 
 
 def polars_events(tx):
-    """Two rows per transaction, sorted by account and time: side (0 starts it), row, key (account and step), cents,
-    fraud.
-    """
+    """Two rows per transaction, sorted by account and arrival: side (0 starts it), row, account, time, cents, fraud."""
     import polars as pl
 
     codes = pl.concat([tx["sender"], tx["receiver"]], rechunk=True).cast(pl.Categorical).to_physical()
-    longest = int(tx["step"].max()) + 1
     events = pl.concat(
         [
             tx.select(
                 code=codes[side * len(tx) : (side + 1) * len(tx)].cast(pl.Int64),
                 row=pl.int_range(pl.len(), dtype=pl.Int64),
                 side=pl.lit(side, pl.Int64),
-                step=pl.col("step").cast(pl.Int64),
+                time="time",
                 cents="cents",
-                fraud=pl.col("is_fraud").cast(pl.Int64),
+                fraud=pl.col("is_fraud").fill_null(0).cast(pl.Int64),
             )
             for side in (0, 1)
         ]
     )
     bits = len(tx).bit_length()
     events = events.with_columns(order=(pl.col("code") * 2**bits + pl.col("row")) * 2 + pl.col("side")).sort("order")
-    return events.select(
-        "side", "row", "step", "cents", "fraud", key=pl.col("code") * (longest + 10_000) + pl.col("step"), code="code"
-    )
+    return events.select("side", "row", "code", "time", "cents", "fraud")
 
 
 def polars_histories(events, windows: Sequence[int], label_delay: int):
@@ -152,19 +146,26 @@ def polars_histories(events, windows: Sequence[int], label_delay: int):
     itself = ((pl.col("code") == pl.col("code").shift(1)) & (pl.col("row") == pl.col("row").shift(1))).fill_null(False)
     last = events.select(place=pl.col("place") - itself)["place"]
     now = totals.select(pl.all().gather(last))
-    keys = events.select("key", at=pl.col("place") + 1).with_columns(pl.col("key").set_sorted())
+    far = int(events["time"].max()) + 4000 * DAY  # so that no look back reaches another account
+    keys = {
+        tile: events.select(
+            key=(pl.col("code") * (far // tile) + pl.col("time") // tile).set_sorted(), at=pl.col("place") + 1
+        )
+        for tile in (MINUTE, HOUR, DAY)
+    }
 
-    def first_after(hours: int):
-        """Where an account's events with `step > own step - hours` begin."""
-        wanted = keys.select(pl.col("key") - hours).with_columns(pl.col("key").set_sorted())
-        return wanted.join_asof(keys, on="key", strategy="backward")["at"].fill_null(0)
+    def first_after(tile: int, tiles: int):
+        """Where an account's events less than so many tiles ago begin."""
+        wanted = keys[tile].select((pl.col("key") - tiles).set_sorted())
+        return wanted.join_asof(keys[tile], on="key", strategy="backward")["at"].fill_null(0)
 
     def divided(number, by):
         return pl.when(by != 0).then(number / by)
 
     own, columns = events.select("cents"), []
     for window in windows:
-        begin = totals.select(pl.all().gather(first_after(window)))
+        text, tile = duration_text(window), tile_of(window)
+        begin = totals.select(pl.all().gather(first_after(tile, window // tile)))
         past = now - begin
         flows = (
             own.hstack(past)
@@ -175,22 +176,24 @@ def polars_histories(events, windows: Sequence[int], label_delay: int):
         for direction, count, total in (("out", "out", "sent"), ("in", "back", "received")):
             mean = divided(pl.col(total), pl.col(count))
             found += [
-                pl.col(count).cast(pl.Float32).alias(f"{direction}_count_{window}h"),
-                (pl.col(total) / 100).cast(pl.Float32).alias(f"{direction}_sum_{window}h"),
-                (mean / 100).cast(pl.Float32).alias(f"{direction}_mean_{window}h"),
-                divided(pl.col("cents"), mean).cast(pl.Float32).alias(f"{direction}_ratio_{window}h"),
+                pl.col(count).cast(pl.Float32).alias(f"{direction}_count_{text}"),
+                (pl.col(total) / 100).cast(pl.Float32).alias(f"{direction}_sum_{text}"),
+                (mean / 100).cast(pl.Float32).alias(f"{direction}_mean_{text}"),
+                divided(pl.col("cents"), mean).cast(pl.Float32).alias(f"{direction}_ratio_{text}"),
             ]
         columns.append(flows.select(found).collect())
-        if window == max(windows):
-            seen = begin["place"] < last
-    known = totals.select(pl.col("place", "frauds").gather(first_after(label_delay)))
-    for window in windows:
-        past = known - totals.select(pl.col("place", "frauds").gather(first_after(label_delay + window)))
+    known = totals.select(pl.col("place", "frauds").gather(first_after(DAY, label_delay + 1)))
+    for text, days in label_windows(windows).items():
+        begin = first_after(DAY, label_delay + 1 + days)
+        past = known - totals.select(pl.col("place", "frauds").gather(begin))
         columns.append(
-            past.select(divided(pl.col("frauds"), pl.col("place")).cast(pl.Float32).alias(f"fraud_share_{window}h"))
+            past.select(divided(pl.col("frauds"), pl.col("place")).cast(pl.Float32).alias(f"fraud_share_{text}"))
         )
-    since = pl.DataFrame({"hours": events["step"] - events["step"].gather((last - 1).clip(0)), "seen": seen})
-    columns.append(since.select(pl.when("seen").then("hours").cast(pl.Float32).alias("hours_since_seen")))
+    before = (last - 1).clip(0)
+    since = pl.DataFrame({"seconds": events["time"] - events["time"].gather(before)}).with_columns(
+        seen=(last > 0) & (events["code"] == events["code"].gather(before)) & (pl.col("seconds") <= max(windows))
+    )
+    columns.append(since.select(pl.when("seen").then("seconds").cast(pl.Float32).alias("seconds_since_seen")))
     return pl.concat([events.select("side", "row"), *columns], how="horizontal")
 
 
@@ -201,42 +204,47 @@ def as_float(column: str) -> str:
 
 
 def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: int) -> None:
-    """Window functions with RANGE frames over the steps of an account; the frames hold the whole of the own step, so
-    what came later in it is taken off again.
+    """Window functions with RANGE frames over the tiles of an account; the frames hold the whole of the running tile,
+    so what came later in it is taken off again.
     """
     import duckdb
 
-    frames = [
-        "later AS (PARTITION BY account, step ORDER BY tx_id RANGE BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)",
-        "before AS (PARTITION BY account ORDER BY step, tx_id "
-        "RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP)",
-    ]
     sums = {"n": "count(*)", "o": "sum(o)", "s": "sum(cents)", "so": "sum(cents * o)"}
-    counted = [f"{what} OVER later AS later_{name}" for name, what in sums.items()] + [
-        "last_value(step) OVER before AS seen"
+    frames = [
+        "before AS (PARTITION BY account ORDER BY row RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP)"
     ]
-    shown = [f"CASE WHEN step - seen < {max(windows)} THEN step - seen END AS hours_since_seen"]
+    counted = ["last_value(time) OVER before AS seen"]
+    shown = [f"CASE WHEN time - seen <= {max(windows)} THEN time - seen END AS seconds_since_seen"]
+    for tile in sorted({tile_of(window) for window in windows}):
+        frames.append(
+            f"later{tile} AS (PARTITION BY account, time // {tile} ORDER BY row "
+            "RANGE BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"
+        )
     for window in windows:
-        frames += [
-            f"w{window} AS (PARTITION BY account ORDER BY step RANGE BETWEEN {window - 1} PRECEDING AND CURRENT ROW)",
-            f"d{window} AS (PARTITION BY account ORDER BY step "
-            f"RANGE BETWEEN {label_delay + window - 1} PRECEDING AND {label_delay} PRECEDING)",
-        ]
-        counted += [f"{what} OVER w{window} - {what} OVER later AS {name}{window}" for name, what in sums.items()]
-        counted += [f"count(*) OVER d{window} AS dn{window}, sum(fraud) OVER d{window} AS df{window}"]
+        tile, text = tile_of(window), duration_text(window)
+        frames.append(
+            f"w{text} AS (PARTITION BY account ORDER BY time // {tile} "
+            f"RANGE BETWEEN {window // tile - 1} PRECEDING AND CURRENT ROW)"
+        )
+        counted += [f"{what} OVER w{text} - {what} OVER later{tile} AS {name}{text}" for name, what in sums.items()]
         for direction, count, total in (
-            ("out", f"o{window}", f"so{window}"),
-            ("in", f"(n{window} - o{window})", f"(s{window} - so{window})"),
+            ("out", f"o{text}", f"so{text}"),
+            ("in", f"(n{text} - o{text})", f"(s{text} - so{text})"),
         ):
             mean = f"({total} / nullif({count}, 0))"
             shown += [
-                f"{count} AS {direction}_count_{window}h",
-                f"{total} / 100 AS {direction}_sum_{window}h",
-                f"{mean} / 100 AS {direction}_mean_{window}h",
-                f"cents / nullif({mean}, 0) AS {direction}_ratio_{window}h",
+                f"{count} AS {direction}_count_{text}",
+                f"{total} / 100 AS {direction}_sum_{text}",
+                f"{mean} / 100 AS {direction}_mean_{text}",
+                f"cents / nullif({mean}, 0) AS {direction}_ratio_{text}",
             ]
-        shown += [f"df{window} / nullif(dn{window}, 0) AS fraud_share_{window}h"]
-    types = ", ".join(f"coalesce(type = '{name}', false)::FLOAT AS type_{name}" for name in TYPES)
+    for text, days in label_windows(windows).items():
+        frames.append(
+            f"d{text} AS (PARTITION BY account ORDER BY time // {DAY} "
+            f"RANGE BETWEEN {label_delay + days} PRECEDING AND {label_delay + 1} PRECEDING)"
+        )
+        counted += [f"count(*) OVER d{text} AS dn{text}, sum(fraud) OVER d{text} AS df{text}"]
+        shown.append(f"df{text} / nullif(dn{text}, 0) AS fraud_share_{text}")
     both = ", ".join(
         f"{side}_history.{name}::FLOAT AS {side}_{name}"
         for side in ("sender", "receiver")
@@ -250,23 +258,22 @@ def with_duckdb(raw: Path, target: Path, windows: Sequence[int], label_delay: in
                 SELECT *, round(amount * 100) AS cents, round(sender_balance * 100) AS balance
                 FROM read_parquet('{raw}');
             CREATE TEMP VIEW events AS
-                SELECT sender AS account, tx_id, step, cents, 1::DOUBLE AS o, is_fraud::DOUBLE AS fraud FROM tx
+                SELECT sender AS account, row, time, cents, 1::DOUBLE AS o, coalesce(is_fraud, 0)::DOUBLE AS fraud
+                FROM tx
                 UNION ALL
-                SELECT receiver, tx_id, step, cents, 0, is_fraud FROM tx;
+                SELECT receiver, row, time, cents, 0, coalesce(is_fraud, 0) FROM tx;
             CREATE TEMP VIEW counted AS
-                SELECT tx_id, o, step, cents, {", ".join(counted)}
+                SELECT row, o, time, cents, {", ".join(counted)}
                 FROM events WINDOW {", ".join(frames)};
-            CREATE TEMP TABLE histories AS SELECT tx_id, o, {", ".join(map(as_float, shown))} FROM counted;
-            COPY (SELECT tx.tx_id, (cents / 100)::FLOAT AS amount, {types},
-                         (step % 24)::FLOAT AS hour_of_day, (step // 24 % 7)::FLOAT AS day_of_week,
+            CREATE TEMP TABLE histories AS SELECT row, o, {", ".join(map(as_float, shown))} FROM counted;
+            COPY (SELECT tx.row, (cents / 100)::FLOAT AS amount,
+                         (time // {HOUR} % 24)::FLOAT AS hour_of_day, (time // {DAY} % 7)::FLOAT AS day_of_week,
                          sender_balance::FLOAT AS sender_balance, receiver_balance::FLOAT AS receiver_balance,
                          (cents / nullif(balance, 0))::FLOAT AS amount_to_balance,
-                         (cents = balance)::FLOAT AS empties_account,
-                         starts_with(receiver, 'M')::FLOAT AS receiver_is_merchant,
-                         {both}, (receiver_history.hours_since_seen IS NULL)::FLOAT AS receiver_is_new
+                         (cents = balance)::FLOAT AS empties_account, {both}
                   FROM tx
-                  JOIN histories sender_history ON sender_history.tx_id = tx.tx_id AND sender_history.o = 1
-                  JOIN histories receiver_history ON receiver_history.tx_id = tx.tx_id AND receiver_history.o = 0)
+                  JOIN histories sender_history ON sender_history.row = tx.row AND sender_history.o = 1
+                  JOIN histories receiver_history ON receiver_history.row = tx.row AND receiver_history.o = 0)
             TO '{target}' (FORMAT parquet, COMPRESSION lz4_raw)""")
 
 
@@ -306,7 +313,13 @@ def common_script(csv: Path, target: Path, memory: str) -> None:
 # Ours, and everybody's turn.
 
 
-def overrides(engine: str, folder: Path, memory: str) -> dict[str, str]:
+def chosen(values: Mapping[str, str | float] | None = None) -> Settings:
+    """The settings as they are shipped, with the windows of this benchmark and these values."""
+    cli = {"features.windows": WINDOWS, **(values or {})}
+    return load_settings(file=PROJECT / "settings.ini", environ={}, cli=cli)
+
+
+def overrides(engine: str, folder: Path, memory: str) -> dict[str, str | int]:
     return {
         "paths.data": str(folder),
         "features.engine": engine,
@@ -320,7 +333,7 @@ def ours(engine: str, folder: Path, memory: str) -> None:
     """Raw table to feature table, all features."""
     from fraud_pkg.features.table import build_features
 
-    build_features(load_settings(file=PROJECT / "settings.ini", environ={}, cli=overrides(engine, folder, memory)))
+    build_features(chosen(overrides(engine, folder, memory)))
 
 
 def make_log(folder: Path, rows: int, preset: str) -> Path:
@@ -328,10 +341,8 @@ def make_log(folder: Path, rows: int, preset: str) -> Path:
     from fraud_pkg.data.acquire import acquire
 
     days = {"paysim": 30.96, "hard": 90}[preset]
-    settings = load_settings(
-        file=PROJECT / "settings.ini",
-        environ={},
-        cli={"paths.data": str(folder), "simulate.rows": rows, "simulate.preset": preset, "simulate.days": days},
+    settings = chosen(
+        {"paths.data": str(folder), "simulate.rows": rows, "simulate.preset": preset, "simulate.days": days}
     )
     return folder / "raw" / acquire(settings)["file"]
 
@@ -342,9 +353,9 @@ def differences(folder: Path, theirs: Path, windows: Sequence[int]) -> dict[str,
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 
-    order = np.argsort(pq.read_table(theirs, columns=["tx_id"])["tx_id"].to_numpy())
+    order = np.argsort(pq.read_table(theirs, columns=["row"])["row"].to_numpy())
     parts = ds.dataset(sorted((folder / "features").glob("part-*.parquet")))
-    place = np.argsort(parts.to_table(columns=["tx_id"])["tx_id"].to_numpy())
+    place = np.argsort(parts.to_table(columns=["row"])["row"].to_numpy())
     found = {}
     for name in compared_names(windows):
         mine = parts.to_table(columns=[name])[name].to_numpy()[place]
@@ -357,6 +368,7 @@ def differences(folder: Path, theirs: Path, windows: Sequence[int]) -> dict[str,
 
 def as_csv(raw: Path, target: Path) -> None:
     """The log as PaySim publishes it."""
+    import pyarrow as pa
     import pyarrow.csv as pc
     import pyarrow.parquet as pq
 
@@ -373,7 +385,9 @@ def as_csv(raw: Path, target: Path) -> None:
         "is_fraud",
         "flagged",
     ]
-    pc.write_csv(pq.read_table(raw, columns=names), target)
+    table = pq.read_table(raw, columns=["time", *names[1:]])
+    step = pa.array(table["time"].to_numpy() // HOUR)
+    pc.write_csv(table.drop_columns("time").add_column(0, "step", step), target)
 
 
 CONTENDERS = ("local", "polars", "duckdb", "common", "spark")
@@ -382,21 +396,21 @@ CONTENDERS = ("local", "polars", "duckdb", "common", "spark")
 def contend(name: str, folder: Path, memory: str) -> None:
     """One contender's turn, in a process of its own."""
     raw = next((folder / "raw").glob("*.parquet"))
-    chosen = load_settings(file=PROJECT / "settings.ini", environ={}, cli={}).features
+    features = chosen().features
     if name in ("local", "spark"):
         ours(name, folder, memory)
     elif name == "common":
         common_script(folder / "log.csv", folder / "common.parquet", memory)
     else:
         {"polars": with_polars, "duckdb": with_duckdb}[name](
-            raw, folder / f"{name}.parquet", chosen.windows, chosen.label_delay
+            raw, folder / f"{name}.parquet", features.windows, features.label_delay
         )
 
 
 def take_turns(folder: Path, names: Sequence[str], rounds: int, memory: str) -> dict[str, list[Measured]]:
     """Everybody's runs, in alternating rounds; raises `RuntimeError` when a peer's values are not ours."""
     runs: dict[str, list[Measured]] = {name: [] for name in names}
-    chosen = load_settings(file=PROJECT / "settings.ini", environ={}, cli={}).features
+    windows = chosen().features.windows
     for turn in range(rounds):
         for name in names:
             shutil.rmtree(folder / "common.parquet", ignore_errors=True)
@@ -406,7 +420,7 @@ def take_turns(folder: Path, names: Sequence[str], rounds: int, memory: str) -> 
             if (
                 turn == 0
                 and name in ("polars", "duckdb")
-                and (found := differences(folder, folder / f"{name}.parquet", chosen.windows))
+                and (found := differences(folder, folder / f"{name}.parquet", windows))
             ):
                 raise RuntimeError(f"{name} computes other values: {found}")
     return runs
@@ -486,11 +500,9 @@ def main() -> None:
             as_csv(raw, folder / "log.csv")
         say(f"{rows:,} transactions are there")
         results = {name: summary(runs) for name, runs in take_turns(folder, given.only, rounds, given.memory).items()}
-        windows = load_settings(file=PROJECT / "settings.ini", environ={}, cli={}).features.windows
+        compared = len(compared_names(chosen().features.windows))
         write_json(
-            given.json,
-            began,
-            tables(results, rows, given.preset, len(feature_names(windows)), len(compared_names(windows))),
+            given.json, began, tables(results, rows, given.preset, len(feature_names(chosen().contract)), compared)
         )
 
 

@@ -24,13 +24,14 @@ from fraud_pkg.features.table import build_features
 from fraud_pkg.core.calibration import fit_calibration
 from fraud_pkg.core.cost import optimal_thresholds
 from fraud_pkg.train.metrics import average_precision, calibration_curve, daily_alerts, evaluate, roc_auc
-from fraud_pkg.train.samples import Period, Sample, Trained, concat, load_sample
+from fraud_pkg.train.samples import Period, Sample, Trained, concat, learn_words, load_sample
+from fraud_pkg.core.contract import DEFAULT_ENTITIES
 from fraud_pkg.core.errors import FraudError
 from fraud_pkg.core.settings import Settings, load_settings
 from fraud_pkg.train.xgboost import boost, matrices, train_xgboost
 
 COLUMNS = {
-    "tx_id": "TRANSACTION_ID",
+    "transaction_id": "TRANSACTION_ID",
     "timestamp": "TX_DATETIME",
     "sender": "CUSTOMER_ID",
     "receiver": "TERMINAL_ID",
@@ -142,12 +143,13 @@ def measure(frame: pd.DataFrame, score: np.ndarray) -> dict[str, float]:
 
 def prepare(file: Path, root: Path) -> tuple[Settings, dict, pd.DataFrame]:
     """The pipeline's features of the file, their manifest, and the file itself by transaction."""
-    given = {
+    given: dict = {
+        "entities": dict(DEFAULT_ENTITIES),
         "data.source": str(file.resolve()),
         "data.sender_prefix": "C",
         "data.receiver_prefix": "M",
         "features.engine": "local",
-        "features.label_delay": 24 * DELAY,
+        "features.label_delay": f"{DELAY}d",
         **{f"columns.{name}": column for name, column in COLUMNS.items()},
     }
     settings = load_settings(cli=given, file=HERE.parent / "settings.ini", environ={}).model_copy(update={"root": root})
@@ -172,11 +174,11 @@ class Way:
 OURS = (Way("ours"), Way("ours-history", history=True))
 # What was kept (left out here, one at a time) and what was tried besides.
 STEPS = (
-    Way("without peak_ratios", without="_peak_ratio_"),
+    Way("without peak ratios", without="_peak_ratio_"),
     Way("without fraud streaks", without="_fraud_streak_"),
     Way("without either", without="_peak_ratio_|_fraud_streak_"),
     Way("without terminals' known frauds", without="receiver_fraud_"),
-    Way("without any history", without="sender_out_|sender_in_|receiver_out_|receiver_in_|_fraud_|_seen|_new"),
+    Way("without any history", without="sender_out_|sender_in_|receiver_out_|receiver_in_|_fraud_|_seen|_new_"),
     Way("smaller steps, flatter trees", overrides={"learning_rate": 0.05, "max_depth": 5}),
     Way("three seeds averaged", seeds=3),
     Way("the last days learned too", refit=True),
@@ -267,8 +269,11 @@ def fold(
             f"and more than {INNER} days of training"
         )
 
+    folder = settings.data_dir / "features"
+    words = learn_words(folder, Period("train", begin, end - 24 * INNER), made["features"])
+
     def load(name: str, *steps: int) -> Sample:
-        return load_sample(settings.data_dir / "features", Period(name, *steps), made["features"])
+        return load_sample(folder, Period(name, *steps), made["features"], words)
 
     day = (frame.TX_DATETIME.dt.normalize() - pd.Timestamp(first)).dt.days.to_numpy()
     learned, kept = (day >= 0) & (day < train_days), unknown_cards(frame, first, train_days)
@@ -277,8 +282,8 @@ def fold(
     )
     rows = {"recipe": measure(frame[kept], booster.predict_proba(recipe[kept])[:, 1].astype(np.float64))}
     validation, test = load("validation", end - 24 * INNER, end), load("test", late, late + 24 * TEST)
-    test = test.take(np.isin(test.tx_id, frame.TRANSACTION_ID[kept]))
-    tested = frame.set_index("TRANSACTION_ID", drop=False).loc[test.tx_id]
+    test = test.take(np.isin(test.transaction_id.astype(np.int64), frame.TRANSACTION_ID[kept]))
+    tested = frame.set_index("TRANSACTION_ID", drop=False).loc[test.transaction_id.astype(np.int64)]
     report = {}
     for history in sorted({way.history for way in ways}):
         train = load("train", made["first_step"] if history else begin, end - 24 * INNER)

@@ -1,23 +1,23 @@
 -- For wrk: posts transactions of a file, each with an id of its own; time goes on when the file begins again.
--- wrk ... -- FILE BEGIN KEY, where a line of FILE is a step, a tab and the rest of the transaction as JSON, and BEGIN is how many were sent before.
+-- wrk ... -- FILE BEGIN KEY, where a line of FILE is a time in seconds, a tab and the rest of the transaction as JSON, and BEGIN is how many were sent before.
 local lines, period, sent, key = {}, 0, 0, ""
 
 function init(args)
   sent, key = tonumber(args[2]), args[3]
   local first, last
   for line in io.lines(args[1]) do
-    local step, rest = line:match("^(%d+)\t(.+)$")
-    first, last = first or tonumber(step), tonumber(step)
-    lines[#lines + 1] = { step = last, rest = rest }
+    local time, rest = line:match("^(%d+)\t(.+)$")
+    first, last = first or tonumber(time), tonumber(time)
+    lines[#lines + 1] = { time = last, rest = rest }
   end
   period = last - first + 1
 end
 
 function request()
   local line = lines[sent % #lines + 1]
-  local step = line.step + math.floor(sent / #lines) * period
+  local time = line.time + math.floor(sent / #lines) * period
   sent = sent + 1
-  local body = string.format('{"transaction_id":"h-%d","step":%d,%s', sent, step, line.rest)
+  local body = string.format('{"transaction_id":"h-%d","time":%d,%s', sent, time, line.rest)
   return wrk.format("POST", "/predict", { ["Host"] = "localhost", ["Content-Type"] = "application/json", ["X-API-Key"] = key }, body)
 end
 

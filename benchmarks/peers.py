@@ -20,13 +20,14 @@ CONSTANT = {
     "rule": None,
     "reasons": [],
     "history": True,
+    "known_entities": 2,
     "model": "0123456789ab",
 }
 
 
 def columns(transaction: dict) -> dict:
     """The columns of a transaction that the pipeline learns from."""
-    return {name: transaction["step"] % 24 if name == "hour" else transaction[name] for name in COLUMNS}
+    return {name: transaction["time"] // 3600 % 24 if name == "hour" else transaction[name] for name in COLUMNS}
 
 
 def train(transactions: list[dict], frauds: list[int], trees: int, place: str) -> None:

@@ -18,6 +18,8 @@ from features import make_log, ours
 from measure import Measured, machine, measured, say, write_json
 from train import train_once
 
+from fraud_pkg.core.contract import HOUR
+
 SIZES = (500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000, 25_000_000)
 COPY = 1_000_000  # transactions that are simulated together; a larger log is that of many towns
 TREES = 30
@@ -31,27 +33,27 @@ def widen(town: Path, target: Path, rows: int) -> None:
     """
     manifest = json.loads((town / "raw/manifest.json").read_text(encoding="utf-8"))
     log = pq.read_table(town / "raw" / manifest["file"])
-    step, towns = log["step"].to_numpy(), max(1, round(rows / len(log)))
+    hour, towns = log["time"].to_numpy() // HOUR, max(1, round(rows / len(log)))
     (target / "raw").mkdir(parents=True)
-    ends = np.searchsorted(step, np.arange(0, int(step[-1]) + 25, 24))
+    ends = np.searchsorted(hour, np.arange(0, int(hour[-1]) + 25, 24))
     written = 0
     with pq.ParquetWriter(target / "raw" / manifest["file"], log.schema) as file:
         for first, end in zip(ends[:-1], ends[1:], strict=True):
             day = pa.concat_tables([_of_town(log.slice(first, end - first), number) for number in range(towns)])
-            day = day.take(np.argsort(day["step"].to_numpy(), kind="stable"))
-            day = day.set_column(
-                day.column_names.index("tx_id"),
-                log.schema.field("tx_id"),
-                pa.array(np.arange(written, written + len(day)), log.schema.field("tx_id").type),
-            )
+            day = day.take(np.argsort(day["time"].to_numpy(), kind="stable"))
+            numbers = pa.array(np.arange(written, written + len(day)), log.schema.field("row").type)
+            for name, values in (("row", numbers), ("transaction_id", numbers.cast(pa.string()))):
+                day = day.set_column(day.column_names.index(name), log.schema.field(name), values)
             file.write_table(day)
             written += len(day)
     (target / "raw/manifest.json").write_text(json.dumps(manifest | {"rows": written}), encoding="utf-8")
 
 
 def _of_town(log: pa.Table, number: int) -> pa.Table:
-    """The log with the town's number at the end of all account names."""
-    for name in ("sender", "receiver"):
+    """The log with the town's number at the end of the names of accounts, devices and cards."""
+    for name in ("sender", "receiver", "device", "card"):
+        if name not in log.column_names:
+            continue
         log = log.set_column(
             log.column_names.index(name),
             log.schema.field(name),

@@ -15,13 +15,15 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 HERE, PROJECT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
@@ -32,27 +34,25 @@ import peers  # noqa: E402
 import servers  # noqa: E402
 from measure import machine, say, write_json  # noqa: E402
 
+from fraud_pkg.core.contract import DEFAULT_ENTITIES, HOUR, MINUTE, Contract  # noqa: E402
 from fraud_pkg.core.errors import FraudError  # noqa: E402
 from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
-from fraud_pkg.model.bundle import MODEL, load_bundle  # noqa: E402
+from fraud_pkg.features.histories import LogTable, log_histories  # noqa: E402
+from fraud_pkg.model.bundle import MODEL, Bundle, load_bundle  # noqa: E402
+from fraud_pkg.serve.fill import fill_store  # noqa: E402
 from fraud_pkg.serve.scorer import Scorer  # noqa: E402
 from fraud_pkg.serve.service import Service  # noqa: E402
 from fraud_pkg.store.dynamodb import create_table  # noqa: E402
 from fraud_pkg.store.memory import MemoryStore, save_snapshot  # noqa: E402
 from fraud_pkg.store.open import open_store  # noqa: E402
-from fraud_pkg.store.tiles import OnlineStore, Transaction  # noqa: E402
+from fraud_pkg.store.tiles import History, LoadableStore, Retention, pack_history, retention_of  # noqa: E402
 
 KEY = "a-key-for-this-run"
 KEYS = {"FRAUD_API_KEYS": f"benchmark:{KEY}"}
 HEADERS = {"content-type": "application/json", "x-api-key": KEY}
-COLUMNS = (
-    "type",
-    "amount",
-    "sender",
-    "sender_balance",
-    "receiver",
-    "receiver_balance",
-)  # of a live transaction, beside id and step
+COLUMNS = ("time", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance")  # beside the id
+PAYSIM, WIDE = "PaySim's contract", "six entities, five windows, eight attributes"
+DECLARED: dict[str, dict] = {PAYSIM: {"entities": dict(DEFAULT_ENTITIES)}, WIDE: {}}  # in settings, of the same log
 PARTS = ("process", "http", "lambda")
 
 
@@ -101,7 +101,7 @@ class World:
     bundle: Path
     source: str  # of the bundle, in words
     snapshot: Path  # the store at the moment when the live stream begins
-    past: list[dict]
+    past: pa.Table  # the raw table up to then
     stream: list[dict]  # live transactions, without ids
     pipeline: Path  # scikit-learn's
 
@@ -109,13 +109,11 @@ class World:
 # The world: simulated accounts, a bundle, a store that remembers.
 
 
-def simulated(settings: Settings) -> list[dict]:
-    """Transactions in their order."""
-    import pyarrow.parquet as pq
-
+def simulated(settings: Settings) -> pa.Table:
+    """The raw table."""
     from fraud_pkg.data.acquire import acquire
 
-    return pq.read_table(settings.data_dir / "raw" / acquire(settings)["file"]).to_pylist()
+    return pq.read_table(settings.data_dir / "raw" / acquire(settings)["file"])
 
 
 def trained(settings: Settings) -> Path:
@@ -131,27 +129,18 @@ def trained(settings: Settings) -> Path:
     return settings.models_dir / "xgboost"
 
 
-def live_through(store: OnlineStore, past: list[dict], label_delay: int) -> OnlineStore:
-    """The store after the past, as far as it remembers; frauds are known after the label delay."""
-    now = past[-1]["step"]
-    kept = [row for row in past if row["step"] > now - store.retention]
-    for i in range(0, len(kept), 1000):
-        store.record(
-            [
-                Transaction(
-                    f"p-{row['tx_id']}", row["step"], row["sender"], row["receiver"], round(row["amount"] * 100)
-                )
-                for row in kept[i : i + 1000]
-            ]
-        )
-    store.label({f"p-{row['tx_id']}": True for row in kept if row["is_fraud"] and row["step"] <= now - label_delay})
-    return store
+def live_through(store: LoadableStore, past: pa.Table, contract: Contract) -> None:
+    """Fills the store with the past, as far as it remembers."""
+    fill_store(store, LogTable(past, contract, retention_of(contract)), "past")
 
 
-def prepare(root: Path, plan: Plan, given: Path | None) -> World:
-    """Simulates, trains what has to be trained, and lets the store live through the past."""
-    bundle = load_bundle(given) if given else None
-    shutil.copy(PROJECT / "settings.ini", root)
+def request(row: dict, contract: Contract) -> dict:
+    """A row of the raw table as a request says it, without an id."""
+    attributes = [name for attribute in contract.attributes for name in attribute.stored]
+    return {name: row[name] for name in (*COLUMNS, *attributes) if row[name] is not None}
+
+
+def settings_of(root: Path, plan: Plan, declared: dict) -> Settings:
     overrides = {
         "simulate.rows": plan.rows,
         "simulate.days": 60,
@@ -161,25 +150,39 @@ def prepare(root: Path, plan: Plan, given: Path | None) -> World:
         "evaluate.resamples": 20,
         "monitor.reference_rows": 5000,
     }
-    settings = load_settings(cli=overrides, file=root / "settings.ini", environ={})
-    say(f"simulating {plan.rows:,} transactions")
-    rows = simulated(settings)
+    return load_settings(cli=overrides | declared, file=root / "settings.ini", environ={})
+
+
+def fitting(given: Path | None, contract: Contract) -> Bundle | None:
+    """The bundle that was given, where it has this contract."""
+    bundle = load_bundle(given) if given else None
+    return bundle if bundle and bundle.manifest.contract == contract else None
+
+
+def prepare(root: Path, plan: Plan, given: Path | None, name: str = PAYSIM) -> World:
+    """Simulates, trains what has to be trained, and lets the store live through the past."""
+    root.mkdir(exist_ok=True)
+    shutil.copy(PROJECT / "settings.ini", root)
+    settings = settings_of(root, plan, DECLARED[name])
+    contract, bundle = settings.contract, fitting(given, settings.contract)
+    say(f"simulating {plan.rows:,} transactions, {name}")
+    raw = simulated(settings)
     if not bundle:
         say(f"training a model of at most {plan.trees} trees, about a minute (--bundle FOLDER takes one that is there)")
-        bundle = load_bundle(trained(settings))
-    manifest, begin = bundle.manifest, rows[-1]["step"] - settings.split.test_hours
-    past, future = [row for row in rows if row["step"] <= begin], [row for row in rows if row["step"] > begin]
-    save_snapshot(
-        live_through(MemoryStore(max(manifest.windows) + manifest.label_delay), past, manifest.label_delay),
-        root / "store.npz",
-    )
+    origin = f"from {given}" if bundle else f"trained by this program on {plan.rows:,} simulated transactions"
+    bundle = bundle or load_bundle(trained(settings))
+    manifest, hour = bundle.manifest, raw["time"].to_numpy() // HOUR
+    begin = int(np.searchsorted(hour, hour[-1] - settings.split.test_hours, side="right"))
+    past, future = raw.slice(0, begin), raw.slice(begin).to_pylist()
+    store = MemoryStore(retention_of(contract))
+    live_through(store, past, contract)
+    save_snapshot(store, root / "store.npz")
     say("training the scikit-learn pipeline")
-    peers.train(past, [row["is_fraud"] for row in past], plan.trees, str(root / "pipeline.joblib"))
-    origin = f"from {given}" if given else f"trained by this program on {plan.rows:,} simulated transactions"
+    peers.train(past.to_pylist(), past["is_fraud"].to_pylist(), plan.trees, str(root / "pipeline.joblib"))
     size = (bundle.folder / MODEL).stat().st_size / 1000
-    described = f"{manifest.name}, {len(manifest.features)} features, {size:,.0f} kB"
+    described = f"{name}, {manifest.name}, {len(manifest.features)} features, {size:,.0f} kB"
     source = f"{manifest.version} ({described}), {origin}"
-    stream = [{"step": row["step"], **{name: row[name] for name in COLUMNS}} for row in future]
+    stream = [request(row, contract) for row in future]
     return World(root, settings, bundle.folder, source, root / "store.npz", past, stream, root / "pipeline.joblib")
 
 
@@ -273,18 +276,18 @@ def from_json(model) -> Callable[[bytes], bytes]:
     return answer
 
 
-def in_process(world: World, plan: Plan, redis_url: str) -> list[Row]:
-    """Whole decisions beside what the peers do with bytes; the model alone beside MLflow's."""
+def in_process(world: World, plan: Plan, redis_url: str, name: str) -> tuple[list[Row], dict[str, float]]:
+    """Whole decisions beside what the peers do with bytes; the model alone beside MLflow's. And all decisions."""
     import pandas as pd
 
-    say("in process")
+    say(f"in process, {name}")
     memory, redis, mlflow, sklearn = (
         opened(world, f"memory://{world.snapshot}"),
         opened(world, redis_url),
         pyfunc(world),
         peers.scorer(str(world.pipeline)),
     )
-    live_through(redis.store, world.past, memory.scorer.manifest.label_delay)
+    live_through(redis.store, world.past, world.settings.contract)
     bundle, names, ours, shared, kept = (
         memory.scorer.bundle,
         memory.scorer.manifest.features,
@@ -309,17 +312,19 @@ def in_process(world: World, plan: Plan, redis_url: str) -> list[Row]:
             lambda body: json.dumps(sklearn(json.loads(body))).encode(),
             bodies(piece[: plan.slow_calls], "s"),
         )
-    figures = {name: spread(times) for name, times in kept.items()}
-    rows = [*decision_rows("memory", ours, figures, 200), *decision_rows("Redis", shared, figures, None)]
-    return [
-        *rows,
+    figures = {what: spread(times) for what, times in kept.items()}
+    most = 200 if name == PAYSIM else None
+    rows = [
+        *decision_rows(f"memory store, {name}", ours, figures, most),
+        *decision_rows(f"Redis store, {name}", shared, figures, None),
         Row(
-            "the model alone, features given",
+            f"the model alone, features given, {name}",
             figures["alone"],
             "mlflow pyfunc, same model, data frame given",
             figures["pyfunc alone"],
         ),
     ]
+    return rows, spread(spent for times in ours.values() for spent in times)
 
 
 def decision_rows(
@@ -336,11 +341,72 @@ def decision_rows(
     for what, spent in kinds.items():
         found = spread(spent)
         judged = {"aim": f"< {most:.0f} us", "met": found["p50"] < most} if most else {}
-        rows.append(
-            Row(f"{what}; {place} store", found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged)
-        )
+        label = f"{what}; {place}"
+        rows.append(Row(label, found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged))
         if spent is every:
-            rows.append(Row(f"{what}; {place} store", found, "scikit-learn pipeline, no history", peer["sklearn"]))
+            rows.append(Row(label, found, "scikit-learn pipeline, no history", peer["sklearn"]))
+    return rows
+
+
+def both_contracts(worlds: dict[str, World], plan: Plan, redis_url: str) -> list[Row]:
+    """Decisions by each contract, each in a database of its own, and what the wide one costs."""
+    rows, every = [], {}
+    for database, (name, world) in enumerate(worlds.items()):
+        url = f"{redis_url.rsplit('/', 1)[0]}/{database + 1}"
+        found, every[name] = in_process(world, plan, url, name)
+        rows += found
+    cheap = every[WIDE]["p50"] <= 2.5 * every[PAYSIM]["p50"]
+    what = f"decision, all; memory store, {WIDE}"
+    return [*rows, Row(what, every[WIDE], f"the same by {PAYSIM}", every[PAYSIM], "<= 2.50", cheap)]
+
+
+# A read of the store.
+
+
+def busiest(until: int, retention: Retention) -> bytes:
+    """The packed history of an entity that had a payment every second until then."""
+    history = History()
+    for time_ in range(0, until, MINUTE):
+        history.add(time_, (60, 60 * 500, 0, 0, 0, 0), retention)
+        history.last = time_
+    return pack_history(history)
+
+
+def ordinary(world: World, retention: Retention) -> tuple[str, int]:
+    """The key of the entity whose history is of the middle size, and its bytes."""
+    log = LogTable(world.past, world.settings.contract, retention)
+    sizes = {key: len(packed) for part in log_histories(log) for key, packed in part.items()}
+    key = sorted(sizes, key=lambda one: (sizes[one], one))[len(sizes) // 2]
+    return key, sizes[key]
+
+
+def read_row(place: str, store: LoadableStore, world: World, calls: int) -> Row:
+    """A busy entity's history beside an ordinary one's, from the same store, in turns."""
+    retention = retention_of(world.settings.contract)
+    live_through(store, world.past, world.settings.contract)
+    packed, (usual, size) = busiest(int(world.past["time"][-1].as_py()), retention), ordinary(world, retention)
+    store.load({"account:busy": packed}, {}, (), frozenset(), "busy")
+    kept: dict[str, list[int]] = {"account:busy": [], usual: []}
+    for _ in range(calls):
+        for key, spent in kept.items():
+            spent += [nanoseconds for nanoseconds, _ in timed(lambda key: store.read([key], [], []), [key])]
+    busy, other = spread(kept["account:busy"]), spread(kept[usual])
+    what = f"store read, a payment every second ({len(packed):,} bytes); {place}"
+    label = f"the same, an ordinary entity ({size:,} bytes)"
+    return Row(what, busy, label, other, "<= 1.50", busy["p50"] <= 1.5 * other["p50"])
+
+
+def store_reads(world: World, plan: Plan, redis_url: str) -> list[Row]:
+    """What a read costs where an entity is busy. DynamoDB is an emulator in Python on this machine."""
+    say("store reads")
+    retention, url = retention_of(world.settings.contract), f"{redis_url.rsplit('/', 1)[0]}/3"
+    calls = 10 * plan.slow_calls
+    rows = [read_row("memory store", MemoryStore(retention), world, calls)]
+    rows.append(read_row("Redis store", open_store(url, retention, 5), world, calls))
+    with servers.moto(world.root) as aws, mock.patch.dict(os.environ, aws):
+        create_table("reads")
+        few = replace(world, past=world.past.slice(len(world.past) - 300))  # the emulator takes a while for each
+        rows.append(read_row("DynamoDB store (moto)", open_store("dynamodb://reads", retention, 5), few, calls // 4))
     return rows
 
 
@@ -384,6 +450,8 @@ def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
         FRAUD_ROOT=str(root),
         FRAUD_SERVE_PORT=str(ports["ours"]),
         FRAUD_SERVE_BUNDLE=str(world.bundle),
+        FRAUD_SERVE_FILL="no",
+        FRAUD_SET=json.dumps(DECLARED[PAYSIM]),
         FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}",
     )  # a copy: the service writes it when it ends
     commands = {
@@ -455,7 +523,10 @@ def over_http(world: World, plan: Plan) -> list[Row]:
     """The twin and its peers under the same load, in turns."""
     lines = world.root / "stream.txt"
     lines.write_text(
-        "".join(f"{row['step']}\t{json.dumps({name: row[name] for name in COLUMNS})[1:]}\n" for row in world.stream),
+        "".join(
+            f"{row['time']}\t{json.dumps({name: row[name] for name in row if name != 'time'})[1:]}\n"
+            for row in world.stream
+        ),
         encoding="utf-8",
     )
     labels = {
@@ -678,7 +749,7 @@ def table(rows: list[Row], source: str) -> dict:
         ]
         for row in rows
     ]
-    return {"title": "Decisions", "note": f"Model: {source}.", "columns": list(head), "rows": lines}
+    return {"title": "Decisions", "note": f"Models: {source}.", "columns": list(head), "rows": lines}
 
 
 def arguments() -> argparse.Namespace:
@@ -706,14 +777,14 @@ def needed(parts: Iterable[str]) -> None:
             sys.exit(f"error: {program} is not installed: sudo apt-get install {package}")
 
 
-def measure(part: str, world: World, plan: Plan) -> list[Row]:
+def measure(part: str, worlds: dict[str, World], plan: Plan) -> list[Row]:
     """The rows of a part."""
     if part == "http":
-        return over_http(world, plan)
+        return over_http(worlds[PAYSIM], plan)
     if part == "lambda":
-        return in_lambda(world, plan)
-    with servers.redis(world.root) as url:
-        return in_process(world, plan, url)
+        return in_lambda(worlds[PAYSIM], plan)
+    with servers.redis(worlds[PAYSIM].root) as url:
+        return [*both_contracts(worlds, plan, url), *store_reads(worlds[PAYSIM], plan, url)]
 
 
 def main() -> None:
@@ -725,16 +796,17 @@ def main() -> None:
     began, found, rows, failed = time.monotonic(), machine(), [], []
     with tempfile.TemporaryDirectory() as root:
         try:
-            world = prepare(Path(root), plan, bundle)
+            names = list(DECLARED) if "process" in parts else [PAYSIM]
+            worlds = {name: prepare(Path(root) / str(i), plan, bundle, name) for i, name in enumerate(names)}
         except FraudError as error:
             sys.exit(f"error: {error}")
         for part in parts:  # what one part cannot do does not cost the others' figures
             try:
-                rows += measure(part, world, plan)
+                rows += measure(part, worlds, plan)
             except FraudError as error:
                 failed.append(f"error: {part}: {error}")
     say(f"took {time.monotonic() - began:.0f} s")
-    write_json(given.json, found, [table(rows, world.source)])
+    write_json(given.json, found, [table(rows, "; ".join(world.source for world in worlds.values()))])
     if failed:
         sys.exit("\n".join(failed))
 

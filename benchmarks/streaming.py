@@ -20,10 +20,10 @@ import numpy as np
 import serving
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 from measure import machine, say, write_json
-from serving import HEADERS, HERE, KEYS, PROJECT, World, clean, live_through, prepare, servers
+from serving import DECLARED, HEADERS, HERE, KEYS, PAYSIM, PROJECT, World, clean, live_through, prepare, servers
 
-from fraud_pkg.store.open_outbox import open_outbox_store
-from fraud_pkg.store.memory import MemoryStore
+from fraud_pkg.store.open import open_store
+from fraud_pkg.store.tiles import retention_of
 from fraud_pkg.stream.kafka import make_topics
 from fraud_pkg.stream.messages import read_record
 from fraud_pkg.core.settings import load_settings
@@ -120,11 +120,12 @@ def environ_of(world: World, address: str, name: str, **more: str) -> dict[str, 
         "stream.port": 0,
         "stream.state": f"stream-{name}",
         "serve.bundle": world.bundle,
+        "serve.fill": "no",
     } | {key.replace("__", "."): value for key, value in more.items()}
     return clean(
         PYTHONPATH=str(PROJECT),
         FRAUD_ROOT=str(world.root),
-        FRAUD_SET=json.dumps({key: str(value) for key, value in settings.items()}),
+        FRAUD_SET=json.dumps({key: str(value) for key, value in settings.items()} | DECLARED[PAYSIM]),
     )
 
 
@@ -183,10 +184,12 @@ def throughput(world: World, address: str, redis: str, count: int, rounds: int) 
         FRAUD_ROOT=str(world.root),
         FRAUD_SERVE_PORT=str(servers.free_port()),
         FRAUD_SERVE_BUNDLE=str(world.bundle),
+        FRAUD_SERVE_FILL="no",
+        FRAUD_SET=json.dumps(DECLARED[PAYSIM]),
         FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}",
     )
     port = environ["FRAUD_SERVE_PORT"]
-    label_delay = load_settings(cli={}, file=world.root / "settings.ini", environ={}).features.label_delay
+    contract = world.settings.contract
     found: dict[str, list[float]] = {"memory store": [], "Redis store": [], "copy": [], "http": []}
     with servers.running(
         [sys.executable, "-m", "fraud_pkg.serve.api"],
@@ -204,8 +207,8 @@ def throughput(world: World, address: str, redis: str, count: int, rounds: int) 
                     running = ours(world, address, name, store__url=f"memory://{world.snapshot}")
                 elif what == "Redis store":
                     url = f"{redis.rsplit('/', 1)[0]}/{number}"
-                    with contextlib.closing(open_outbox_store(url, MemoryStore(888).retention, 5, world.root)) as store:
-                        live_through(store, world.past, label_delay)
+                    with contextlib.closing(open_store(url, retention_of(contract), 5)) as store:
+                        live_through(store, world.past, contract)
                     running = ours(world, address, name, store__url=url)
                 else:
                     running = peer(world, address, name, *([port] if what == "http" else []))

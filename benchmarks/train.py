@@ -12,7 +12,7 @@ from features import PUBLISHED, THREADS, make_log, ours
 from measure import Measured, machine, measured, say, summary, write_json
 
 from fraud_pkg.train.metrics import average_precision
-from fraud_pkg.train.samples import Period, load_sample, split_periods
+from fraud_pkg.train.samples import Period, learn_words, load_sample, periods_of
 from fraud_pkg.features.manifest import feature_manifest
 from fraud_pkg.core.settings import Settings, load_settings
 from fraud_pkg.train.tuning import check_training
@@ -36,7 +36,7 @@ def chosen(folder: Path) -> Settings:
 def periods(settings: Settings) -> tuple[list[str], Period, Period]:
     """Feature names, training and validation period."""
     manifest = feature_manifest(settings)
-    cut = split_periods(manifest["first_step"], manifest["last_step"], settings.split, manifest["label_delay"])
+    cut = periods_of(manifest, settings.split)
     return manifest["features"], cut["train"], cut["validation"]
 
 
@@ -52,7 +52,9 @@ def from_parquet(settings: Settings, trees: int) -> dict:
     round.
     """
     names, *both = periods(settings)
-    train, validation = (load_sample(settings.data_dir / "features", period, names) for period in both)
+    folder = settings.data_dir / "features"
+    words = learn_words(folder, both[0], names)
+    train, validation = (load_sample(folder, period, names, words) for period in both)
     check_training(train, validation, names)
     with tempfile.TemporaryDirectory(dir=settings.data_dir) as scratch:
         data = matrices(train, validation, names, THREADS, Path(scratch))
@@ -69,15 +71,21 @@ def from_frame(settings: Settings, trees: int) -> dict:
     import xgboost
 
     names, *both = periods(settings)
+    categories = list(settings.contract.categories)
 
     def frame(period: Period) -> pd.DataFrame:
-        return pd.read_parquet(
+        found = pd.read_parquet(
             sorted((settings.data_dir / "features").glob("part-*.parquet")),
             columns=[*names, "is_fraud"],
             filters=[("step", ">=", period.first_step), ("step", "<", period.end_step)],
         )
+        return found.dropna(subset="is_fraud")
 
     train, validation = map(frame, both)
+    for name in categories:
+        words = pd.Index(train[name].dropna().unique())
+        for some in (train, validation):
+            some[name] = words.get_indexer(some[name]).astype("float32")  # -1: missing or unknown
     own = {
         "random_state" if key == "seed" else "n_jobs" if key == "nthread" else key: value
         for key, value in parameters(settings).items()
@@ -151,7 +159,7 @@ def main() -> None:
         print(json.dumps(CONTENDERS[given.contender](chosen(given.folder), given.trees)))
         return
     rows, trees, rounds, began = (
-        (60_000, 10, 1, machine()) if given.quick else (given.rows, given.trees, given.rounds, machine())
+        (120_000, 10, 1, machine()) if given.quick else (given.rows, given.trees, given.rounds, machine())
     )
     runs: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as scratch:

@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import servers  # noqa: E402
 from browser import PHONE, chromium, visit  # noqa: E402
 
+from fraud_pkg.core.contract import raw_columns  # noqa: E402
+from fraud_pkg.core.settings import load_settings  # noqa: E402
+
 TARGET = ROOT / "docs/pictures"
 WIDE = (1280, 860)
 # name: page, what is brought to the top, size, dark
@@ -29,7 +32,6 @@ REPORT = {
     "bake-off": ("bakeoff.html", "#measures", WIDE, False),
     "report-phone": ("index.html", None, PHONE, True),
 }
-FIELDS = ("step", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance")
 SENT = 20_000  # payments before the picture of the console, so that accounts have a history
 
 
@@ -48,16 +50,12 @@ def report(browser, folder: Path) -> None:
 
 def send(url: str, folder: Path) -> None:
     """The newest payments of the run, in their order."""
-    table = pq.read_table(sorted((folder / "data/raw").glob("*.parquet")), columns=["tx_id", *FIELDS])
+    contract = load_settings(environ={}, file=folder / "settings.ini").contract
+    known = [column.name for column in raw_columns(contract) if not column.known_later]
+    table = pq.read_table(sorted((folder / "data/raw").glob("*.parquet")), columns=known)
     rows = table.slice(max(0, len(table) - SENT)).to_pylist()
     for first in range(0, len(rows), 1000):
-        batch = [
-            {
-                "transaction_id": f"tx-{row.pop('tx_id')}",
-                **{key: value for key, value in row.items() if value is not None},
-            }
-            for row in rows[first : first + 1000]
-        ]
+        batch = [{key: value for key, value in row.items() if value is not None} for row in rows[first : first + 1000]]
         request = urllib.request.Request(
             f"{url}/predict/batch", json.dumps({"transactions": batch}).encode(), {"Content-Type": "application/json"}
         )
@@ -69,7 +67,7 @@ def console(browser, folder: Path) -> None:
     port = servers.free_port()
     url, environ, command = (
         f"http://127.0.0.1:{port}",
-        os.environ | {"FRAUD_SERVE_PORT": str(port)},
+        os.environ | {"FRAUD_SERVE_PORT": str(port), "FRAUD_SERVE_FILL": "no"},  # they are sent
         [sys.executable, "-m", "fraud_pkg.cli", "serve"],
     )
     with (

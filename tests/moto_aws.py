@@ -4,8 +4,7 @@ Chalice sends Swagger 2.0; moto's API Gateway takes OpenAPI 3 only, and reads fr
 DynamoDB's transactions are serialisable; moto runs them in the threads of its web server without a lock.
 A transaction that a client sends again with the same token, because the answer was lost, is done once; moto does it
 again.
-The cost of a transaction or a query does not grow with the table; moto copies the whole table to undo one, and
-sorts all of it to answer the other.
+The cost of a transaction does not grow with the table; moto copies the whole table to undo one.
 """
 
 import copy
@@ -50,24 +49,26 @@ transacted, answered, one_at_a_time, answers = (
 )
 
 
-def touched(backend: DynamoDBBackend, actions: list[dict]):
-    """Table, keys and present content of every item that a transaction may change."""
-    for action in actions:
-        ((kind, content),) = action.items()
-        table, key = backend.get_table(content["TableName"]), content["Item" if kind == "Put" else "Key"]
-        hash_key, range_key = (DynamoType(key[name]) for name in (table.hash_key_attr, table.range_key_attr))
-        yield table, hash_key, range_key, copy.deepcopy(table.items.get(hash_key, {}).get(range_key))
+def item_of(backend: DynamoDBBackend, action: dict) -> tuple[dict, DynamoType]:
+    """The dictionary of a moto table that holds the item which an action may change, and its key there."""
+    ((kind, content),) = action.items()
+    table, key = backend.get_table(content["TableName"]), content["Item" if kind == "Put" else "Key"]
+    hash_key = DynamoType(key[table.hash_key_attr])
+    if table.range_key_attr is None:
+        return table.items, hash_key
+    return table.items[hash_key], DynamoType(key[table.range_key_attr])
 
 
 def transact_write_items(self, transact_items):
-    before = list(touched(self, transact_items))
+    places = [item_of(self, action) for action in transact_items]
+    before = [(items, key, copy.deepcopy(items.get(key))) for items, key in places]
     try:
         return transacted(self, transact_items)
     except Exception:
-        for table, hash_key, range_key, item in before:
-            table.items[hash_key].pop(range_key, None)
+        for items, key, item in before:
+            items.pop(key, None)
             if item is not None:
-                table.items[hash_key][range_key] = item
+                items[key] = item
         raise
 
 
@@ -79,15 +80,6 @@ def answer_once(self):
         return answers[token]
 
 
-def query(self, hash_key, *arguments, index_name=None, **more):
-    if index_name:
-        return queried(self, hash_key, *arguments, index_name=index_name, **more)
-    part = copy.copy(self)
-    part.items = {hash_key: self.items.get(hash_key, {})}
-    return queried(part, hash_key, *arguments, **more)
-
-
-queried, Table.query = Table.query, query
 DynamoDBBackend.transact_write_items, DynamoHandler.transact_write_items = transact_write_items, answer_once
 dynamodb.copy = SimpleNamespace(deepcopy=lambda thing: thing if isinstance(thing, Table) else copy.deepcopy(thing))
 

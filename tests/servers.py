@@ -33,6 +33,7 @@ def named(overrides: Mapping[str, object]) -> dict[str, object]:
 def environment(settings: Mapping[str, object], root: Path | None = None, **variables: str) -> dict[str, str]:
     """This environment with these settings and none of its own; `root` is the project's folder, if it is not found."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+    environ["FRAUD_SERVE_FILL"] = "no"  # a test that wants it says so
     environ["FRAUD_SET"] = json.dumps({key: str(value) for key, value in settings.items()})
     environ["PYTHONPATH"] = str(PROJECT)
     return environ | ({"FRAUD_ROOT": str(root)} if root else {}) | variables

@@ -18,7 +18,7 @@ import servers
 
 FAST = {
     "features.engine": "local",
-    "features.windows": "1, 24, 168",
+    "features.windows": "1h, 24h, 7d",
     "simulate.rows": 20_000,
     "xgboost.rounds": 30,
     "tensorflow.epochs": 1,

@@ -9,13 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from fraud_pkg.data import acquire as module
 from fraud_pkg.data.acquire import acquire
-from fraud_pkg.core.contract import arrow_schema
+from fraud_pkg.core.checks import arrow_schema
+from fraud_pkg.core.contract import Contract
 from fraud_pkg.core.errors import FraudError
 from fraud_pkg.core.settings import Settings, load_settings, project_root
 
@@ -26,7 +28,7 @@ HEADER = (
 DATED = HEADER.replace("step", "timestamp")
 ROW = "1,PAYMENT,9839.64,C1,170136,160296.36,M1,0,0,0,0\n"
 HANDBOOK = {
-    "columns.tx_id": "TRANSACTION_ID",
+    "columns.transaction_id": "TRANSACTION_ID",
     "columns.timestamp": "TX_DATETIME",
     "columns.sender": "CUSTOMER_ID",
     "columns.receiver": "TERMINAL_ID",
@@ -69,17 +71,21 @@ def test_paysim_head(tmp_path):
     manifest = acquire(project(tmp_path, shared("paysim_head.csv")))
     assert (manifest["rows"], manifest["quarantined"], manifest["reasons"]) == (19_999, 0, {})
     assert (manifest["first_step"], manifest["last_step"], manifest["epoch"]) == (1, 8, None)
-    assert (manifest["source"], manifest["sampled"]) == ("paysim_head.csv", False)
+    assert (manifest["source"], manifest["sampled"], manifest["out_of_order"]) == ("paysim_head.csv", False, 0)
+    contract = Contract.model_validate(manifest["contract"])
+    assert contract == Contract()
 
     table = pq.read_table(tmp_path / "data" / "raw" / manifest["file"])
-    assert table.schema.equals(arrow_schema())
+    assert table.schema.equals(arrow_schema(contract).append(pa.field("row", pa.int64())))
     assert pc.sum(table["is_fraud"]).as_py() == 81
-    assert table["tx_id"].to_pylist() == list(range(19_999))
+    assert table["row"].to_pylist() == list(range(19_999))
+    assert table["transaction_id"].to_pylist() == [str(i) for i in range(19_999)]
     assert table.slice(2, 1).to_pylist()[0] == {
-        "tx_id": 2,
-        "step": 1,
+        "transaction_id": "2",
+        "time": 3600,
         "type": "TRANSFER",
         "amount": 181.0,
+        "currency": None,
         "sender": "C1305486145",
         "sender_balance": 181.0,
         "sender_balance_after": 0.0,
@@ -87,8 +93,10 @@ def test_paysim_head(tmp_path):
         "receiver_balance": 0.0,
         "receiver_balance_after": 0.0,
         "is_fraud": 1,
+        "label_time": None,
         "flagged": 0,
         "scenario": None,
+        "row": 2,
     }
     assert pc.max(table["receiver_balance"]).as_py() >= 1e7  # those the spreadsheet wrote in scientific notation
 
@@ -106,7 +114,7 @@ def test_every_wrapping_of_the_head_is_the_same_data(tmp_path):
     raw = pq.read_table(next((tmp_path / "data" / "raw").glob("*.parquet")))
     (tmp_path / "head.bin").write_bytes(gzip.compress(content))
     (tmp_path / "windows.csv").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
-    pq.write_table(raw.drop_columns(["tx_id"]), tmp_path / "head.parquet", row_group_size=777)
+    pq.write_table(raw.drop_columns(["transaction_id"]), tmp_path / "head.parquet", row_group_size=777)
     for name in ("head.bin", "windows.csv", "head.parquet"):
         assert acquire(project(tmp_path, name))["fingerprint"] == plain, name
 
@@ -140,6 +148,8 @@ def test_handbook_needs_prefixes_and_can_be_sampled(tmp_path):
     assert all(counts[k["values"]] == k["counts"] for k in kept)
 
 
+WITH_DEVICE = {"attributes.ip": "category derive=network:24", "attributes.shop": "place column=lat,lon"}
+DEVICES = HEADER.replace("\n", ",ip,lat,lon\n") + ROW.replace("\n", ",")
 BAD = {  # content of log.csv, settings, words of the one line
     "no header": (b"1\n2\n", {}, "neither CSV nor Parquet"),
     "binary": (bytes(range(256)) * 40, {}, "neither CSV nor Parquet"),
@@ -151,10 +161,17 @@ BAD = {  # content of log.csv, settings, words of the one line
     "missing column": (HEADER.replace("amount,", "").encode() + b"1\n", {}, "no column for amount"),
     "extra column": (HEADER.replace("\n", ",device\n").encode() + b"1\n", {}, "unknown column device"),
     "negative amount": (HEADER + ROW.replace("9839.64", "-1"), {}, "amount: below 0 (1, first in line 2)"),
-    "unknown type": (HEADER + ROW.replace("PAYMENT", "GIFT"), {}, "type: not one of CASH_IN"),
+    "a long type": (HEADER + ROW.replace("PAYMENT", "x" * 257), {}, "type: longer than 256 characters"),
+    "an unknown attribute": (HEADER + ROW, {"attributes.ip": "category"}, "[attributes] ip asks for column ip"),
+    "a leak": (HEADER + ROW, {"attributes.x": "flag column=isFraud"}, "known only after the decision"),
+    "no address": (DEVICES + "here,1,1\n", WITH_DEVICE, "ip: not an IP address (1, first in line 2)"),
+    "outside the globe": (DEVICES + "::1,91,1\n", WITH_DEVICE, "shop_latitude: above 90 (1, first in line 2)"),
     "text in a number": (HEADER + ROW.replace("9839.64", "much"), {}, "amount: not a number (1, first in line 2)"),
-    "duplicate ids": ("tx_id," + HEADER + ("7," + ROW) * 2, {}, "tx_id: seen before (1, first in line 3)"),
-    "a step back": (HEADER + "2" + ROW[1:] + ROW, {}, "step: goes backwards (1, first in line 3)"),
+    "duplicate ids": (
+        "transaction_id," + HEADER + ("7," + ROW) * 2,
+        {},
+        "transaction_id: seen before (1, first in line 3)",
+    ),
     "no UTF-8": ((HEADER + ROW.replace("C1", "Zoë")).encode("latin-1"), {}, "sender: not UTF-8 (1, first in line 2)"),
     "a NUL byte": (HEADER + ROW.replace("C1", "C\0"), {}, "sender: a NUL byte (1, first in line 2)"),
     "too few fields": (HEADER + "1,PAYMENT\n", {}, "row: fewer fields than the header (1, first in line 2)"),
@@ -185,6 +202,18 @@ def test_bad_input_is_one_line_and_leaves_the_old_data(tmp_path, case):
         assert quarantined in str(error.value)
         before, after = [{n: c for n, c in d.items() if "quarantine" not in n} for d in (before, after)]
     assert before == after
+
+
+def test_any_order_and_missing_labels_are_taken(tmp_path):
+    rows = ["2018-04-01 00:00:02,5,a,b,", "2018-04-01,6,a,b,1", "2018-04-01 00:00:02,7,a,,0"]
+    (tmp_path / "log.csv").write_text("timestamp,amount,sender,receiver,is_fraud\n" + "\n".join(rows) + "\n")
+    manifest = acquire(project(tmp_path, "log.csv"))
+    assert (manifest["rows"], manifest["quarantined"], manifest["out_of_order"]) == (3, 0, 1)
+    table = pq.read_table(tmp_path / "data" / "raw" / manifest["file"]).to_pydict()
+    monday = 144 * 3600  # since Monday, 2018-03-26
+    assert table["time"] == [monday, monday + 2, monday + 2]
+    assert (table["amount"], table["is_fraud"], table["row"]) == ([6, 5, 7], [1, None, 0], [0, 1, 2])
+    assert (table["transaction_id"], table["receiver"]) == (["1", "0", "2"], ["b", "b", None])
 
 
 @pytest.mark.parametrize(

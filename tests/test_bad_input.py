@@ -42,7 +42,13 @@ def csv(space, name: str, rows: list[str], header: str = HEADER) -> str:
         ({"train__trails": 1}, "train.trails"),
         ({"train__trials": "many"}, "[train] trials = many"),
         ({"split__test_hours": -1}, "[split] test_hours = -1"),
-        ({"features__windows": "24,1"}, "[features] windows"),
+        ({"features__windows": "24h, 1h"}, "[features] windows"),
+        ({"features__windows": "24"}, "expected one such as 10m, 24h or 30d"),
+        ({"features__windows": "100h"}, "expected 4d or 5d"),
+        ({"features__label_delay": "36h"}, "expected whole days"),
+        ({"attributes__device": "colour"}, "[attributes] device"),
+        ({"attributes__amount": "number"}, "[attributes] amount"),
+        ({"entities__card": "card"}, "[entities] card"),
     ],
 )
 def test_settings(space, overrides, said):
@@ -91,13 +97,13 @@ def test_java_is_missing(space):
 
 def test_one_class_in_the_training_period(space):
     rows = [
-        ROW.format(step=step, amount=5, n=n, fraud=int(step > 91 and n == 0))
-        for step in range(1, 101)
+        ROW.format(step=step, amount=5, n=n, fraud=int(step > 121 and n == 0))
+        for step in range(1, 131)
         for n in range(5)
     ]
     overrides = {
         "data__source": csv(space, "late.csv", rows),
-        "features__label_delay": 1,
+        "features__label_delay": "1d",
         "split__test_hours": 5,
         "split__validation_hours": 3,
     }

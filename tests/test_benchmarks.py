@@ -19,7 +19,7 @@ import scale
 import table
 
 PEERS = {"polars": features.with_polars, "duckdb": features.with_duckdb}
-WINDOWS, DELAY = (1, 24, 168, 720), 168  # of settings.ini
+WINDOWS, DELAY = features.chosen().features.windows, features.chosen().features.label_delay
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,18 @@ def simulated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def difficult(simulated, tmp_path_factory):
-    """Few accounts that meet often and pay themselves, many transactions in an hour, missing types and balances, much
+    """Few accounts that meet often and pay themselves, many payments in a second, missing types and balances, much
     fraud.
     """
     folder, rng, rows = tmp_path_factory.mktemp("difficult"), np.random.default_rng(5), 3_000
     manifest = json.loads((simulated / "raw/manifest.json").read_text())
     schema = pq.read_schema(simulated / "raw" / manifest["file"])
-    steps = np.sort(rng.integers(0, 1_500, rows) // 7 * 7)
+    times = np.sort(rng.integers(0, 1_500 * 60, rows) // 7 * 7 * 60)
     missing = rng.random(rows) < 0.2
     columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names} | {
-        "tx_id": np.arange(rows),
-        "step": steps,
+        "row": np.arange(rows),
+        "transaction_id": np.arange(rows).astype(str),
+        "time": times,
         "type": pa.array(rng.choice(["TRANSFER", "CASH_OUT"], rows), mask=missing),
         "amount": rng.integers(0, 10**6, rows) / 100,
         "sender": rng.choice(list("ABCDEFG"), rows),
@@ -57,7 +58,7 @@ def difficult(simulated, tmp_path_factory):
         row_group_size=700,
     )
     (folder / "raw/manifest.json").write_text(
-        json.dumps(manifest | {"rows": rows, "first_step": int(steps[0]), "last_step": int(steps[-1])})
+        json.dumps(manifest | {"rows": rows, "first_step": int(times[0]) // 3600, "last_step": int(times[-1]) // 3600})
     )
     features.ours("local", folder, "1g")
     return folder
@@ -69,7 +70,7 @@ def test_peers_compute_our_features(peer, log, request):
     folder = request.getfixturevalue(log)
     target = folder / f"{peer}.parquet"
     PEERS[peer](next((folder / "raw").glob("*.parquet")), target, WINDOWS, DELAY)
-    assert pq.read_schema(target).names == ["tx_id", *features.compared_names(WINDOWS)]
+    assert pq.read_schema(target).names == ["row", *features.compared_names(WINDOWS)]
     assert features.differences(folder, target, WINDOWS) == {}
 
 
@@ -90,9 +91,11 @@ def test_a_larger_log_is_many_towns(simulated, tmp_path):
     scale.widen(simulated, tmp_path / "wide", 45_000)
     town, wide = (pq.read_table(next((folder / "raw").glob("*.parquet"))) for folder in (simulated, tmp_path / "wide"))
     assert len(wide) == 3 * len(town) and wide.schema == town.schema
-    assert (np.diff(wide["step"].to_numpy()) >= 0).all() and (wide["tx_id"].to_numpy() == np.arange(len(wide))).all()
-    accounts = set(wide["sender"].to_pylist())
-    assert len(accounts) == 3 * len(set(town["sender"].to_pylist()))
+    assert (np.diff(wide["time"].to_numpy()) >= 0).all() and (wide["row"].to_numpy() == np.arange(len(wide))).all()
+    assert len(set(wide["transaction_id"].to_pylist())) == len(wide)
+    for name in ("sender", "device"):
+        known = [set(log[name].drop_null().to_pylist()) for log in (town, wide)]
+        assert len(known[1]) == 3 * len(known[0])
     features.ours("local", tmp_path / "wide", "1g")
 
 

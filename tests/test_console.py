@@ -12,14 +12,17 @@ import zipfile
 from collections.abc import Iterator
 
 import httpx
+import payments
 import pytest
 import servers
 from browser import DESKTOP, PHONE, Visit, browser, visit  # noqa: F401  browser is a fixture
 from conftest import PROJECT
+from test_any_payment import said
 from test_serve import transaction
 
-from fraud_pkg.serve.console import ASSETS, POLICY
+from fraud_pkg.core.contract import HOUR
 from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.console import ASSETS, POLICY
 
 READ, WRITE, SHOP = "anna-0123456789abcdef", "ben-0123456789abcdef", "shop-0123456789abcdef"
 KEYS = {"FRAUD_API_KEYS": f"anna@read:{READ},ben@write:{WRITE},shop:{SHOP}"}
@@ -66,7 +69,7 @@ def seconds_until_seen(made: Visit, url: str, sent: dict) -> float:
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
-    """What is sent appears within a second, as text whatever it is called; opened it has reasons and accounts; marked
+    """What is sent appears within a second, as text whatever it is called; opened it has reasons and histories; marked
     it counts in the store. Nothing is at fault for whoever looks or listens.
     """
     size, dark = LOOKS[look]
@@ -99,10 +102,11 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
         made.screenshot(f"console-{look}-opened", full=True)
         known = httpx.post(
             f"{service}/history",
-            json={"accounts": [sent["sender"], sent["receiver"]], "step": sent["step"]},
+            json={"values": {name: sent[name] for name in ("sender", "receiver")}, "time": sent["step"] * HOUR},
             headers={"X-API-Key": READ},
         ).json()
-        assert [account["windows"][0]["frauds"] for account in known["accounts"]] == [1, 1]
+        frauds = [{row["window"]: row["frauds"] for row in entity["windows"]} for entity in known["entities"]]
+        assert frauds == [{"1h": None, "24h": None, "7d": 1, "30d": 1}] * 2
         page.locator("#marking .honest").click()
         made.until("document.querySelectorAll('.account').length == 2 && !document.querySelector('.account td.bad')")
         page.keyboard.press("Escape")
@@ -154,7 +158,7 @@ def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
         unlock(made, WRITE)
         page.click("#by-hand")
         page.click("#examples button:nth-child(3)")
-        page.fill("[name=step] >> visible=true", "2000")
+        page.fill("[name=time] >> visible=true", str(2000 * HOUR))
         assert made.violations() == []
         page.click("#hand-send")
         page.locator("#hand-results li").nth(2).wait_for()
@@ -184,6 +188,40 @@ def test_by_hand_and_by_keyboard(service, browser):  # noqa: F811
         page.click("#hand-send")
         page.locator("#hand-problem", has_text="amount: Input should be greater than or equal to 0").wait_for()
         made.expect_fault("422")
+
+
+def test_attributes_and_entities(browser, tmp_path):  # noqa: F811
+    """What a payment says beside the core is shown, filtered by and asked for; every entity has its history."""
+    payments.bundle(tmp_path / "champion")
+    with servers.service(tmp_path, variables=KEYS) as (url, _), visit(browser, url) as made:
+        page = made.page
+        unlock(made, WRITE)
+        for number in range(4):
+            send(url, said(f"shown{number}", device=f"device_{number % 2}{HOSTILE}"))
+        page.locator("#rows .row").nth(3).wait_for()
+        page.select_option("[name=attribute]", "device")
+        page.fill("[name=value]", "DEVICE_1")
+        page.locator("#rows .row").nth(1).wait_for()
+        page.locator("#rows .row").nth(3).wait_for(state="detached")
+        page.locator("#rows .row").first.click()
+        assert page.locator("#detail-title").text_content() == "shown3"
+        shown = page.locator("#detail").text_content()
+        assert "Merchant categorymcc_1" in shown and "48.2000, 16.4000" in shown and f"device_1{HOSTILE}" in shown
+        page.locator(".account").nth(len(payments.CONTRACT.entities) - 1).wait_for()
+        assert page.locator("#entities").text_content().count("C1 + M1") == 1
+        assert page.locator("#detail img, #rows img").count() == 0 and made.violations() == []
+        made.screenshot("console-attributes", full=True)
+        page.keyboard.press("Escape")
+        page.click("#by-hand")
+        page.fill("[name='attribute.mcc']", "mcc_2")
+        page.fill("[name='attribute.shop_latitude']", "95")
+        page.fill("[name='attribute.shop_longitude']", "16,5")
+        page.click("#hand-send")
+        page.locator("#hand-problem", has_text="shop_latitude: Input should be less than or equal to 90").wait_for()
+        made.expect_fault("422")
+        page.fill("[name='attribute.shop_latitude']", "48,1")
+        page.click("#hand-send")
+        page.locator("#hand-results li").first.wait_for()
 
 
 def test_read_only(service, browser, tmp_path):  # noqa: F811

@@ -55,7 +55,7 @@ def test_configuration_stays_and_holds_no_secret(team, second):
 
 def test_what_differs_is_computed(team):
     third = team.machine()
-    third.fraud("run", "--pull", "--job", "features", features__windows="1, 24")
+    third.fraud("run", "--pull", "--job", "features", features__windows="1h, 24h")
     assert third.states() == dict.fromkeys(JOBS, "not run") | {"acquire": "cached", "features": "done"}
 
 

@@ -26,7 +26,8 @@ from kafka import KafkaProducer
 from tools import environment
 
 from fraud_pkg.store.open import open_store
-from fraud_pkg.store.tiles import StoreError, Transaction
+from fraud_pkg.core.contract import Contract
+from fraud_pkg.store.tiles import Posting, StoreError, Transaction, retention_of
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.auth import load_keys
 from fraud_pkg.serve.service import OPEN
@@ -38,6 +39,7 @@ from fraud_pkg.stream.worker import LAST_WAIT
 
 PROJECT = Path(__file__).resolve().parents[1]
 VERSION = "1.32"  # of Kubernetes
+RETENTION = retention_of(Contract())
 OVERLAYS = ("base", "overlays/minikube", "overlays/production")
 WITH_COMPONENTS = (
     "overlays/minikube",
@@ -646,7 +648,7 @@ def test_redis_as_declared(render, tmp_path):
         ).stdout.split()
 
     def store(key: str = password):
-        return open_store(f"redis://:{key}@{servers.HOST}:{port}/0", 1000, 1)
+        return open_store(f"redis://:{key}@{servers.HOST}:{port}/0", RETENTION, 1)
 
     assert probe("livenessProbe") and probe("readinessProbe")
     with servers.running(command, lambda: probe("readinessProbe") == 0, tmp_path / "redis.log") as process:
@@ -654,7 +656,7 @@ def test_redis_as_declared(render, tmp_path):
         with pytest.raises(StoreError, match=r"(?i)password|auth"):
             store("wrong").ping()
         assert password not in Path(f"/proc/{process.pid}/cmdline").read_text()
-        events = [Transaction(f"t{number}", 10, f"C{number}", "M1", 100) for number in range(100)]
+        events = [Transaction(f"t{number}", 10, 100, (Posting(f"account:C{number}"),)) for number in range(100)]
         assert all(store().record(events))
         written = {"aof_buffer_length:0", "aof_pending_bio_fsync:0"}  # what `everysec` promises
         servers.until(lambda: written <= set(persistence()))
@@ -784,7 +786,8 @@ def test_stream_as_declared(render, tmp_path):
             ),
             10,
         )
-        assert EXAMPLE["transaction_id"] in open_store(store, 1000, 1).read([], [EXAMPLE["transaction_id"]], 0).recorded
+        found = open_store(store, RETENTION, 1).read([], [], [EXAMPLE["transaction_id"]])
+        assert found.recorded.keys() == {EXAMPLE["transaction_id"]}
         for name, process in processes.items():
             peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
             assert peak < mebibytes(container(workloads(objects)[name])["resources"]["limits"]["memory"]), (

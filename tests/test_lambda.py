@@ -22,12 +22,13 @@ from openapi import conforms
 from fraud_pkg.serve.lambda_package import runtime
 from fraud_pkg.store.dynamodb import create_table
 from fraud_pkg.store.memory import MemoryStore, save_snapshot
-from fraud_pkg.store.tiles import Transaction
+from fraud_pkg.core.contract import SIMULATED
+from fraud_pkg.features.payment import OnlinePayments
 from fraud_pkg.model.example import example_bundle
-from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.serve.wire import EXAMPLE, Wire
+from fraud_pkg.store.tiles import retention_of
 
 KEYS, KEY = "shop:0123456789abcdef", {"X-API-Key": "0123456789abcdef"}
-RETENTION = 720 + 168
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_answers_with_its_own_store(function):
         )
         assert told.json() == {"recorded": 1, "unknown": []}
     item = boto3.client("dynamodb").get_item(
-        TableName="fraud-store-dev", Key={"key": {"S": f"t#{EXAMPLE['transaction_id']}"}, "day": {"N": "0"}}
+        TableName="fraud-store-dev", Key={"key": {"S": f"t#{EXAMPLE['transaction_id']}"}}
     )["Item"]
     assert item["fraud"] == {"BOOL": True}
 
@@ -151,33 +152,28 @@ def test_logs_are_lines_of_json(function, tmp_path):
     )
 
 
-def live(row: dict, prefix: str) -> dict:
+def said(row: dict) -> dict:
     """A row of the raw table as its sender would have sent it."""
-    known = {
-        name: row[name]
-        for name in ("step", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance")
-        if row[name] is not None
-    }
-    return {"transaction_id": f"{prefix}{row['tx_id']}", **known}
+    return {name: row[name] for name in SAID if row[name] is not None}
+
+
+WIRE, ONLINE = Wire(SIMULATED), OnlinePayments(SIMULATED, {})
+SAID = ["transaction_id", "time", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance"]
+SAID += [name for attribute in SIMULATED.attributes for name in attribute.stored]
 
 
 @pytest.fixture(scope="module")
 def day(finished, tmp_path_factory) -> tuple[list[dict], Path]:
-    """Ten thousand transactions, and a snapshot of a store that remembers the ten thousand before them with their
+    """Ten thousand payments, and a snapshot of a store that remembers the ten thousand before them with their
     frauds.
     """
     raw = pq.read_table(next((finished.root / "data/raw").glob("*.parquet"))).slice(40_000, 20_000).to_pylist()
     before, now = raw[:10_000], raw[10_000:]
-    store, place = MemoryStore(RETENTION), tmp_path_factory.mktemp("store") / "snapshot.npz"
-    store.record(
-        [
-            Transaction(str(row["tx_id"]), row["step"], row["sender"], row["receiver"], round(row["amount"] * 100))
-            for row in before
-        ]
-    )
-    store.label({str(row["tx_id"]): True for row in before if row["is_fraud"]})
+    store, place = MemoryStore(retention_of(SIMULATED)), tmp_path_factory.mktemp("store") / "snapshot.npz"
+    store.record([ONLINE.transaction(WIRE.payment(WIRE.model.model_validate(said(row)))) for row in before])
+    store.label({row["transaction_id"]: True for row in before if row["is_fraud"]})
     save_snapshot(store, place)
-    return [live(row, "") for row in now], place
+    return [said(row) for row in now], place
 
 
 def differences(requests: list[tuple[str, str, bytes]], *urls: str) -> list[tuple]:
@@ -257,7 +253,13 @@ BAD = [
     json.dumps({**EXAMPLE, "amount": float("nan")}).encode(),
     json.dumps({**EXAMPLE, "amount": float("inf")}).encode(),
     json.dumps({**EXAMPLE, "amount": 1.234}).encode(),
-    json.dumps({**EXAMPLE, "type": "GIFT"}).encode(),
+    json.dumps({**EXAMPLE, "type": "G" * 257}).encode(),
+    json.dumps({**EXAMPLE, "device": [1]}).encode(),
+    json.dumps({**EXAMPLE, "online": "yes"}).encode(),
+    json.dumps({**EXAMPLE, "since": "2026-01-05T10:00:00"}).encode(),
+    json.dumps({**EXAMPLE, "place_latitude": 95.0, "place_longitude": 16.0}).encode(),
+    json.dumps({**EXAMPLE, "place_latitude": 48.0}).encode(),
+    json.dumps({**EXAMPLE, "network": "n" * 10_000_000}).encode(),
     json.dumps({**EXAMPLE, "extra": 1}).encode(),
     json.dumps({**EXAMPLE, "step": 1.5}).encode(),
     json.dumps({**EXAMPLE, "step": None}).encode(),

@@ -21,16 +21,13 @@ from conftest import Workspace
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from fraud_pkg.data.lake import read_decisions
-from fraud_pkg.stream.replay import label_message, transaction_messages
-from fraud_pkg.core.settings import Simulate
+from fraud_pkg.stream.replay import RequestWriter, label_message, transaction_messages
+from fraud_pkg.core.contract import DAY, SIMULATED_ATTRIBUTES, SIMULATED_ENTITIES
+from fraud_pkg.core.settings import Simulate, load_settings
 from fraud_pkg.data.simulate import simulate
 
-BASE, CALM, DRIFTED, DELAY = (
-    44,
-    14,
-    24,
-    48,
-)  # days of the champion's log, without drift, with drift; hours until labels are known
+# Days of the champion's log, without drift, with drift; until labels are known.
+BASE, CALM, DRIFTED, DELAY = 44, 14, 24, 2
 NEW = "structuring"
 AFTER = 6  # days that are watched then
 LEARNED = 16  # days after which a challenger may have learned it
@@ -38,8 +35,10 @@ AGAIN = pytest.mark.long(reason="the same loop on another seed, four minutes eac
 SEEDS = [7, pytest.param(8, marks=AGAIN), pytest.param(9, marks=AGAIN)]
 SETTINGS = {
     "features.engine": "local",
-    "features.windows": "1, 24, 168",
-    "features.label_delay": DELAY,
+    **{f"attributes.{name}": line for name, line in SIMULATED_ATTRIBUTES.items()},
+    **{f"entities.{name}": line.replace(",30d", "") for name, line in SIMULATED_ENTITIES.items()},  # a short log
+    "features.windows": "1h, 24h, 7d",
+    "features.label_delay": f"{DELAY}d",
     "split.test_hours": 336,
     "split.validation_hours": 96,
     "monitor.reference_hours": 336,
@@ -61,7 +60,8 @@ class Live:
 
     def __init__(self, project: Workspace, table: pa.Table, address: str, log: Path):
         self.project, self.table, self.address, self.log = project, table, address, log
-        self.scenario = dict(zip(map(str, table["tx_id"].to_pylist()), table["scenario"].to_pylist(), strict=True))
+        self.contract = load_settings(cli=project.overrides, file=project.root / "settings.ini", environ={}).contract
+        self.scenario = dict(zip(*(table[name].to_pylist() for name in ("transaction_id", "scenario")), strict=True))
         self.decided = 0
 
     def start(self, *arguments: str, **more) -> subprocess.Popen:
@@ -80,18 +80,21 @@ class Live:
         """The transactions of these days, a day after the other; what became known by then of older ones comes before,
         as in life, where a day is long.
         """
-        step, number, fraud = (self.table[name].to_numpy() for name in ("step", "tx_id", "is_fraud"))
+        day_of = self.table["time"].to_numpy() // DAY
+        frauds = self.table["is_fraud"].to_numpy() == 1
+        number = np.array(self.table["transaction_id"].to_pylist(), object)
+        writer = RequestWriter(self.contract, None, "json")
         with contextlib.closing(
             KafkaProducer(bootstrap_servers=self.address, linger_ms=20, batch_size=1 << 18)
         ) as producer:
             for day in range(first_day, end_day):
-                for told in number[(fraud == 1) & ((step + DELAY) // 24 == day)].tolist():
-                    producer.send("labels", label_message(str(told), True, "json"), key=str(told).encode())
+                for told in number[frauds & (day_of + DELAY == day)]:
+                    producer.send("labels", label_message(told, True, "json"), key=told.encode())
                 producer.flush()
                 time.sleep(0.15)
-                own = self.table.filter(pa.array(step // 24 == day))
-                for _, _, key, value, _ in transaction_messages(own, "json"):
-                    producer.send("transactions", value, key=key)
+                own = self.table.filter(pa.array(day_of == day))
+                for message in transaction_messages(own, writer):
+                    producer.send("transactions", message.value, key=message.key)
                 producer.flush()
                 self.decided += len(own)
                 self._wait(lambda: self._end("decisions") >= self.decided)
@@ -146,9 +149,9 @@ def live(request, workspace, tmp_path):
             drift_scenario=NEW,
         )
     )
-    pq.write_table(table.filter(pc.less(table["step"], 24 * BASE)), tmp_path / "base.parquet")
+    pq.write_table(table.filter(pc.less(table["time"], BASE * DAY)), tmp_path / "base.parquet")
     project = workspace()
-    project.overrides = SETTINGS | {"data.source": tmp_path / "base.parquet"}
+    project.overrides = SETTINGS | {"data.source": str(tmp_path / "base.parquet")}
     with servers.kafka(tmp_path) as address, servers.pushgateway(tmp_path) as gateway:
         project.overrides |= {"stream.bootstrap_servers": address, "monitor.pushgateway": gateway}
         made = Live(project, table, address, tmp_path / "log")
@@ -177,7 +180,7 @@ def test_drift_is_seen_learned_and_taken_back(live, capsys):
     assert not any(check["alarm"] for look in looks for check in look["checks"])
 
     drift = BASE + CALM
-    within = DELAY // 24 + 3 + 1  # windows: until labels are known, then three bad ones, and the one that is not over
+    within = DELAY + 3 + 1  # windows: until labels are known, then three bad ones, and the one that is not over
     live.send(drift, drift + within)
     alarmed = live.check()
     assert alarmed["verdict"] == "retrain" and next(c for c in alarmed["checks"] if c["check"] == "recall")["alarm"], (

@@ -23,6 +23,7 @@ from kafka import KafkaProducer
 from fraud_pkg.cli import app
 from fraud_pkg.monitor.check_run import CheckRun, push_figures
 from fraud_pkg.monitor.live import CheckResult, CheckSummary, JudgedWindow
+from fraud_pkg.monitor.parity import ParityRecord
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.wire import EXAMPLE
 from fraud_pkg.core.settings import load_settings
@@ -282,7 +283,10 @@ def bad_monitor(folder: Path, pushgateway: str) -> None:
         recall=nothing,
         precision=nothing,
     )
-    found = CheckRun(verdict="retrain", reasons=[], checks=checks, age_days=3000, labels_used=7, windows=[window])
+    parity = ParityRecord(rows=500, different=7, others=0.1, entities=[], examples=[])
+    found = CheckRun(
+        verdict="retrain", reasons=[], checks=checks, age_days=3000, labels_used=7, windows=[window], parity=parity
+    )
     push_figures(
         found, load_settings(cli={"monitor.pushgateway": pushgateway}, file=folder / "settings.ini", environ={})
     )

@@ -1,11 +1,16 @@
-"""What is decided online is what was learned offline: replayed transaction by transaction, features equal Spark's, bit
-for bit.
+"""What is decided online is what was learned offline: replayed payment by payment, features equal the batch's, bit for
+bit, in process and over HTTP.
 """
 
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
+import payments
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,108 +19,229 @@ from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fraud_pkg.features.local import local_history
+from fraud_pkg.core.contract import DAY, SIMULATED, Contract
 from fraud_pkg.features.definitions import feature_names
-from fraud_pkg.features.kernel import matrix
+from fraud_pkg.features.local import local_history, part_table
+from fraud_pkg.features.payment import OnlinePayments
+from fraud_pkg.features.vocabulary import encode, learn_vocabulary
+from fraud_pkg.serve.scorer import BundleInput
+from fraud_pkg.serve.wire import Wire
 from fraud_pkg.store.dynamodb import create_table
 from fraud_pkg.store.open import open_store
-from fraud_pkg.store.tiles import Transaction
-from fraud_pkg.serve.scorer import look_back, request_features
-from fraud_pkg.serve.wire import TransactionRequest
+from fraud_pkg.store.tiles import OnlineStore, read_for, retention_of
 
-WINDOWS = (1, 24, 168, 720)
-NAMES = feature_names(WINDOWS)
-fresh = itertools.count()  # accounts that no example used before
-
-
-def live(row: dict) -> TransactionRequest:
-    """A row of the raw table as its sender would have sent it."""
-    return TransactionRequest(
-        transaction_id=str(row["tx_id"]),
-        step=row["step"],
-        type=row["type"],
-        amount=row["amount"],
-        sender=row["sender"],
-        sender_balance=row["sender_balance"],
-        receiver=row["receiver"],
-        receiver_balance=row["receiver_balance"],
-    )
+Vocabulary = Mapping[str, Sequence[str]]
+Said = dict[str, Any]  # a payment as its sender says it
+Decide = Callable[[list[Said]], np.ndarray]  # features [n, F] float32 of payments that are recorded
+Label = Callable[[list[str]], None]  # these were fraud
 
 
-def requests(rows: list[dict], batch: int) -> Iterator[list[dict]]:
-    """Requests of at most `batch` rows of one step: what was fraud an hour ago cannot be known while it is still being
-    decided.
-    """
-    for _, hour in itertools.groupby(rows, key=lambda row: row["step"]):
-        hour = list(hour)
-        yield from (hour[i : i + batch] for i in range(0, len(hour), batch))
+def batches(rows: Sequence[dict], most: int) -> Iterator[list[dict]]:
+    """Requests of at most `most` rows of one day: labels change what is known between two of them."""
+    for _, day in itertools.groupby(rows, key=lambda row: row["time"] // DAY):
+        day = list(day)
+        yield from (day[begin : begin + most] for begin in range(0, len(day), most))
 
 
-def replay(rows: list[dict], store, label_delay: int, batch: int) -> np.ndarray:
-    """Online features of all rows, in requests of `batch`; what was fraud becomes known when the label delay is
-    over.
-    """
+def replayed(rows: Sequence[dict], decide: Decide, label: Label, most: int) -> np.ndarray:
+    """Features of all rows in order. A row has `time`, `said`, `fraud` and `known`, when it became known."""
     found, waiting = [], []
-    for part in requests(rows, batch):
-        while waiting and waiting[0]["step"] <= part[0]["step"] - label_delay:
-            assert store.label({str(waiting.pop(0)["tx_id"]): True}) == []
-        transactions = [live(row) for row in part]
-        events = [
-            Transaction(t.transaction_id, t.step, t.sender, t.receiver, round(t.amount * 100)) for t in transactions
-        ]
-        reading = store.read(
-            {a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step
-        )
-        found.append(matrix(request_features(transactions, events), look_back(events, reading, WINDOWS, label_delay)))
-        assert all(store.record(events))
-        waiting += [row for row in part if row["is_fraud"]]
+    for part in batches(rows, most):
+        due = [row for row in waiting if row["known"] <= part[0]["time"]]
+        waiting = [row for row in waiting if row not in due]
+        if due:
+            label([row["said"]["transaction_id"] for row in due])
+        found.append(decide([row["said"] for row in part]))
+        waiting += [row for row in part if row["fraud"]]
     return np.vstack(found)
 
 
-def check(root, rows: int, label_delay: int, url: str, batch: int) -> None:
-    folder = root / "data/features"
-    raw = pq.read_table(next((root / "data/raw").glob("*.parquet"))).slice(0, rows).to_pylist()
-    store = open_store(url, max(WINDOWS) + label_delay, timeout=10)
-    online = replay(raw, store, label_delay, batch)
-    parts = [pq.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
-    names = [name for name in parts[0].column_names if name in NAMES]
-    offline = np.column_stack([np.concatenate([part[name].to_numpy() for part in parts])[:rows] for name in names])
-    assert offline.dtype == online.dtype == np.float32 and names == NAMES
-    different = ~((online == offline) | (np.isnan(online) & np.isnan(offline)))
+def in_process(
+    contract: Contract, vocabulary: Vocabulary, store: OnlineStore, columns: Mapping[str, str] | None = None
+) -> tuple[Decide, Label]:
+    """By the classes that the scorer uses, without a model."""
+    wire, retention = Wire(contract, columns), retention_of(contract)
+    made = object.__new__(BundleInput)
+    made.online, made.retention = OnlinePayments(contract, vocabulary), retention
+
+    def decide(said: list[Said]) -> np.ndarray:
+        requested = [wire.payment(wire.parse(json.dumps(one).encode())) for one in said]
+        transactions = [made.online.transaction(payment) for payment in requested]
+        features = made.features(requested, transactions, read_for(store, transactions)).features
+        assert all(store.record(transactions))
+        return features
+
+    def label(names: list[str]) -> None:
+        assert store.label(dict.fromkeys(names, True)) == []
+
+    return decide, label
+
+
+def over_http(client: httpx.Client) -> tuple[Decide, Label]:
+    """By a service."""
+
+    def decide(said: list[Said]) -> np.ndarray:
+        answer = client.post("/predict/batch", json={"transactions": said, "features": True})
+        assert answer.status_code == 200, answer.text
+        return np.array([decision["features"] for decision in answer.json()["decisions"]], float).astype(np.float32)
+
+    def label(names: list[str]) -> None:
+        told = [{"transaction_id": name, "is_fraud": True} for name in names]
+        assert client.post("/feedback", json={"labels": told}).json() == {"recorded": len(names), "unknown": []}
+
+    return decide, label
+
+
+def offline(features: pa.Table, contract: Contract, vocabulary: Vocabulary) -> np.ndarray:
+    """The matrix of a table of features: [n, F] float32."""
+    columns = [encode(features[name], vocabulary[name]) for name in contract.categories]
+    columns += [features[name].to_numpy() for name in feature_names(contract)[len(columns) :]]
+    return np.column_stack(columns)
+
+
+def check_equal(online: np.ndarray, batch: np.ndarray, contract: Contract) -> None:
+    assert online.dtype == batch.dtype == np.float32 and online.shape == batch.shape
+    different = ~((online == batch) | (np.isnan(online) & np.isnan(batch)))
+    names = feature_names(contract)
     assert not different.any(), f"{different.sum()} values of {sorted({names[j] for j in np.nonzero(different)[1]})}"
 
 
+# Drawn payments
+
+
+WORDS = {name: (f"{name}_1", f"{name}_2") for name in payments.CONTRACT.categories} | {"type": ("CASH_OUT", "TRANSFER")}
+drawn = given(rows=st.lists(payments.rows, min_size=1, max_size=25), most=st.integers(1, 4))
+quiet = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def by_arrival(rows: Iterable[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: row["time"])
+
+
+def sent(rows: list[dict]) -> list[dict]:
+    """Drawn rows for `replayed`, in the contract's names and in the source's by turns."""
+    return [
+        {
+            "time": row["time"],
+            "said": payments.request(row, str(number), own=number % 2 == 0),
+            "fraud": row["fraud"],
+            "known": row["time"] + row["late"],
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def batch_of(rows: list[dict]) -> np.ndarray:
+    contract, raw = payments.CONTRACT, payments.table(rows)
+    histories = local_history(raw, contract, threads=1).between(0, len(raw))
+    return offline(part_table(raw, histories, contract), contract, WORDS)
+
+
+@pytest.mark.parametrize("place", ["memory", "redis"])
+@settings(quiet, max_examples=60)
+@drawn
+def test_any_history(place, request, rows, most):
+    """Six entities, attributes of every kind, accounts that pay themselves, random cuts into requests, and labels that
+    come at any time up to the delay: the kernel's values.
+    """
+    rows, url = by_arrival(rows), "memory://"
+    if place == "redis":
+        import redis
+
+        url = request.getfixturevalue("redis_url")
+        redis.Redis.from_url(url).flushall()
+    store = open_store(url, retention_of(payments.CONTRACT), timeout=10)
+    online = replayed(sent(rows), *in_process(payments.CONTRACT, WORDS, store, payments.COLUMNS), most)
+    check_equal(online, batch_of(rows), payments.CONTRACT)
+
+
 @pytest.fixture(scope="module")
-def month(workspace):
-    """A simulated month and its features by Spark; labels known after a day, so that they matter within the month."""
-    project = workspace(simulate__rows=12_000, simulate__days=31, features__label_delay=24, features__engine="spark")
+def service(tmp_path_factory, redis_url) -> Iterator[httpx.Client]:
+    """A service with a bundle of the drawn payments' contract, and its store in Redis."""
+    folder = tmp_path_factory.mktemp("service")
+    payments.bundle(folder / "champion")
+    with servers.service(folder, store__url=redis_url) as (url, _), httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+@settings(quiet, max_examples=25)
+@drawn
+def test_any_history_over_http(service, redis_url, rows, most):
+    import redis
+
+    redis.Redis.from_url(redis_url).flushall()
+    rows = by_arrival(rows)
+    check_equal(replayed(sent(rows), *over_http(service), most), batch_of(rows), payments.CONTRACT)
+
+
+# Whole logs
+
+
+@pytest.fixture(scope="module")
+def month(workspace) -> Path:
+    """A simulated month, with six entities and eight attributes, and its features by Spark."""
+    project = workspace(simulate__rows=12_000, simulate__days=31, features__label_delay="1d", features__engine="spark")
     project.fraud("jobs", "run", "acquire")
     project.fraud("jobs", "run", "features")
     return project.root
 
 
 @pytest.fixture(scope="module")
-def paysim(workspace):
+def paysim(workspace) -> Path:
     """The head of the public PaySim log."""
-    project = workspace(data__source=shared("paysim_head.csv"), features__label_delay=1, features__engine="spark")
+    project = workspace(data__source=shared("paysim_head.csv"), features__label_delay="1d", features__engine="spark")
     project.fraud("jobs", "run", "acquire")
     project.fraud("jobs", "run", "features")
     return project.root
 
 
-@pytest.mark.parametrize("batch", [1, 100])
-def test_memory(month, batch):
-    check(month, 12_000, 24, "memory://", batch)
+LATER = {"sender_balance_after", "receiver_balance_after", "is_fraud", "label_time", "flagged", "scenario", "row"}
 
 
-@pytest.mark.parametrize("batch", [1, 100])
-def test_redis(month, tmp_path, batch):
+def log_of(root: Path, rows: int, contract: Contract) -> list[dict]:
+    """The first rows of a raw table for `replayed`."""
+    raw = pq.read_table(next((root / "data/raw").glob("*.parquet"))).slice(0, rows).to_pylist()
+    delay = contract.label_delay * DAY
+    return [
+        {
+            "time": row["time"],
+            "said": {name: value for name, value in row.items() if value is not None and name not in LATER},
+            "fraud": bool(row["is_fraud"]),
+            "known": row["time"] + delay,
+        }
+        for row in raw
+    ]
+
+
+def check_log(root: Path, rows: int, contract: Contract, url: str, most: int) -> None:
+    features = pa.concat_tables(pq.read_table(file) for file in sorted((root / "data/features").glob("part-*.parquet")))
+    manifest = json.loads((root / "data/features/manifest.json").read_text())
+    assert Contract.model_validate(manifest["contract"]) == contract
+    features = features.slice(0, rows)
+    vocabulary = learn_vocabulary({name: features[name] for name in contract.categories})
+    store = open_store(url, retention_of(contract), timeout=10)
+    online = replayed(log_of(root, rows, contract), *in_process(contract, vocabulary, store), most)
+    check_equal(online, offline(features, contract, vocabulary), contract)
+
+
+MONTH, PAYSIM = SIMULATED.model_copy(update={"label_delay": 1}), Contract(label_delay=1)
+
+
+@pytest.mark.parametrize("most", [1, 100])
+def test_memory(month, most):
+    check_log(month, 12_000, MONTH, "memory://", most)
+
+
+@pytest.mark.parametrize("most", [1, 100])
+def test_redis(month, tmp_path, most):
     with servers.redis(tmp_path) as url:
-        check(month, 12_000, 24, url, batch)
+        check_log(month, 12_000, MONTH, url, most)
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch) -> str:
+def aws_table(tmp_path, monkeypatch) -> Iterator[str]:
     with servers.moto(tmp_path) as environ:
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
@@ -124,7 +250,7 @@ def table(tmp_path, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="module")
-def quiet_month(workspace):
+def quiet_month(workspace) -> Path:
     """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each. The local engine's
     files are Spark's, byte for byte (test_pipeline).
     """
@@ -132,7 +258,7 @@ def quiet_month(workspace):
         simulate__rows=1_500,
         simulate__days=31,
         simulate__fraud_rate=0.02,
-        features__label_delay=24,
+        features__label_delay="1d",
         features__engine="local",
     )
     project.fraud("jobs", "run", "acquire")
@@ -141,99 +267,23 @@ def quiet_month(workspace):
 
 
 @pytest.mark.long(reason="the emulator of DynamoDB takes ten milliseconds a transaction")
-def test_dynamodb(quiet_month, table):
-    check(quiet_month, 1_500, 24, table, 100)
+def test_dynamodb(quiet_month, aws_table):
+    check_log(quiet_month, 1_500, MONTH, aws_table, 100)
 
 
 @pytest.mark.external
 def test_paysim_memory(paysim):
-    check(paysim, 19_999, 1, "memory://", 1)
+    check_log(paysim, 19_999, PAYSIM, "memory://", 1)
 
 
 @pytest.mark.external
 def test_paysim_redis(paysim, tmp_path):
     with servers.redis(tmp_path) as url:
-        check(paysim, 19_999, 1, url, 100)
+        check_log(paysim, 19_999, PAYSIM, url, 100)
 
 
 @pytest.mark.long(reason="the emulator of DynamoDB takes ten milliseconds a transaction")
 @pytest.mark.external
-def test_paysim_dynamodb(paysim, table):
+def test_paysim_dynamodb(paysim, aws_table):
     """The first two hours, for the same reason."""
-    check(paysim, 3_000, 1, table, 100)
-
-
-moment = st.tuples(
-    st.integers(0, 60),
-    st.sampled_from("ABCD"),
-    st.sampled_from("ABCD"),
-    st.integers(0, 10**7),
-    st.booleans(),
-    st.integers(0, 30),
-)
-
-
-@pytest.mark.parametrize("place", ["memory", "redis"])
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(drawn=st.lists(moment, min_size=1, max_size=25), delay=st.integers(0, 30), cuts=st.integers(1, 4))
-def test_any_history_any_interleaving(place, request, drawn, delay, cuts):
-    """Random accounts that also pay themselves, random cuts into requests, and labels that come at any time up to the
-    delay: the kernel's values.
-    """
-    windows, prefix = (1, 5, 24), f"h{next(fresh)}-"
-    cuts = cuts if delay else 1  # a label of the own hour cannot be known to a request that is still being decided
-    rows = [
-        {
-            "tx_id": i,
-            "step": step,
-            "type": "TRANSFER",
-            "amount": cents / 100,
-            "sender": prefix + orig,
-            "sender_balance": 5.0,
-            "receiver": prefix + dest,
-            "receiver_balance": None,
-            "is_fraud": int(fraud),
-            "known": step + min(late, delay),
-        }
-        for i, (step, orig, dest, cents, fraud, late) in enumerate(sorted(drawn, key=lambda one: one[0]))
-    ]
-    raw = pa.table(
-        {
-            name: pa.array([row[name] for row in rows], kind)
-            for name, kind in (
-                ("tx_id", pa.int64()),
-                ("step", pa.int32()),
-                ("amount", pa.float64()),
-                ("sender", pa.string()),
-                ("receiver", pa.string()),
-                ("is_fraud", pa.int8()),
-            )
-        }
-    )
-    store = open_store(
-        "memory://" if place == "memory" else request.getfixturevalue("redis_url"), max(windows) + delay, timeout=10
-    )
-    online, waiting = [], []
-    for part in requests(rows, cuts):
-        due = [row for row in waiting if row["known"] <= part[0]["step"]]
-        waiting = [row for row in waiting if row not in due]
-        store.label({prefix + str(row["tx_id"]): True for row in due})
-        events = [
-            Transaction(
-                prefix + str(row["tx_id"]), row["step"], row["sender"], row["receiver"], round(row["amount"] * 100)
-            )
-            for row in part
-        ]
-        reading = store.read(
-            {a for e in events for a in (e.orig, e.dest)}, [e.transaction_id for e in events], events[0].step
-        )
-        online.append(look_back(events, reading, windows, delay))
-        assert all(store.record(events))
-        waiting += [row for row in part if row["is_fraud"]]
-    np.testing.assert_array_equal(np.vstack(online), local_history(raw, windows, delay, threads=1).sides())
+    check_log(paysim, 3_000, PAYSIM, aws_table, 100)

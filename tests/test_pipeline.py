@@ -35,7 +35,7 @@ def test_test_period_is_later_and_unseen(finished):
     periods = load_bundle(finished.root / "models/champion").manifest.data["periods"]
     (train,), (validation,), (test,) = periods["train"], periods["validation"], periods["test"]  # first and last step
     assert train[0] < train[1] < validation[0] < validation[1] < test[0] < test[1]
-    assert validation[1] + 168 < test[0]
+    assert validation[1] + 7 * 24 < test[0]
 
 
 def test_second_run_is_cached(finished):

@@ -256,7 +256,7 @@ def test_moments_at_the_end_of_the_calendar(tmp_path):
         conforms(f"{url}/openapi.json", url, "none")
 
 
-def test_a_step_far_ahead_erases_nobody(tmp_path):
+def test_a_time_far_ahead_erases_nobody(tmp_path):
     """A unix time in `step`, say: it is refused, and the store still knows everybody."""
     example_bundle(tmp_path / "champion")
     with servers.redis(tmp_path) as redis_url:
@@ -264,7 +264,7 @@ def test_a_step_far_ahead_erases_nobody(tmp_path):
             with servers.service(tmp_path, store__url=place) as (url, _):
                 assert httpx.post(f"{url}/predict", json=transaction(1)).status_code == 200
                 far = httpx.post(f"{url}/predict", json=transaction(2, step=9_000_000))
-                assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "step")
+                assert (far.status_code, far.json()["problems"][0]["field"]) == (422, "time")
                 assert httpx.post(
                     f"{url}/feedback", json={"labels": [{"transaction_id": "t1", "is_fraud": True}]}
                 ).json() == {"recorded": 1, "unknown": []}

@@ -26,25 +26,32 @@ import pytest
 import servers
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
-from fraud_pkg.data.acquire import acquire
-from fraud_pkg.model.bundle import load_bundle
-from fraud_pkg.features.table import build_features
+from fraud_pkg.core.contract import DAY, HOUR, SIMULATED_ATTRIBUTES, SIMULATED_ENTITIES
 from fraud_pkg.core.policy import DECISIONS, decide
-from fraud_pkg.stream.replay import label_message, transaction_messages
-from fraud_pkg.store.journal import JournaledStore
-from fraud_pkg.store.redis_outbox import RedisOutboxStore
-from fraud_pkg.store.memory import MemoryStore
-from fraud_pkg.store.tiles import Transaction
-from fraud_pkg.model.bakeoff import evaluate_contender
-from fraud_pkg.train.samples import load_periods
-from fraud_pkg.serve.wire import EXAMPLE
 from fraud_pkg.core.settings import load_settings
-from fraud_pkg.stream.messages import DECISION_FORMAT
-from fraud_pkg.stream.messages import TRANSACTION_FORMAT, read_record
+from fraud_pkg.data.acquire import acquire
+from fraud_pkg.features.payment import OnlinePayments
+from fraud_pkg.features.table import build_features
+from fraud_pkg.features.vocabulary import encode
+from fraud_pkg.model.bakeoff import evaluate_contender
+from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.serve.wire import EXAMPLE, Wire
+from fraud_pkg.store.journal import JournaledStore
+from fraud_pkg.store.memory import MemoryStore
+from fraud_pkg.store.redis_outbox import RedisOutboxStore
+from fraud_pkg.store.tiles import History, Transaction, read_for, retention_of
+from fraud_pkg.stream.messages import messages_of, read_record, read_transaction
+from fraud_pkg.stream.replay import RequestWriter, label_message, transaction_messages
+from fraud_pkg.train.samples import load_periods
 from fraud_pkg.train.xgboost import train_xgboost
 
 PROJECT = Path(__file__).resolve().parents[1]
-ROWS, RETENTION = 100_000, 720 + 168
+DECLARED = {f"attributes.{name}": text for name, text in SIMULATED_ATTRIBUTES.items()} | {
+    f"entities.{name}": text for name, text in SIMULATED_ENTITIES.items()
+}  # what the simulator brings, for its log in a file
+CONTRACT = load_settings(cli=DECLARED, file=PROJECT / "settings.ini", environ={}).contract
+RETENTION, MESSAGES = retention_of(CONTRACT), messages_of(CONTRACT)
+ROWS = 100_000
 SESSION = (
     6 if "FRAUD_STREAM_BOOTSTRAP_SERVERS" in os.environ else 1
 )  # seconds; the least that a broker takes unless it is told otherwise, and what ours takes
@@ -97,7 +104,7 @@ def world(tmp_path_factory) -> World:
     shutil.copy(PROJECT / "settings.ini", root)
 
     def settings(**more):
-        given = {
+        given = DECLARED | {
             "simulate.rows": ROWS,
             "simulate.days": DAYS,
             "simulate.fraud_rate": 0.01,
@@ -131,8 +138,10 @@ def world(tmp_path_factory) -> World:
     parts = pa.concat_tables(
         pq.read_table(file) for file in sorted((batch.data_dir / "features").glob("part-*.parquet"))
     )
-    features = np.stack([parts[name].to_numpy() for name in names], axis=1).astype(np.float32)
     bundle = load_bundle(learning.models_dir / "xgboost")
+    words = bundle.manifest.vocabulary
+    columns = [encode(parts[name], words[name]) if name in words else parts[name].to_numpy() for name in names]
+    features = np.stack(columns, axis=1).astype(np.float32)
     p = bundle.probability(np.ascontiguousarray(features[:, [names.index(name) for name in bundle.manifest.features]]))
     return World(
         bundle.folder, table, quiet, features, p, [DECISIONS[d] for d in decide(p, bundle.manifest.thresholds)]
@@ -253,7 +262,7 @@ def case(tmp_path, broker, world) -> Callable[..., Case]:
         folder.mkdir()
         shutil.copy(PROJECT / "settings.ini", folder)
         tag = f"{os.getpid()}-{time.time_ns()}"
-        settings = {
+        settings = DECLARED | {
             "stream.bootstrap_servers": broker.address,
             "stream.transactions": f"t-{tag}",
             "stream.decisions": f"d-{tag}",
@@ -284,33 +293,31 @@ def metric(process: subprocess.Popen, name: str, **labels: str) -> float:
     )
 
 
+def ids_of(table: pa.Table) -> list[str]:
+    return table["transaction_id"].to_pylist()
+
+
+def frauds_of(table: pa.Table) -> list[str]:
+    return [name for name, fraud in zip(ids_of(table), table["is_fraud"].to_pylist(), strict=True) if fraud]
+
+
 def events_of(table: pa.Table) -> list[Transaction]:
-    return [
-        Transaction(str(r["tx_id"]), r["step"], r["sender"], r["receiver"], round(r["amount"] * 100))
-        for r in table.select(["tx_id", "step", "sender", "receiver", "amount"]).to_pylist()
-    ]
+    wire, online = Wire(CONTRACT), OnlinePayments(CONTRACT, {name: () for name in CONTRACT.categories})
+    messages = transaction_messages(table, RequestWriter(CONTRACT, None, "json"))
+    return [online.transaction(wire.payment(read_transaction(message.value, wire))) for message in messages]
 
 
-def everything(store: MemoryStore) -> dict:
+def everything(store: MemoryStore) -> tuple:
     """A memory store as it is."""
-    return (
-        {account: history.rows() for account, history in store.state.accounts.items()},
-        store.state.transactions,
-        store.state.frauds,
-    )
+    state = store.state
+    return state.histories.packed(), state.pairs, state.transactions, state.frauds
 
 
 def expected_store(table: pa.Table, frauds: bool) -> MemoryStore:
     store = MemoryStore(RETENTION)
     store.record(events_of(table))
     if frauds:
-        store.label(
-            {
-                str(i): True
-                for i, fraud in zip(table["tx_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)
-                if fraud
-            }
-        )
+        store.label(dict.fromkeys(frauds_of(table), True))
     return store
 
 
@@ -325,7 +332,7 @@ def once(decisions: list) -> dict[str, bytes]:
 
 def check_decisions(found: Mapping[str, bytes], world: World, rows: int) -> None:
     """Those of batch scoring, bit for bit."""
-    numbers = [str(i) for i in world.table["tx_id"].to_pylist()[:rows]]
+    numbers = ids_of(world.table)[:rows]
     assert found.keys() == set(numbers)
     records = [read_record(found[number]) for number in numbers]
     assert np.array_equal(np.array([r["features"] for r in records], np.float32), world.features[:rows], equal_nan=True)
@@ -342,7 +349,8 @@ def uninterrupted(tmp_path_factory, broker, world) -> SimpleNamespace:
     made = Case(
         folder,
         broker,
-        {
+        DECLARED
+        | {
             "stream.bootstrap_servers": broker.address,
             "stream.transactions": f"t-{tag}",
             "stream.decisions": f"d-{tag}",
@@ -365,7 +373,7 @@ def test_every_decision_is_that_of_batch_scoring(uninterrupted, world):
     assert uninterrupted.said.startswith("100,000 transactions and 0 labels")
     assert len(uninterrupted.decisions) == ROWS
     check_decisions(once(uninterrupted.decisions), world, ROWS)
-    keys = dict(zip(map(str, world.table["tx_id"].to_pylist()), world.table["sender"].to_pylist(), strict=True))
+    keys = dict(zip(ids_of(world.table), world.table["sender"].to_pylist(), strict=True))
     assert all(keys[read_record(r.value)["transaction_id"]].encode() == r.key for r in uninterrupted.decisions[:1000])
     store = JournaledStore(uninterrupted.case.folder / "data/stream", RETENTION)
     assert everything(store) == everything(expected_store(world.table, frauds=False))
@@ -416,17 +424,22 @@ def test_killed_twenty_times(case, uninterrupted, world):
     store.close()
 
 
-def redis_store(url: str, table: pa.Table) -> tuple[dict, set]:
-    """Histories and recorded transactions of everybody in `table`."""
-    store, accounts = (
-        RedisOutboxStore(url, RETENTION, 10),
-        sorted(set(table["sender"].to_pylist()) | set(table["receiver"].to_pylist())),
-    )
-    reading = store.read(accounts, map(str, table["tx_id"].to_pylist()), int(max(table["step"].to_pylist())))
-    store.close()
-    return {account: history.rows() for account, history in reading.histories.items() if history.hours}, set(
-        reading.recorded
-    )
+def days_of(histories: Mapping[str, History]) -> dict[str, tuple]:
+    """What does not depend on how far one partition is ahead of another, as minutes and hours do."""
+    return {key: (history.tiles[-1], history.last) for key, history in histories.items()}
+
+
+def same_days(url: str, table: pa.Table, frauds: bool, found: set[str]) -> None:
+    """Redis knows these transactions, and of every entity what a store knows that saw everything in order."""
+    store, events, ordered = RedisOutboxStore(url, RETENTION, 10), events_of(table), expected_store(table, frauds)
+    with contextlib.closing(store):
+        for begin in range(0, len(events), 1000):
+            some = events[begin : begin + 1000]
+            reading = read_for(store, some)
+            assert reading.recorded.keys() == {event.transaction_id for event in some} <= found
+            expected = read_for(ordered, some)
+            assert days_of(reading.histories) == days_of(expected.histories)
+            assert reading.pairs == expected.pairs
 
 
 @pytest.mark.long(reason="a second round of kills, with Redis")
@@ -438,15 +451,10 @@ def test_killed_with_a_shared_store(case, world, redis_url):
     )
     source = made.folder / "source.parquet"
     pq.write_table(table, source)
-    frauds = sum(table["is_fraud"].to_pylist())
     made.fraud("produce", str(source))
     made.send(
         "labels",
-        [
-            (str(i).encode(), label_message(str(i), True, "json"))
-            for i, fraud in zip(table["tx_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)
-            if fraud
-        ],
+        [(name.encode(), label_message(name, True, "json")) for name in frauds_of(table)],
     )
     seed = int.from_bytes(os.urandom(4), "big")
     print("seed", seed)
@@ -474,13 +482,8 @@ def test_killed_with_a_shared_store(case, world, redis_url):
             made.until(lambda: servers.status(f"http://{servers.HOST}:{labeller.port}/readyz") == 200, process=labeller)
             time.sleep(1.5)
     found = once(made.read("decisions"))
-    assert found.keys() == set(map(str, table["tx_id"].to_pylist()))
-    histories, recorded = redis_store(made.settings["store.url"], table)
-    expected = expected_store(table, frauds=True)
-    assert recorded == found.keys() and histories == {
-        account: history.rows() for account, history in expected.state.accounts.items()
-    }
-    assert sum(row[-1] for rows in histories.values() for row in rows) == 2 * frauds
+    assert found.keys() == set(ids_of(table))
+    same_days(made.settings["store.url"], table, True, set(found))
 
 
 def test_broker_goes_away_and_comes_back(case, world, broker):
@@ -513,14 +516,12 @@ def test_consumers_join_and_leave(case, world, redis_url):
         made.until(lambda: source.poll() == 0 and made.count("decisions") >= rows, process=first)
     decisions = made.read("decisions")
     found = once(decisions)
-    assert found.keys() == set(map(str, world.table["tx_id"].to_pylist()[:rows]))
-    histories, recorded = redis_store(made.settings["store.url"], world.table.slice(0, rows))
-    assert recorded == found.keys() and histories == {
-        a: h.rows() for a, h in expected_store(world.table.slice(0, rows), frauds=False).state.accounts.items()
-    }
+    assert found.keys() == set(ids_of(world.table)[:rows])
+    same_days(made.settings["store.url"], world.table.slice(0, rows), False, set(found))
+    place = {name: i for i, name in enumerate(ids_of(world.table))}
     order: dict[bytes, list[int]] = defaultdict(list)
     for record in decisions:
-        order[record.key].append(int(read_record(record.value)["transaction_id"]))
+        order[record.key].append(place[read_record(record.value)["transaction_id"]])
     assert all(list(dict.fromkeys(numbers)) == sorted(set(numbers)) for numbers in order.values())
 
 
@@ -549,14 +550,14 @@ POISON = {
         b"[" * 100_000,
         b"\xff\xfe\x00",
         b"not json",
-        TRANSACTION_FORMAT.write(EXAMPLE)[:-4],
-        TRANSACTION_FORMAT.write(EXAMPLE) + b"\x00",
+        MESSAGES.transaction_format.write(EXAMPLE)[:-4],
+        MESSAGES.transaction_format.write(EXAMPLE) + b"\x00",
     ],
     "schema": [
         json.dumps({"schema": 2, **EXAMPLE}).encode(),
         json.dumps({"schema": "1", **EXAMPLE}).encode(),
         b"\xc3\x01" + bytes(8) + b"x",
-        DECISION_FORMAT.head + b"x",
+        MESSAGES.decision_format.head + b"x",
     ],
     "contract": [
         b"[]",
@@ -570,7 +571,7 @@ POISON = {
         b'{"transaction_id": "' + b"y" * 1_040_000 + b'"}',
         json.dumps({"schema": 1, **EXAMPLE, "sender": "x" * 65}).encode(),
     ],
-    "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "0", "amount": 1.0, "step": 3}).encode()],
+    "conflict": [json.dumps({"schema": 1, **EXAMPLE, "transaction_id": "first", "amount": 1.0, "step": 3}).encode()],
 }
 
 
@@ -578,8 +579,11 @@ def test_poison_among_good_ones(case, world):
     """Each kind ends in the dead-letter topic as it came, the good ones are decided as if it were not there; what is
     sent twice is decided once.
     """
-    made, rows, bad = case(), 2_000, [(kind, value) for kind, values in POISON.items() for value in values]
-    good = [(key, value) for _, _, key, value, _ in transaction_messages(world.table.slice(0, rows), "json")]
+    made, rows, first = case(), 2_000, ids_of(world.table)[0].encode()
+    poison = [(kind, value) for kind, values in POISON.items() for value in values]
+    bad = [(kind, value and value.replace(b'"first"', b'"%s"' % first)) for kind, value in poison]
+    table = world.table.slice(0, rows)
+    good = [(m.key, m.value) for m in transaction_messages(table, RequestWriter(CONTRACT, None, "json"))]
     made.fraud("redrive", "--dry-run")
     messages = list(good)
     for i, (_, value) in enumerate(bad):
@@ -637,7 +641,8 @@ def test_dead_letters_come_back_when_what_was_wrong_is_mended(case, world):
         shown = made.fraud("redrive").stdout
         assert re.search(r"contract .*timestamp.* 40\n", shown) and "41 dead letters sent back" in shown
         made.until(lambda: made.count("decisions") == 40 and made.count("dead") == 42, process=process)
-    assert {read_record(r.value)["step"] for r in made.read("decisions")} == {4 * 24 + 10}
+    moments = [(4 * 24 + 10) * HOUR + i * 60 for i in range(40)]
+    assert sorted(read_record(r.value)["time"] for r in made.read("decisions")) == moments
     left = made.read("dead")[-1]
     assert (left.value, dict(left.headers)["fraud-redriven"]) == (b"{", b"1")
     assert "1 dead letters are there" in made.fraud("redrive", "--dry-run").stdout
@@ -698,7 +703,11 @@ def test_labels_through_the_service(case, world, tmp_path):
         made.until(lambda: made.count("decisions") == 1000, process=scorer)
         made.send(
             "labels",
-            [(b"7", label_message("7", True, "json")), (b"none", label_message("none", True, "avro")), (b"x", b"{}")],
+            [
+                (b"7", label_message(ids_of(world.table)[7], True, "json")),
+                (b"none", label_message("none", True, "avro")),
+                (b"x", b"{}"),
+            ],
         )
         with made.running("labels") as labeller:
             made.until(lambda: metric(labeller, "fraud_stream_messages_total") == 3, process=labeller)
@@ -737,7 +746,7 @@ def test_the_sink_writes_each_decision_once(case, world, uninterrupted):
     assert re.match(r"[\d,]+ decisions and 0 labels written to", said)
     lake = made.folder / "data/decisions"
     table = pq.read_table(lake, filters=None, ignore_prefixes=["unreadable", "labels", "."])
-    assert sorted(map(int, table["transaction_id"].to_pylist())) == world.table["tx_id"].to_pylist()
+    assert sorted(ids_of(table)) == sorted(ids_of(world.table))
     assert sorted(path.read_bytes() for path in (lake / "unreadable").iterdir()) == [
         b"no decision",
         b'{"schema":1,"transaction_id":"half"}',
@@ -745,7 +754,7 @@ def test_the_sink_writes_each_decision_once(case, world, uninterrupted):
     ordered = table.sort_by("source_offset")
     assert ordered["decision"].to_pylist() == world.decision
     assert all(
-        day == step // 24 for day, step in zip(ordered["day"].to_pylist(), ordered["step"].to_pylist(), strict=True)
+        day == time // DAY for day, time in zip(ordered["day"].to_pylist(), ordered["time"].to_pylist(), strict=True)
     )
     assert "0 decisions and 0 labels written" in made.fraud("sink", "--until-end").stdout
 
@@ -778,18 +787,18 @@ def test_a_topic_that_was_made_anew(case, world):
 
 
 def test_replay_at_a_rate_with_labels(case, world):
-    """Labels follow label_delay hours after their transactions, and reach the memory store."""
-    made, table = case(features__label_delay=24), world.table
+    """Labels follow label_delay days after their transactions, and reach the memory store."""
+    made, table = case(features__label_delay="1d"), world.table
     source, rows = made.folder / "source.parquet", 12_000
     pq.write_table(table.slice(0, rows), source)
     began = time.monotonic()
     said = made.fraud("produce", str(source), "--rate", "3000", "--labels").stdout
     assert time.monotonic() - began > rows / 3000
-    last = table["step"][rows - 1].as_py()
+    last = table["time"][rows - 1].as_py()
     known = {
-        str(r["tx_id"])
-        for r in table.slice(0, rows).select(["tx_id", "step", "is_fraud"]).to_pylist()
-        if r["is_fraud"] and r["step"] + 24 <= last
+        row["transaction_id"]
+        for row in table.slice(0, rows).select(["transaction_id", "time", "is_fraud"]).to_pylist()
+        if row["is_fraud"] and row["time"] + DAY <= last
     }
     assert f"{rows:,} transactions and {len(known):,} labels" in said
     with made.running("score") as process:

@@ -10,7 +10,7 @@ import pytest
 from fraud_pkg.data.acquire import acquire
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.features.table import build_features
-from fraud_pkg.train.samples import Period, load_sample, split_periods
+from fraud_pkg.train.samples import Period, learn_words, load_sample, split_periods
 from fraud_pkg.monitor.live import DecisionWindow, JudgedWindow, Reference, chance, count_bad, judge_window
 from fraud_pkg.model.bakeoff import evaluate_contender
 from fraud_pkg.train.samples import Periods
@@ -37,18 +37,19 @@ def judged(tmp_path_factory) -> tuple[list[JudgedWindow], Reference]:
     )
     acquire(settings)
     made, folder = build_features(settings), settings.data_dir / "features"
-    periods = split_periods(0, 24 * LEARNED - 1, settings.split, made["label_delay"])
-    samples = {name: load_sample(folder, period, made["features"]) for name, period in periods.items()}
+    periods = split_periods(0, 24 * LEARNED - 1, settings.split, settings.contract.label_delay)
+    words = learn_words(folder, periods["train"], made["features"])
+    samples = {name: load_sample(folder, period, made["features"], words) for name, period in periods.items()}
     data = json.loads((folder / "manifest.json").read_text())
     learned = Periods(
-        **samples, data={key: data[key] for key in ("fingerprint", "rows", "source", "epoch", "windows", "label_delay")}
+        **samples, data={key: data[key] for key in ("fingerprint", "rows", "source", "epoch", "contract")}
     )
     evaluate_contender(
         train_xgboost(learned.train, learned.validation, settings, tell=lambda line: None), learned, settings
     )
     bundle = load_bundle(settings.models_dir / "xgboost")
     reference = Reference(bundle, settings.monitor)
-    live = load_sample(folder, Period("live", 24 * LEARNED, 24 * (LEARNED + WATCHED)), made["features"])
+    live = load_sample(folder, Period("live", 24 * LEARNED, 24 * (LEARNED + WATCHED)), made["features"], words)
     p, x, day = bundle.probability(live.select(bundle.manifest.features)), live.select(reference.names), live.step // 24
     windows = [
         DecisionWindow(24 * d, 24 * d + 24, x[day == d], p[day == d], live.y[day == d] == 1)

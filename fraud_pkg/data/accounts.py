@@ -6,15 +6,17 @@
 __all__ = ['PRIME', 'floored_sums', 'AccountEntries', 'account_entries', 'entry_balances', 'balances', 'scattered',
            'account_names', 'from_quantiles', 'positive_cents', 'transaction_table']
 
-# %% ../../nbs/data/01_accounts.ipynb #d1479d5f
+# %% ../../nbs/data/01_accounts.ipynb #dbb1d810
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.contract import TYPES, arrow_schema
-from .presets import CASH_IN
+from ..core.checks import arrow_schema
+from ..core.contract import Contract
+from .presets import CASH_IN, TYPES
 
 # %% ../../nbs/data/01_accounts.ipynb #9ff9f558
 def floored_sums(
@@ -131,10 +133,10 @@ def positive_cents(amount: np.ndarray) -> np.ndarray:
     "Currency units -> nearest whole cents, at least one: [n] int64."
     return np.maximum(np.rint(amount * 100), 1).astype(np.int64)
 
-# %% ../../nbs/data/01_accounts.ipynb #25ca023b
+# %% ../../nbs/data/01_accounts.ipynb #2eca0d79
 def transaction_table(
     *,
-    step: np.ndarray,                  # [n] hours since the start, in the order of time
+    time: np.ndarray,                  # [n] int64 seconds since the start, not decreasing
     kind: np.ndarray,                  # [n] position in TYPES
     cents: np.ndarray,                 # [n] int64
     orig: pa.Array,                    # [n] names
@@ -143,16 +145,20 @@ def transaction_table(
     flagged: np.ndarray,               # [n] whether the old system flagged it
     scenario: np.ndarray,              # [n] position in `scenario_names`, -1 for honest
     scenario_names: tuple[str, ...],
+    contract: Contract,
+    attributes: Mapping[str, pa.Array | np.ndarray],  # by column of the raw table
 ) -> pa.Table:
-    "The contract's table; `tx_id` is the position."
-    (old_orig, old_dest), (new_orig, new_dest) = money / 100
+    "The contract's table; `transaction_id` is the position."
+    n, (old_orig, old_dest), (new_orig, new_dest) = len(time), *money / 100
     columns = {
-        "tx_id": np.arange(len(step)), "step": step, "type": _labels(TYPES, kind), "amount": cents / 100,
+        "transaction_id": pa.array(np.arange(n)).cast(pa.string()), "time": time, "type": _labels(TYPES, kind),
+        "amount": cents / 100, "currency": pa.nulls(n, pa.string()),
         "sender": orig, "sender_balance": old_orig, "sender_balance_after": new_orig,
         "receiver": dest, "receiver_balance": old_dest, "receiver_balance_after": new_dest,
-        "is_fraud": scenario >= 0, "flagged": flagged, "scenario": _labels(scenario_names, scenario),
+        "is_fraud": scenario >= 0, "label_time": pa.nulls(n, pa.int64()), "flagged": flagged,
+        "scenario": _labels(scenario_names, scenario), **attributes,
     }
-    schema = arrow_schema()
+    schema = arrow_schema(contract)
     for field in schema:
         if isinstance(columns[field.name], np.ndarray):
             columns[field.name] = columns[field.name].astype(field.type.to_pandas_dtype(), copy=False)

@@ -6,7 +6,7 @@
 __all__ = ['QUARANTINE_COLUMNS', 'FNV_OFFSET', 'FNV_PRIME', 'MURMUR_MULTIPLIERS', 'name_accounts', 'quarantine_table', 'Checked',
            'check_source', 'account_hash', 'sample_accounts', 'fingerprint', 'append_decisions', 'acquire']
 
-# %% ../../nbs/data/11_acquire.ipynb #2d85bc41
+# %% ../../nbs/data/11_acquire.ipynb #f82a4cdf
 import contextlib
 import hashlib
 import json
@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..core.contract import BACKWARDS, CONTRACT, check_table
+from ..core.checks import check_table
+from ..core.contract import HOUR, Contract, raw_columns
 from ..core.errors import FraudError, one_line
 from ..core.files import staging_dir
 from ..core.settings import Settings
-from .columns import contract_columns, epoch_seconds, map_columns, moment_text, steps_since
-from .lake import CONTRACT_PAYMENT_COLUMNS, newest_step, read_decisions, read_labels
+from .columns import ColumnMap, contract_columns, map_columns, read_times
+from .lake import newest_step, read_decisions, read_labels, training_columns
 from .profile import profile_figure, profile_table
 from .readers import NOT_UTF8, BrokenLine, SourceTable
 from .sources import public_name, read_source
@@ -43,58 +44,60 @@ def _with_prefix(accounts: pa.ChunkedArray, prefix: str) -> pa.ChunkedArray:
     named = pc.binary_join_element_wise(prefix, accounts, "")
     return pc.if_else(pc.match_substring_regex(accounts, r"\S"), named, accounts)
 
-# %% ../../nbs/data/11_acquire.ipynb #ba2c0ee7
+# %% ../../nbs/data/11_acquire.ipynb #4389366e
+def _share_history(contract: Contract) -> bool:
+    "Whether what an account sends and what it receives count as one history."
+    def histories(column: str) -> set[str]:
+        return {entity.history for entity in contract.entities if entity.columns == (column,)}
+    return bool(histories("sender") & histories("receiver"))
+
 def name_accounts(
     columns: dict[str, pa.ChunkedArray],
-    mapping: dict[str, str],  # contract column -> source column
+    core: dict[str, str],  # column of the core -> column of the source
     settings: Settings,
-    source: str,              # its name in messages
+    source: str,           # its name in messages
 ) -> dict[str, pa.ChunkedArray]:
     "`columns` with the prefixes of `[data]` before both accounts; raises `FraudError` when two numberings would mix."
-    orig, dest, data = columns["sender"], columns["receiver"], settings.data
-    if data.sender_prefix == data.receiver_prefix and _is_numbered(orig) and _is_numbered(dest):
-        raise FraudError(f"{source}: columns {mapping['sender']} and {mapping['receiver']} are both numbered: "
+    data, prefixes = settings.data, {"sender": settings.data.sender_prefix, "receiver": settings.data.receiver_prefix}
+    accounts = {key: columns[key] for key in prefixes if key in columns}
+    mixed = len(accounts) == 2 and data.sender_prefix == data.receiver_prefix and _share_history(settings.contract)
+    if mixed and all(map(_is_numbered, accounts.values())):
+        raise FraudError(f"{source}: columns {core['sender']} and {core['receiver']} are both numbered: "
                          "account 5 would be one in both; set [data] sender_prefix and receiver_prefix, "
                          "for example C and M")
-    orig, dest = _with_prefix(orig, data.sender_prefix), _with_prefix(dest, data.receiver_prefix)
-    return columns | {"sender": orig, "receiver": dest}
+    return columns | {key: _with_prefix(names, prefixes[key]) for key, names in accounts.items()}
 
-# %% ../../nbs/data/11_acquire.ipynb #3ec7ff85
-def _unreadable_text(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarray]:
-    "Masks by reason for what no account can be called."
+# %% ../../nbs/data/11_acquire.ipynb #0908185e
+def _unreadable_text(columns: dict[str, pa.ChunkedArray], contract: Contract) -> dict[str, np.ndarray]:
+    "Masks by reason for what no account and no category can be called."
     signs = {"not UTF-8": NOT_UTF8, "a NUL byte": "\0"}
     reasons = {}
-    for name in (column.name for column in CONTRACT if column.kind == "text" and column.name in columns):
+    for name in (column.name for column in raw_columns(contract) if column.is_text and column.name in columns):
+        text = columns[name].cast(pa.string())
         for reason, sign in signs.items():
-            reasons[f"{name}: {reason}"] = np.asarray(pc.match_substring(columns[name], sign).fill_null(False))
+            reasons[f"{name}: {reason}"] = np.asarray(pc.match_substring(text, sign).fill_null(False))
     return reasons
 
-# %% ../../nbs/data/11_acquire.ipynb #213b2201
-def _order(table: pa.Table) -> np.ndarray:
-    "The positions of the rows by (step, tx_id): [n]."
-    step, tx_id = table["step"].to_numpy(), table["tx_id"].to_numpy()
-    ahead = (np.diff(step) > 0) | ((np.diff(step) == 0) & (np.diff(tx_id) > 0))
-    return np.arange(len(table)) if ahead.all() else np.lexsort((tx_id, step))
+# %% ../../nbs/data/11_acquire.ipynb #71e5bae7
+def _columns(
+    source: SourceTable, mapping: ColumnMap, settings: Settings,
+) -> tuple[dict[str, pa.ChunkedArray], dict[str, np.ndarray]]:
+    "What a source says beside the times, under the names of the raw table, and masks by reason."
+    columns = contract_columns(source, mapping, settings.contract)
+    columns = name_accounts(columns, mapping.core, settings, source.name)
+    columns |= {raw: columns[column] for raw, column in mapping.attributes.items() if column in columns}
+    return columns, _unreadable_text(columns, settings.contract)
 
-# %% ../../nbs/data/11_acquire.ipynb #3f9a927f
 def _typed(source: SourceTable, settings: Settings) -> tuple[pa.Table, dict[str, np.ndarray], str | None]:
     "The source under the contract's names and types, masks by reason, and the epoch."
     mapping = map_columns(source.table.column_names, settings, source.name)
-    columns = name_accounts(contract_columns(source, mapping), mapping, settings, source.name)
-    reasons = _unreadable_text(columns)
-    epoch = moment_text(epoch_seconds(settings.data.epoch)) if settings.data.epoch else None
-    has_moments = "timestamp" in mapping
-    if has_moments:
-        place = f"{source.name}: column {mapping['timestamp']}"
-        moments = source.table[mapping["timestamp"]]
-        columns["step"], moment_reasons, epoch = steps_since(moments, settings.data.epoch, place)
-        reasons = moment_reasons | reasons
-    columns.setdefault("tx_id", pa.array(source.row))
-    table, contract_reasons = check_table(pa.table(columns))
-    if has_moments:
-        contract_reasons.pop("step: missing", None)  # said already, in the words of the source
-    reasons = contract_reasons | reasons
-    return table, {reason: mask for reason, mask in reasons.items() if mask.any()}, epoch
+    columns, unreadable = _columns(source, mapping, settings)
+    times = read_times(source, mapping, settings)
+    numbered = {"transaction_id": pa.array(source.row).cast(pa.string())}
+    table, contract_reasons = check_table(pa.table(numbered | columns | times.columns), settings.contract)
+    contract_reasons.pop("time: missing", None)  # said already, in the words of the source
+    reasons = contract_reasons | times.reasons | unreadable
+    return table, {reason: mask for reason, mask in reasons.items() if mask.any()}, times.epoch
 
 # %% ../../nbs/data/11_acquire.ipynb #258853a9
 QUARANTINE_COLUMNS = {"line": pa.int64(), "text": pa.string(), "reasons": pa.list_(pa.string())}
@@ -139,14 +142,15 @@ def quarantine_table(
     tables = [pa.table(columns), _broken_table(source.broken)]
     return pa.concat_tables(tables, promote_options="default").sort_by("line")
 
-# %% ../../nbs/data/11_acquire.ipynb #1d20b06e
+# %% ../../nbs/data/11_acquire.ipynb #7f0f094d
 @dataclass(frozen=True)
 class Checked:
     "What `check_source` makes of a source."
-    good: pa.Table          # [n] under the contract's schema, by (step, tx_id)
+    good: pa.Table          # [n] under the contract's schema, by time, then as the source has them
     line: np.ndarray        # [n] where each of them was, as in `SourceTable`
     quarantine: pa.Table    # the rest, as it came
-    epoch: str | None       # the moment of step 0, where it is known
+    epoch: str | None       # the moment of time 0, where it is known
+    out_of_order: int       # rows that the source has behind a later time
 
     def reasons(self) -> dict[str, tuple[int, int]]:
         "`{reason: (rows, first line)}`, most frequent first."
@@ -157,30 +161,27 @@ class Checked:
         counts.sort(key=lambda count: (-count["line_count"], count["reason"]))
         return {count["reason"]: (count["line_count"], count["line_min"]) for count in counts}
 
-# %% ../../nbs/data/11_acquire.ipynb #f2d6fdad
+# %% ../../nbs/data/11_acquire.ipynb #65a7ba75
 def _refused(reasons: dict[str, np.ndarray], rows: int) -> np.ndarray:
     "Which rows have a reason to be refused: [rows] bool."
     return np.logical_or.reduce([np.zeros(rows, dtype=bool), *reasons.values()])
 
-def check_source(
-    source: SourceTable,
-    settings: Settings,
-    any_order: bool = False,  # rows may come in any order of time
-) -> Checked:
-    "Every row of the source, in exactly one of two tables."
+def check_source(source: SourceTable, settings: Settings) -> Checked:
+    "Every row of the source, in exactly one of two tables; the good ones in the order of time."
     table, reasons, epoch = _typed(source, settings)
-    if any_order:
-        reasons.pop(BACKWARDS, None)
     refused = _refused(reasons, table.num_rows)
     good, line = table, source.line
     if refused.any():
         good, line = table.filter(pa.array(~refused)), source.line[~refused]
     scenario = pc.if_else(pc.equal(good["is_fraud"], 1), good["scenario"], None)  # some data number the honest ones 0
     good = good.set_column(good.schema.get_field_index("scenario"), "scenario", scenario)
-    order = _order(good)
-    if not (np.diff(order) == 1).all():
-        good = good.take(pa.array(order))
-    return Checked(good, line[order], quarantine_table(source, np.flatnonzero(refused), reasons), epoch)
+    time = good["time"].to_numpy()
+    out_of_order = int((time < np.maximum.accumulate(time)).sum())
+    if out_of_order:
+        order = np.argsort(time, kind="stable")
+        good, line = good.take(pa.array(order)), line[order]
+    quarantine = quarantine_table(source, np.flatnonzero(refused), reasons)
+    return Checked(good, line, quarantine, epoch, out_of_order)
 
 # %% ../../nbs/data/11_acquire.ipynb #961f9fc3
 FNV_OFFSET, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
@@ -202,7 +203,7 @@ def account_hash(
         h = (h ^ (h >> np.uint64(33))) * np.uint64(multiplier)
     return h ^ (h >> np.uint64(33))
 
-# %% ../../nbs/data/11_acquire.ipynb #05a091de
+# %% ../../nbs/data/11_acquire.ipynb #0135e710
 def sample_accounts(
     table: pa.Table,
     size: int,        # about how many transactions to keep; 0 for all
@@ -212,7 +213,8 @@ def sample_accounts(
         return table
     codes = np.asarray(table["sender"].combine_chunks().dictionary_encode().indices)
     single = np.bincount(codes)[codes] == 1
-    order = account_hash(pc.if_else(pa.array(single), table["receiver"], table["sender"]))
+    other = pc.coalesce(table["receiver"], table["sender"])
+    order = account_hash(pc.if_else(pa.array(single), other, table["sender"]))
     limit = np.partition(order, size - 1)[size - 1]
     return table.filter(pa.array(order <= limit))
 
@@ -282,60 +284,64 @@ def _too_many(source: SourceTable, checked: Checked, settings: Settings, version
         f"[data] max_quarantined is {limit:.2%}: {reasons}; "
         f"see {public_name(folder / f'{version}.parquet', settings.root)}")
 
-# %% ../../nbs/data/11_acquire.ipynb #60791329
-def _manifest(table: pa.Table, checked: Checked, source: str, digest: str) -> dict:
+# %% ../../nbs/data/11_acquire.ipynb #e236dfec
+def _manifest(table: pa.Table, digest: str, checked: Checked, settings: Settings, source: str) -> dict:
     "What `manifest.json` says of the data in `data/raw`."
+    time = table["time"]
     return {
         "version": digest[:12], "fingerprint": digest, "file": f"{digest[:12]}.parquet", "rows": table.num_rows,
         "quarantined": checked.quarantine.num_rows,
         "reasons": {reason: count for reason, (count, _) in checked.reasons().items()}, "source": source,
-        "first_step": table["step"][0].as_py(), "last_step": table["step"][-1].as_py(), "epoch": checked.epoch,
+        "out_of_order": checked.out_of_order, "first_step": time[0].as_py() // HOUR,
+        "last_step": time[-1].as_py() // HOUR, "epoch": checked.epoch,
+        "contract": settings.contract.model_dump(mode="json"),
     }
 
-# %% ../../nbs/data/11_acquire.ipynb #1a3c5b32
-def _labelled(live: pa.Table, first_id: int, frauds: pa.Array, lake: str) -> pa.Table:
-    "Decisions as transactions under the contract, numbered from `first_id`; fraud where the id is among `frauds`."
-    columns = {name: live[column] for name, column in CONTRACT_PAYMENT_COLUMNS.items()}
-    columns["step"] = live["step"]
-    columns["tx_id"] = np.arange(first_id, first_id + len(live))
+# %% ../../nbs/data/11_acquire.ipynb #399b49eb
+def _labelled(live: pa.Table, frauds: pa.Array, contract: Contract, lake: str) -> pa.Table:
+    "Decisions as payments under the contract; fraud where the id is among `frauds`."
+    columns = {name: live[column] for name, column in training_columns(contract).items()}
+    columns |= {name: live[name] for name in ("transaction_id", "time")}
     columns["is_fraud"] = pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())
     columns["amount"] = live["cents"].to_numpy() / 100
-    table, broken = check_table(pa.table(columns))
+    table, broken = check_table(pa.table(columns), contract)
     if broken:
         reason = next(iter(broken))
         raise FraudError(f"{lake}: decisions that break the contract ({reason}); was it written by this sink?")
     return table
 
 def append_decisions(table: pa.Table, settings: Settings) -> tuple[pa.Table, dict | None]:
-    """The table with the lake's transactions that are old enough to be labelled; what was taken (None without a lake).
+    """The table with the lake's payments that are old enough to be labelled; what was taken (None without a lake).
 
-    From their first step on they replace the table's own."""
-    lake = settings.data.decisions
+    From their first second on they replace the table's own."""
+    lake, contract = settings.data.decisions, settings.contract
     if not lake:
         return table, None
     folder = settings.root / lake
-    end = newest_step(folder) - settings.features.label_delay + 1
-    columns = ["transaction_id", "step", "cents", *CONTRACT_PAYMENT_COLUMNS.values()]
-    live = read_decisions(folder, columns, end_step=end)
+    end = newest_step(folder) - 24 * contract.label_delay + 1
+    live = read_decisions(folder, ["transaction_id", "time", "cents"], end_step=end, contract=contract,
+                          optional=list(training_columns(contract).values()))
+    kept = table.filter(pc.less(table["time"], live["time"][0]))
+    new = live.filter(pc.invert(pc.is_in(live["transaction_id"], value_set=kept["transaction_id"])))
     frauds = pa.array([number for number, fraud in read_labels(folder).items() if fraud], pa.string())
-    kept = table.filter(pc.less(table["step"], live["step"][0]))
-    first_id = 0 if not len(kept) else pc.max(kept["tx_id"]).as_py() + 1
-    labelled = _labelled(live, first_id, frauds, lake)
-    taken = {"folder": lake, "first_step": live["step"][0].as_py(), "last_step": live["step"][-1].as_py(),
-             "rows": len(live), "frauds": int(pc.sum(labelled["is_fraud"]).as_py()), "replaced": len(table) - len(kept)}
+    labelled = _labelled(new, frauds, contract, lake)
+    taken = {"folder": lake, "first_step": live["time"][0].as_py() // HOUR,
+             "last_step": live["time"][-1].as_py() // HOUR, "rows": len(new), "repeated": len(live) - len(new),
+             "frauds": pc.sum(labelled["is_fraud"]).as_py() or 0, "replaced": len(table) - len(kept)}
     return pa.concat_tables([kept, labelled]), taken
 
-# %% ../../nbs/data/11_acquire.ipynb #ae20a2a3
+# %% ../../nbs/data/11_acquire.ipynb #12362238
 def acquire(settings: Settings) -> dict:
     "Brings `[data] source` into `data/raw`, `data/quarantine` and `reports/data`; the manifest of what is there now."
     source, recorded = read_source(settings)
     checked = check_source(source, settings)
     longer, live = append_decisions(checked.good, settings)
     table = sample_accounts(longer, settings.data.sample_size)
+    table = table.append_column("row", pa.array(np.arange(len(table))))
     digest = fingerprint(table)
     if problem := _too_many(source, checked, settings, digest[:12]):
         raise problem
-    manifest = _manifest(table, checked, recorded, digest)
+    manifest = _manifest(table, digest, checked, settings, recorded)
     manifest["sampled"] = len(table) < len(longer)
     if live:
         manifest["decisions"] = live
@@ -345,5 +351,5 @@ def acquire(settings: Settings) -> dict:
         _write_parquet(table, raw / manifest["file"])
         _write_parquet(checked.quarantine, quarantine / manifest["file"])
         (raw / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        _write_profile(profile_table(table), report)
+        _write_profile(profile_table(table, settings.contract), report)
     return manifest

@@ -7,12 +7,13 @@ __all__ = ['ROWS', 'TYPE_COUNTS', 'FRAUD_COUNTS', 'FLAGGED', 'FLAG_LIMIT', 'HOUR
            'AMOUNTS', 'OLD_BALANCES', 'OLD_IS_ZERO', 'PER_DESTINATION', 'LIFE', 'OPENING_IS_ZERO', 'OPENINGS',
            'FRAUD_LEVELS', 'FRAUD_AMOUNTS', 'INEXACT', 'paysim_volume', 'PaysimRows', 'simulate_paysim']
 
-# %% ../../nbs/data/02_paysim.ipynb #04364cd2
+# %% ../../nbs/data/02_paysim.ipynb #7694ad9c
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from ..core.contract import HOUR, Contract
 from ..core.settings import Simulate
 from fraud_pkg.data.accounts import (
     PRIME, account_entries, account_names, balances, from_quantiles, positive_cents, transaction_table,
@@ -162,7 +163,7 @@ def _draw_money(
     dest[recurs] = who
     return money, dest
 
-# %% ../../nbs/data/02_paysim.ipynb #a8184679
+# %% ../../nbs/data/02_paysim.ipynb #6a4a228a
 def _draw_names(rng: np.random.Generator, kind: np.ndarray, dest: np.ndarray) -> tuple[pa.Array, pa.Array]:
     "Names of origins, each drawn anew, and of destinations, one for each number >= 0 in `dest`."
     number = rng.integers(0, PRIME, len(kind))
@@ -183,5 +184,6 @@ def simulate_paysim(settings: Simulate) -> pa.Table:
     money, number = _draw_money(rng, rows, nothing_moved=flagged, unseen=fraud & (rows.kind == TRANSFER))
     orig, dest = _draw_names(rng, rows.kind, number)
     return transaction_table(
-        step=rows.step, kind=rows.kind, cents=rows.cents, orig=orig, dest=dest, money=money, flagged=flagged,
-        scenario=fraud.astype(np.int8) - 1, scenario_names=("drain",))
+        time=rows.step.astype(np.int64) * HOUR, kind=rows.kind, cents=rows.cents, orig=orig, dest=dest, money=money,
+        flagged=flagged, scenario=fraud.astype(np.int8) - 1, scenario_names=("drain",),
+        contract=Contract(), attributes={})

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from ..core.contract import BLANK
+from ..core.checks import BLANK
 from ..core.errors import FraudError, one_line
 
 # %% ../../nbs/data/06_readers.ipynb #ad5257fa

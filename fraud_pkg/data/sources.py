@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HUB', 'download_hub', 'download_s3', 'public_name', 'read_source']
 
-# %% ../../nbs/data/07_sources.ipynb #2f3b8ca4
+# %% ../../nbs/data/07_sources.ipynb #d27f4ed1
 import hashlib
 import os
 import re
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.contract import CORE_NAMES
 from ..core.errors import FraudError, one_line
 from ..core.settings import Settings
 from .readers import SourceTable, read_file
@@ -82,11 +83,13 @@ def download_s3(
         raise FraudError(f"{source}: download failed: {one_line(error, 300)}") from error
     return path
 
-# %% ../../nbs/data/07_sources.ipynb #80634b75
+# %% ../../nbs/data/07_sources.ipynb #75b5b28a
 def _simulated(settings: Settings) -> SourceTable:
     from fraud_pkg.data.simulate import simulate
 
     table = simulate(settings.simulate)
+    asked = {column for attribute in settings.contract.attributes for column in attribute.columns}
+    table = table.select([name for name in table.column_names if name in CORE_NAMES or name in asked])
     return SourceTable("simulate://", table, np.arange(1, table.num_rows + 1), np.arange(table.num_rows))
 
 # %% ../../nbs/data/07_sources.ipynb #07582725

@@ -5,34 +5,43 @@
 # %% auto #0
 __all__ = ['ENGINES', 'build_features']
 
-# %% ../../nbs/features/07_table.ipynb #5cf76f9b
+# %% ../../nbs/features/07_table.ipynb #8b96dda0
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from ..core.contract import Contract
+from ..core.errors import FraudError
 from ..core.files import staging_dir
 from ..core.settings import Settings
 from .definitions import feature_names
-from .local import PART_ROWS, plan_parts, run_local
+from .local import PART_ROWS, needed_columns, plan_parts, run_local
 from .manifest import MANIFEST_FILE, read_manifest
 from .spark import run_spark
 
-# %% ../../nbs/features/07_table.ipynb #ac87412a
+# %% ../../nbs/features/07_table.ipynb #a50100d1
 ENGINES = {"local": run_local, "spark": run_spark}
+
+def _check_columns(raw_file: Path, contract: Contract) -> None:
+    "Raises `FraudError` for a raw table that was made by another contract."
+    missing = [name for name in needed_columns(contract) if name not in pq.read_schema(raw_file).names]
+    if missing:
+        raise FraudError(f"{raw_file.name}: no column {missing[0]}, which the contract of the settings needs; "
+                         "make the raw table again: fraud jobs run acquire")
 
 def build_features(settings: Settings) -> dict[str, Any]:
     "Raw table -> feature table, with the engine of the settings; returns the manifest that it writes."
-    features = settings.features
-    source = read_manifest(settings, "raw")
+    source, contract = read_manifest(settings, "raw"), settings.contract
     raw_file = settings.data_dir / "raw" / source["file"]
-    parts = plan_parts(pq.read_table(raw_file, columns=["step"])["step"].to_numpy(), PART_ROWS)
+    _check_columns(raw_file, contract)
+    parts = plan_parts(pq.read_table(raw_file, columns=["time"])["time"].to_numpy(), PART_ROWS)
     manifest = {key: source[key] for key in ("fingerprint", "rows", "source", "epoch", "first_step", "last_step")}
-    manifest |= {"windows": list(features.windows), "label_delay": features.label_delay,
-                 "features": feature_names(features.windows)}
+    manifest |= {"contract": contract.model_dump(mode="json"), "features": feature_names(contract)}
     manifest["parts"] = [{"file": part.file, "rows": part.end_row - part.first_row,
                           "first_step": part.first_step, "end_step": part.end_step} for part in parts]
     with staging_dir(settings.data_dir / "features") as folder:
-        ENGINES[features.engine](raw_file, parts, folder, settings)
+        ENGINES[settings.features.engine](raw_file, parts, folder, settings, contract)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     return manifest

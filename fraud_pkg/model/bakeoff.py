@@ -46,7 +46,7 @@ def _fit_decision(
     calibration = fit_calibration(p, validation.y)
     return calibration, optimal_thresholds(validation.y, calibration.apply(p), validation.amount, settings.decision)
 
-# %% ../../nbs/model/07_bakeoff.ipynb #00f3dd67
+# %% ../../nbs/model/07_bakeoff.ipynb #e25fae8b
 def _steps(samples: Sequence[Sample]) -> list[list[int]]:
     "First and last step of each sample."
     return [[int(s.step[0]), int(s.step[-1])] for s in samples]
@@ -57,7 +57,7 @@ def calibrate_and_write(
     validation: Sample,
     test: Sample,
     settings: Settings,
-    data: dict[str, Any],  # manifest of the feature table: fingerprint, rows, source, epoch, windows, label_delay
+    data: dict[str, Any],  # fingerprint, rows, source, epoch, contract: of the feature table's manifest
 ) -> tuple[Path, dict[str, Any]]:  # models/<name>, metrics on the test period
     "Calibrate and set thresholds on validation, measure on test through the written bundle, keep it in models/<name>."
     trains = [train] if isinstance(train, Sample) else list(train)
@@ -137,7 +137,7 @@ def evaluate_rule_baseline(periods: Periods, settings: Settings) -> BakeOffEntry
     p = periods.test.rule.astype(np.float64)
     return BakeOffEntry("rule", "baseline", evaluate(periods.test, p, HALF, settings), p)
 
-# %% ../../nbs/model/07_bakeoff.ipynb #c4222d05
+# %% ../../nbs/model/07_bakeoff.ipynb #425063b7
 def write_scores(
     name: str,               # of the contender
     entries: Sequence[BakeOffEntry],
@@ -148,8 +148,9 @@ def write_scores(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    keys = {"tx_id": test.tx_id, "step": test.step, "account": test.account, "amount": test.amount,
-            "is_fraud": test.y, "scenario": pa.array(test.scenario, pa.string())}
+    keys = {"transaction_id": pa.array(test.transaction_id, pa.string()), "step": test.step,
+            "account": test.account, "amount": test.amount, "is_fraud": test.y,
+            "scenario": pa.array(test.scenario, pa.string())}
     contents = {"bakeoff.json": {"rows": [e.row.model_dump() for e in entries]},
                 "history.json": {e.name: list(e.history) for e in entries if e.history}}
     folder = settings.data_dir / "scores" / name
@@ -226,20 +227,20 @@ def bake_off_table(
                for title, (key, form) in TABLE_COLUMNS.items()}
     return pd.DataFrame({"kind": [row.kind for row in rows], **columns}, index=pd.Index(names, name="contender"))
 
-# %% ../../nbs/model/07_bakeoff.ipynb #193eccc0
-SCORE_COLUMNS = ("tx_id", "step", "account", "amount", "is_fraud", "scenario")  # of test.parquet, beside the scores
+# %% ../../nbs/model/07_bakeoff.ipynb #0cdac88b
+# The columns of test.parquet beside the scores.
+SCORE_COLUMNS = ("transaction_id", "step", "account", "amount", "is_fraud", "scenario")
 
 def bake_off_scores(settings: Settings) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     "is_fraud of the test period, and each row's scores of it; raises `RegistryError` for scores of different periods."
     import pyarrow.parquet as pq
 
     folders = _score_folders(settings)
-    keys = pq.read_table(folders[0] / "test.parquet", columns=["tx_id", "is_fraud"])
-    tx_id = keys["tx_id"].to_numpy()
+    keys = pq.read_table(folders[0] / "test.parquet", columns=["transaction_id", "is_fraud"])
     scores: dict[str, np.ndarray] = {}
     for folder in folders:
         table = pq.read_table(folder / "test.parquet")
-        if not np.array_equal(tx_id, table["tx_id"].to_numpy()):
+        if not keys["transaction_id"].equals(table["transaction_id"]):
             raise RegistryError(
                 f"{folder / 'test.parquet'}: another test period than the others; train all contenders anew")
         for name in table.column_names:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['reference_row', 'Scores', 'occlusion', 'ReasonCode', 'strongest']
 
-# %% ../../nbs/model/04_explain.ipynb #945fe68a
+# %% ../../nbs/model/04_explain.ipynb #d90431af
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from .bundle import Manifest
 
-# %% ../../nbs/model/04_explain.ipynb #abc8569c
+# %% ../../nbs/model/04_explain.ipynb #f137327d
 def _number(value: float | None) -> float:
     "NaN for a missing value."
     return math.nan if value is None else value
 
 def reference_row(manifest: Manifest) -> np.ndarray:
-    "The median of each feature in training, NaN where it was always missing: [F] float32."
+    "Median of each feature in training, a category's most frequent code, NaN where always missing: [F] float32."
     return np.array([_number(manifest.reference[name]) for name in manifest.features], np.float32)
 
 # %% ../../nbs/model/04_explain.ipynb #dee4c66c
@@ -48,12 +48,12 @@ def occlusion(
         moved[row, column] = _log_odds(p)[row] - _log_odds(bundle.probability(occluded))
     return moved
 
-# %% ../../nbs/model/04_explain.ipynb #9fc2485b
+# %% ../../nbs/model/04_explain.ipynb #e2b682ee
 class ReasonCode(BaseModel):
     "A feature that moved a score, as `strongest` lists it."
     model_config = ConfigDict(extra="forbid", frozen=True)
     feature: str
-    value: float | None  # None where it is missing
+    value: float | str | None  # the word of a category; None where it is missing
     contribution: float  # log-odds; positive speaks for fraud
 
 def strongest(
@@ -61,8 +61,14 @@ def strongest(
     x: np.ndarray,      # [F] float32
     moved: np.ndarray,  # [F] contributions
     most: int,
+    words: Mapping[str, str | None],  # of the payment's categories
 ) -> list[dict[str, Any]]:  # each as `ReasonCode` has it; plain, since every alert of a service passes here
     "The features that moved the score most, strongest first; a missing value is null."
+    def value(i: int) -> float | str | None:
+        if names[i] in words:
+            return words[names[i]] or None
+        return None if math.isnan(x[i]) else float(x[i])
+
     order = np.argsort(-np.abs(moved), kind="stable")[:most]
-    return [{"feature": names[i], "value": None if math.isnan(x[i]) else float(x[i]),
-             "contribution": round(float(moved[i]), 4)} for i in order if moved[i]]
+    return [{"feature": names[i], "value": value(i), "contribution": round(float(moved[i]), 4)}
+            for i in order if moved[i]]

@@ -91,7 +91,7 @@ def _compare(
         f"{result['difference']:+.4f}, 95 % interval {result['low']:+.4f} to {result['high']:+.4f}; "
         f"better in {result['confidence']:.1%} of {resamples} resamples, {needed:.1%} is needed"))
 
-# %% ../../nbs/model/06_gate.ipynb #1309396c
+# %% ../../nbs/model/06_gate.ipynb #d6e09aef
 def same_model(a: Manifest, b: Manifest) -> bool:
     "Whether both give every transaction the same decision."
     return (a.version, a.calibration, a.thresholds) == (b.version, b.calibration, b.thresholds)
@@ -111,23 +111,24 @@ def _check_champion(
         detail = ("is the champion already" if same_model(new, old)
                   else "is the champion's model with another calibration or other thresholds")
         return GateCheck(check="champion", passed=True, detail=detail)
-    if missing := sorted(set(old.features) - set(test.names)):
+    if missing := test.lacking(old.features, old.vocabulary):
         names = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
         return GateCheck(check="champion", passed=False, detail=(
             f"champion {old.version} cannot be compared: it needs {names}, which this data does not have; "
-            "make them ([features] windows), or start anew under another [registry] model"))
-    return _compare(new, old, test, settings, new_p=p, old_p=champion.probability(test.select(old.features)))
+            "make them ([attributes], [entities], [features] windows), or start anew under another [registry] model"))
+    old_p = champion.probability(test.select(old.features, old.vocabulary))
+    return _compare(new, old, test, settings, new_p=p, old_p=old_p)
 
-# %% ../../nbs/model/06_gate.ipynb #f6dbaab0
+# %% ../../nbs/model/06_gate.ipynb #e88373d0
 def check_promotion(
     challenger: Bundle,
     champion: Bundle | None,
-    test: Sample,  # with the features of both
+    test: Sample,  # with the features of both, and every word of their categories
     settings: Settings,
 ) -> Verdict:
     "Whether the challenger may become champion, with a reason for every check."
     manifest = challenger.manifest
-    p = challenger.probability(test.select(manifest.features))
+    p = challenger.probability(test.select(manifest.features, manifest.vocabulary))
     reasons = [_check_period(manifest, test), *_check_floors(manifest, test, p, settings),
                _check_champion(challenger, champion, test, p, settings)]
     return Verdict(challenger=manifest.version, champion=champion.manifest.version if champion else None,

@@ -12,7 +12,7 @@ __all__ = ['CALENDAR', 'DECILES', 'TOP_QUANTILES', 'MIN_WINDOWS', 'UNCHANGED', '
 # %% ../../nbs/monitor/01_live.ipynb #1bdc2191
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TYPE_CHECKING
@@ -23,7 +23,7 @@ from ..core.errors import FraudError
 from ..core.settings import Monitor
 from ..data.lake import read_decisions
 from ..model.bundle import REFERENCE, Bundle
-from .drift import MonitorRecord
+from .drift import LEAST_SHARE, MonitorRecord
 from ..train.metrics import average_precision
 
 if TYPE_CHECKING:
@@ -45,11 +45,18 @@ def _weighted_quantiles(values: np.ndarray, weight: np.ndarray, at: Sequence[flo
     rows = np.cumsum(weight[known][order])
     return np.unique(ordered[np.searchsorted(rows, np.array(at) * rows[-1])])
 
+def _frequent(codes: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    "The codes that have at least `LEAST_SHARE` of the weight, ascending."
+    different, place = np.unique(codes, return_inverse=True)
+    shares = np.bincount(place, weight) / weight.sum()
+    return different[shares >= LEAST_SHARE]
+
 # %% ../../nbs/monitor/01_live.ipynb #de4f01f2
 @dataclass(frozen=True)
 class Bins:
     "Bins of features: 0 for missing values, then one more than the feature has edges."
-    edges: Sequence[np.ndarray]  # by feature, ascending
+    edges: Sequence[np.ndarray]  # by feature, ascending; of a category its frequent codes
+    categories: Collection[int] = ()  # positions of the features that are
 
     @classmethod
     def at_quantiles(
@@ -57,9 +64,12 @@ class Bins:
         x: np.ndarray,       # [n, F]
         weight: np.ndarray,  # [n]
         at: Sequence[float],
+        categories: Collection[int] = (),
     ) -> "Bins":
-        "Bins whose edges are weighted quantiles of each feature."
-        return cls([_weighted_quantiles(x[:, j], weight, at) for j in range(x.shape[1])])
+        "Bins whose edges are weighted quantiles of each number, or the frequent codes of a category."
+        edges = [_frequent(x[:, j], weight) if j in categories else _weighted_quantiles(x[:, j], weight, at)
+                 for j in range(x.shape[1])]
+        return cls(edges, categories)
 
     @property
     def size(self) -> int:
@@ -68,8 +78,16 @@ class Bins:
 
     def codes(self, x: np.ndarray) -> np.ndarray:
         "[n, F] the bin of each value."
-        columns = [1 + np.searchsorted(edges, x[:, j], side="left") for j, edges in enumerate(self.edges)]
+        columns = [1 + self._place(j, x[:, j]) for j in range(x.shape[1])]
         return np.where(np.isnan(x), 0, np.stack(columns, axis=1)).astype(np.int64)
+
+    def _place(self, j: int, values: np.ndarray) -> np.ndarray:
+        "Among the edges; behind them for a code that is none of the frequent ones."
+        edges = self.edges[j]
+        place = np.searchsorted(edges, values, side="left")
+        if j not in self.categories:
+            return place
+        return np.where(np.append(edges, np.nan)[place] == values, place, len(edges))
 
 # %% ../../nbs/monitor/01_live.ipynb #2190c999
 def mean_index(
@@ -357,7 +375,8 @@ class Reference:
         self.review = bundle.manifest.thresholds.review
         self.seen, self.unseen = read_reference(bundle)
         x = self.seen[list(self.names)].to_numpy(np.float32)
-        self.feature_bins = Bins.at_quantiles(x, np.ones(len(x)), DECILES)
+        categories = [j for j, name in enumerate(self.names) if name in bundle.manifest.vocabulary]
+        self.feature_bins = Bins.at_quantiles(x, np.ones(len(x)), DECILES, categories)
         score = self.unseen[["score"]].to_numpy()
         self.score_bins = Bins.at_quantiles(score, self.unseen.weight.to_numpy(), TOP_QUANTILES)
         try:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from ..core.closure import imports_of, module_closure
 from ..core.errors import FraudError, one_line
-from ..core.settings import known_keys
+from ..core.settings import FREE_SECTIONS, free_key, known_keys
 from .schedule import Scheduled
 
 # %% ../../nbs/pipeline/01_front_matter.ipynb #2d1eee63
@@ -90,18 +90,20 @@ def _suggestion(name: str, known: Collection[str]) -> str:
 def _check_settings(declared: Collection[str]) -> None:
     "Raises `FraudError` for a declared setting that does not exist."
     keys = known_keys().values()
-    known = {"source"} | {section for section, _ in keys} | {f"{section}.{key}" for section, key in keys}
+    sections = {"source", *FREE_SECTIONS} | {section for section, _ in keys}
+    known = sections | {f"{section}.{key}" for section, key in keys}
     for name in declared:
-        if name not in known:
+        if name not in known and not free_key(name, "."):
             raise FraudError(f"settings names {name}, which is no section or section.key{_suggestion(name, known)}")
 
 # %% ../../nbs/pipeline/01_front_matter.ipynb #6bec4354
 def _check_parameter(name: str, declared: Collection[str]) -> None:
     "Raises `FraudError` for a parameter that is no setting, or one that the front matter does not declare."
     known = known_keys()
-    if name not in known:
+    found = free_key(name, "_") or known.get(name)
+    if found is None:
         raise FraudError(f"parameter {name} is no setting{_suggestion(name, known)}")
-    section, key = known[name]
+    section, key = found
     if section not in declared and f"{section}.{key}" not in declared:
         raise FraudError(f"parameter {name} belongs to [{section}], which the front matter's settings do not name")
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..core.settings import Settings, known_keys
+from ..core.settings import FREE_SECTIONS, Settings, known_keys
 
 # %% ../../nbs/pipeline/02_params.ipynb #f0200e9d
 HASH_BELOW = 2**30  # bytes; hashing takes about a second per GiB
@@ -41,7 +41,7 @@ def source_fingerprint(settings: Settings) -> dict[str, Any]:
 # %% ../../nbs/pipeline/02_params.ipynb #0c94fa0a
 def params_document(settings: Settings) -> dict[str, Any]:
     "What DVC compares: every setting in force by section, and the source's fingerprint."
-    sections = dict.fromkeys(section for section, _ in known_keys().values())
+    sections = dict.fromkeys([*(section for section, _ in known_keys().values()), *FREE_SECTIONS])
     return {**{section: settings.section_dict(section) for section in sections}, "source": source_fingerprint(settings)}
 
 def write_params(settings: Settings) -> Path:

@@ -37,7 +37,7 @@ def retraining_settings(settings: Settings) -> Settings:
 
 def last_labelled_step(settings: Settings) -> int:
     "The last hour of the lake whose transactions have their labels."
-    return newest_step(settings.root / settings.stream.sink) - settings.features.label_delay
+    return newest_step(settings.root / settings.stream.sink) - 24 * settings.features.label_delay
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #bae38186
 class Retraining(BaseModel):

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..core.errors import FraudError, SettingsError
-from ..core.settings import Settings, known_keys
+from ..core.settings import FREE_SECTIONS, Settings, values_in_force
 from ..model.dvc_remote import RemoteError, check_remote, dvc, push_artifacts, recall, use_remote
 from .compile import compile_jobs, dvc_command, dvc_path, find_job, write_targets
 from .execute import LESS_MEMORY, JobError, Record, disk_full, exclusive, utc_now
@@ -171,7 +171,9 @@ def initialise_dvc(root: Path) -> None:
 # %% ../../nbs/pipeline/05_run.ipynb #652abc81
 def _environment(settings: Settings) -> dict[str, str]:
     "What the jobs of a run find in their environment."
-    in_force = {f"{section}.{key}": settings.section_dict(section)[key] for section, key in known_keys().values()}
+    keyed = {f"{section}.{key}": value for (section, key), value in values_in_force(settings).items()
+             if section not in FREE_SECTIONS}
+    in_force = keyed | {section: settings.section_dict(section) for section in FREE_SECTIONS}
     commands = str(Path(sys.executable).parent)  # where `fraud` is
     return {
         **os.environ,

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ..core.contract import Contract
 from ..core.errors import FraudError, one_line
 from ..model.bakeoff import BakeOffRow, PrecisionRecall
 from ..model.card import Card, MoneyCurve, OperatingPoint, ReliabilityBin, Segment
@@ -193,7 +194,7 @@ REFERENCES = {
     "rule": "Baseline: stops a payment that takes exactly what the sender has (amount equal to the balance).",
     "plain_xgboost": "Baseline: XGBClassifier(n_estimators=100) on amount, type and balances of the payment alone, "
                      "untuned and uncalibrated, stopping from a probability of 0.5 on.",
-    "xgboost_without_history": "Ablation: the XGBoost contender without the features of the accounts’ history.",
+    "xgboost_without_history": "Ablation: the XGBoost contender without the features of any entity’s history.",
 }
 
 def references(rows: Sequence[BakeOffRow]) -> list[tuple[str, str]]:  # name, what it is
@@ -303,7 +304,7 @@ def recall_bars(card: Card, group: str) -> list[PlacedBar]:
     everything = recall_of_all(card)
     rows = []
     for part in (part for part in card.segments if part.by == group):
-        name = part.name if group == "type of payment" else spaced(part.name)
+        name = spaced(part.name) if group == "kind of fraud" else part.name
         note = f"{part.frauds:,} frauds; thresholds stop {part.stopped.value:.0%}"
         found = part.within_budget
         rows.append(Bar(name, found.value, note, found.low, found.high, bad=is_weak(part, everything)))
@@ -322,9 +323,9 @@ def money_bars(card: Card) -> list[PlacedBar]:
         Bar("Honest payments reviewed", review.honest_cost, f"{review.honest:,} payments"),
         Bar("Honest payments blocked", block.honest_cost, f"{block.honest:,} payments")], ",.0f")
 
-def influence_bars(card: Card) -> list[PlacedBar]:
+def influence_bars(card: Card, contract: Contract) -> list[PlacedBar]:
     "The features that move the score most."
-    return bars([Bar(label_in_sentence(f.feature), f.strength, f.feature) for f in card.influences], ".2f")
+    return bars([Bar(label_in_sentence(f.feature, contract), f.strength, f.feature) for f in card.influences], ".2f")
 
 # %% ../../nbs/report/01_figures.ipynb #57793b11
 @dataclass(frozen=True)
@@ -446,13 +447,14 @@ def read_live_checks(reports: Path) -> LiveChecks | None:
 # %% ../../nbs/report/01_figures.ipynb #ec2e5675
 def drift_bars(
     features: Sequence[FeatureDrift],  # of reports/monitor/drift.json, those that moved most first
+    contract: Contract,
     most: int = 12,
 ) -> list[PlacedBar]:
     "How far each feature has moved from training: the larger index of its values and of its missing ones."
     rows = []
     for f in features[:most]:
         index = max(f.psi or 0, f.missing_psi)
-        rows.append(Bar(label_in_sentence(f.feature), index, f.feature, bad=f.drifted))
+        rows.append(Bar(label_in_sentence(f.feature, contract), index, f.feature, bad=f.drifted))
     return bars(rows, ".3f", (0, 1))
 
 # %% ../../nbs/report/01_figures.ipynb #fa1cc311

@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'PACKAGE_FILES', 'PLATFORMS', 'UNUSED', 'UNUSED_IN_ORT', '
            'place_champion', 'fill_vendor', 'distributions', 'check_zip', 'stage_config', 'ensure_table',
            'check_bucket', 'run_chalice', 'package', 'Deployed', 'deployed_resources', 'deploy', 'remove']
 
-# %% ../../nbs/serve/11_lambda_package.ipynb #4cd4b440
+# %% ../../nbs/serve/11_lambda_package.ipynb #c4b224c8
 import compileall
 import json
 import py_compile
@@ -22,13 +22,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..core.closure import module_closure
+from ..core.contract import Contract, contract_lines
 from ..core.errors import FraudError
 from ..core.settings import Settings, project_root
 from ..model.bundle import MANIFEST, REFERENCE, load_bundle
 from ..model.locations import publish_bundle
 from ..store.dynamodb import create_table
 from ..store.open import open_store
-from ..store.tiles import StoreError
+from ..store.tiles import StoreError, retention_of
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #9331a22f
 PACKAGE = Path(__file__).parents[1] if "__file__" in globals() else project_root() / "fraud_pkg"
@@ -83,17 +84,20 @@ def compile_ahead(folder: Path) -> None:
     by_hash = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(folder, quiet=2, stripdir=str(folder), invalidation_mode=by_hash, workers=1)
 
-# %% ../../nbs/serve/11_lambda_package.ipynb #a192a93f
-SECTIONS = ("features", "store", "serve", "rules")
+# %% ../../nbs/serve/11_lambda_package.ipynb #6d5c6ce1
+SECTIONS = ("attributes", "entities", "features", "store", "serve", "rules")
 
 def _ini_value(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 def settings_text(settings: Settings) -> str:
     "The sections that an endpoint reads, as a `settings.ini`."
+    attributes, entities = contract_lines(settings.contract)
+    declared = {"attributes": attributes, "entities": entities}
     sections = []
     for name in SECTIONS:
-        lines = [f"{key} = {_ini_value(value)}\n" for key, value in settings.section_dict(name).items()]
+        values = declared.get(name) or settings.section_dict(name)
+        lines = [f"{key} = {_ini_value(value)}\n" for key, value in values.items()]
         sections.append(f"[{name}]\n" + "".join(lines))
     return "\n".join(sections)
 
@@ -174,14 +178,14 @@ def stage_config(settings: Settings, stage: str) -> dict[str, str]:
                          "which all instances of a function share")
     return variables
 
-# %% ../../nbs/serve/11_lambda_package.ipynb #cc42ac40
+# %% ../../nbs/serve/11_lambda_package.ipynb #a04a535d
 def ensure_table(
     url: str,        # dynamodb://TABLE
     timeout: float,  # seconds
 ) -> bool:
     "Creates the table of a DynamoDB store unless it answers; says whether it did."
     try:
-        open_store(url, 1, timeout).ping()
+        open_store(url, retention_of(Contract()), timeout).ping()
     except StoreError as error:
         if "ResourceNotFoundException" not in str(error):
             raise

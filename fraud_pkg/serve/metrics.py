@@ -76,7 +76,7 @@ class FeatureCollector(FeatureSums):
                 medians.add_metric((feature,), value)
         yield medians
 
-# %% ../../nbs/serve/07_metrics.ipynb #64427362
+# %% ../../nbs/serve/07_metrics.ipynb #322470b9
 LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
 SCORE_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -95,6 +95,8 @@ class ServiceMetrics:
         self.shadow = Counter("fraud_shadow_decisions", "What the shadow model would decide, by decision.",
                               ("decision", "champion"), registry=own)
         self.degraded = Counter("fraud_degraded_decisions", "Decisions without history.", registry=own)
+        self.unknown = Counter("fraud_unknown_decisions", "Decisions on payments none of whose entities was known.",
+                               registry=own)
         self.store_errors = Counter("fraud_store_errors", "Requests during which the store did not answer.",
                                     registry=own)
         self.model = Gauge("fraud_model_info", "1 for the model that decides.", ("version", "name"), registry=own)
@@ -115,7 +117,7 @@ class ServiceMetrics:
         self.loaded.set(time.time())
         self.drift.use(bundle)
 
-# %% ../../nbs/serve/07_metrics.ipynb #048cb606
+# %% ../../nbs/serve/07_metrics.ipynb #f9a0b34e
 class Metrics(ServiceMetrics):
     "Counts requests and decisions."
 
@@ -143,6 +145,8 @@ class Metrics(ServiceMetrics):
         for decision in scored.decisions:
             self._by_decision[decision["decision"]].inc()
             self.scores.observe(decision["fraud_probability"])
+            if decision["history"] and not decision["known_entities"]:
+                self.unknown.inc()
             if decision["rule"]:
                 self.rules.labels(decision["rule"]).inc()
         for shadow, decision in zip(scored.shadow or (), scored.decisions):

@@ -5,34 +5,34 @@
 # %% auto #0
 __all__ = ['apply_rules', 'rule_reasons']
 
-# %% ../../nbs/serve/01_rules.ipynb #e8ae257b
+# %% ../../nbs/serve/01_rules.ipynb #35b596fc
 from typing import Any
 
 from ..core.settings import Rules
-from ..store.tiles import Transaction
+from ..features.payment import Payment
 
-# %% ../../nbs/serve/01_rules.ipynb #3d62e7ef
+# %% ../../nbs/serve/01_rules.ipynb #e7f4dc5b
 def apply_rules(
     rules: Rules,
-    transaction: Transaction,
+    payment: Payment,
     decision: int,  # the model's, an index into DECISIONS
 ) -> tuple[int, str | None]:
     "The stricter of the model's decision and the rules', and the rule that made it stricter."
-    blocked = not {transaction.orig, transaction.dest}.isdisjoint(rules.block_accounts)
+    accounts = payment.texts.get("sender"), payment.texts.get("receiver")
     hits = [
-        (2, "block_accounts", blocked),
-        (2, "block_above", 0 < rules.block_above * 100 < transaction.cents),
-        (1, "review_above", 0 < rules.review_above * 100 < transaction.cents),
+        (2, "block_accounts", any(account in rules.block_accounts for account in accounts)),
+        (2, "block_above", 0 < rules.block_above * 100 < payment.cents),
+        (1, "review_above", 0 < rules.review_above * 100 < payment.cents),
     ]
     for severity, name, hit in hits:
         if hit and severity > decision:
             return severity, name
     return decision, None
 
-# %% ../../nbs/serve/01_rules.ipynb #5f3e4bf9
-def rule_reasons(rule: str | None, transaction: Transaction) -> list[dict[str, Any]]:
+# %% ../../nbs/serve/01_rules.ipynb #ad6f2202
+def rule_reasons(rule: str | None, payment: Payment) -> list[dict[str, Any]]:
     "The rule as a reason, to stand before those of the model; none without a rule."
     if rule is None:
         return []
-    value = None if rule == "block_accounts" else transaction.cents / 100
+    value = None if rule == "block_accounts" else payment.cents / 100
     return [{"feature": f"rule:{rule}", "value": value, "contribution": None}]

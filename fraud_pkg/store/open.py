@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REDIS_SCHEMES', 'open_store']
 
-# %% ../../nbs/store/07_open.ipynb #d6ff4e18
+# %% ../../nbs/store/07_open.ipynb #ade17c5a
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,16 +13,16 @@ from urllib.parse import urlsplit
 from .dynamodb import DynamoStore
 from .memory import MemoryStore, restore_snapshot
 from .redis import RedisStore
-from .tiles import OnlineStore, StoreError
+from .tiles import LoadableStore, Retention, StoreError
 
-# %% ../../nbs/store/07_open.ipynb #a3a7c67c
+# %% ../../nbs/store/07_open.ipynb #1fc3cc78
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 def open_store(
     url: str,               # memory://, memory:///SNAPSHOT, redis://HOST:PORT/DB or dynamodb://TABLE
-    retention: int,         # hours to remember: the longest window plus the label delay
+    retention: Retention,   # what to remember: `retention_of` the contract
     timeout: float = 0.5,   # seconds that a server may take
-) -> OnlineStore:
+) -> LoadableStore:
     "The store at `url`; raises `StoreError` for an address that is none."
     parts = urlsplit(url)
     if parts.scheme == "memory" and not parts.netloc:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_outbox_store']
 
-# %% ../../nbs/store/08_open_outbox.ipynb #opoutimp
+# %% ../../nbs/store/08_open_outbox.ipynb #c3796fc3
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,14 +13,14 @@ from .journal import JournaledStore
 from .open import REDIS_SCHEMES
 from .outbox import OutboxStore
 from .redis_outbox import RedisOutboxStore
-from .tiles import StoreError
+from .tiles import Retention, StoreError
 
-# %% ../../nbs/store/08_open_outbox.ipynb #db1c6b2a
+# %% ../../nbs/store/08_open_outbox.ipynb #6887ae19
 def open_outbox_store(
-    url: str,         # memory://, memory:///SNAPSHOT or redis://HOST:PORT/DB
-    retention: int,   # hours to remember
-    timeout: float,   # seconds that a server may take
-    folder: Path,     # of the journal
+    url: str,              # memory://, memory:///SNAPSHOT or redis://HOST:PORT/DB
+    retention: Retention,  # what to remember: `retention_of` the contract
+    timeout: float,        # seconds that a server may take
+    folder: Path,          # of the journal
 ) -> OutboxStore:
     "The store at `url` for a stream; raises `StoreError` for an address that is none, or not for a stream."
     parts = urlsplit(url)

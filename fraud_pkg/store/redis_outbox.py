@@ -5,99 +5,97 @@
 # %% auto #0
 __all__ = ['COMMIT_SCRIPT', 'partition_key', 'RedisOutboxStore']
 
-# %% ../../nbs/store/06_redis_outbox.ipynb #redoimpo
+# %% ../../nbs/store/06_redis_outbox.ipynb #56e19217
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .outbox import OffsetAdvance, PartitionProgress, duplicate_conflict, offset_conflict
-from .redis import COUNTING, NEWEST, RedisStore, transaction_keys
-from .tiles import Transaction
+from .redis import NEWEST, SCRIPTS_LUA, RedisStore, expiry_of, transaction_keys
+from .tiles import Retention, Transaction, pack_transaction
 
-# %% ../../nbs/store/06_redis_outbox.ipynb #fb5c5ed0
-COMMIT_SCRIPT = COUNTING + """
-local seconds, advances, transactions, labels = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+# %% ../../nbs/store/06_redis_outbox.ipynb #8293f4e3
+COMMIT_SCRIPT = SCRIPTS_LUA + """
+local advances, count, labels, seconds = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local retention = retention_from(5)
 for i = 0, advances - 1 do
   local position = redis.call('HGET', KEYS[2 + i], 'position') or ''
-  if position ~= ARGV[5 + 3 * i] then return {i, position} end
+  if position ~= ARGV[9 + 3 * i] then return {i, position} end
 end
-for i = 1, transactions do
-  if redis.call('EXISTS', KEYS[2 + advances + 3 * (i - 1)]) == 1 then return {advances, tostring(i - 1)} end
-end
-for i = 0, advances - 1 do
-  redis.call('HSET', KEYS[2 + i], 'position', ARGV[6 + 3 * i], 'outputs', ARGV[7 + 3 * i])
-end
-local k, a, newest = 2 + advances, 5 + 3 * advances, -1
-for i = 1, transactions do
-  local step, cents, orig_name, dest_name = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
-  if record_transaction(KEYS[k], KEYS[k + 1], KEYS[k + 2], step, cents, orig_name, dest_name, seconds) then
-    newest = math.max(newest, tonumber(step))
+local k, a, newest = 2 + advances, 9 + 3 * advances, -1
+for i = 0, count - 1 do
+  if redis.call('EXISTS', KEYS[k]) == 1 then return {advances, tostring(i)} end
+  local row = cjson.decode(ARGV[a + i])
+  if transactions[KEYS[k]] then
+    local _, next_k = keys_of(row[4], k)
+    k = next_k
+  else
+    k = record(ARGV[a + i], k, retention)
+    newest = math.max(newest, row[2])
   end
-  k, a = k + 3, a + 4
 end
-if newest >= 0 then advance_newest(KEYS[1], newest, seconds) end
-for i = 1, labels do
-  label_transaction(KEYS[k], KEYS[k + 1], KEYS[k + 2], ARGV[a])
-  k, a = k + 3, a + 1
+for i = 0, labels - 1 do
+  local _, next_k = label(ARGV[a + count + i], k)
+  k = next_k
 end
+save(seconds)
+for i = 0, advances - 1 do
+  redis.call('HSET', KEYS[2 + i], 'position', ARGV[10 + 3 * i], 'outputs', ARGV[11 + 3 * i])
+end
+advance_newest(KEYS[1], newest, seconds)
 return {-1, ''}
 """
 
-# %% ../../nbs/store/06_redis_outbox.ipynb #redoargs
+# %% ../../nbs/store/06_redis_outbox.ipynb #78d7e74d
 def partition_key(name: str) -> str:
-    return f"fraud:p:{name}"
+    return f"fraud:o:{name}"
 
 def _commit_arguments(
     transactions: Sequence[Transaction],
     labels: Sequence[tuple[Transaction, bool]],  # recorded transactions, and whether they were fraud
     advances: Mapping[str, OffsetAdvance],
-    seconds: int,  # until what is recorded expires
+    retention: Retention,
 ) -> tuple[list[str], list[Any]]:
     "Keys and arguments of COMMIT_SCRIPT."
     keys = [NEWEST, *map(partition_key, advances)]
-    arguments: list[Any] = [seconds, len(advances), len(transactions), len(labels)]
+    arguments: list[Any] = [len(advances), len(transactions), len(labels), expiry_of(retention), *retention]
     for advance in advances.values():
         arguments += ["" if advance.begin is None else advance.begin, advance.position, advance.outputs]
-    for t in transactions:
-        keys += transaction_keys(t)
-        arguments += [t.step, t.cents, t.orig, t.dest]
-    for t, fraud in labels:
-        keys += transaction_keys(t)
-        arguments.append(int(fraud))
-    return keys, arguments
+    for transaction in [*transactions, *(transaction for transaction, _ in labels)]:
+        keys += transaction_keys(transaction)
+    arguments += map(pack_transaction, transactions)
+    return keys, [*arguments, *(int(fraud) for _, fraud in labels)]
 
-# %% ../../nbs/store/06_redis_outbox.ipynb #redoclas
+# %% ../../nbs/store/06_redis_outbox.ipynb #7ec36619
 class RedisOutboxStore(RedisStore):
     "The shared store of many consumers."
     shared = True
 
-    def __init__(self, url: str, retention: int, timeout: float):
+    def __init__(self, url: str, retention: Retention, timeout: float):
         super().__init__(url, retention, timeout)
         self._commit_script = self._client.register_script(COMMIT_SCRIPT)
 
     def progress(self, names: Iterable[str]) -> dict[str, PartitionProgress]:
         names = list(names)
 
-        def fill(pipeline: Any) -> None:
-            for name in names:
-                pipeline.execute_command("HGETALL", partition_key(name), NEVER_DECODE=True)
+        def fields_of(client: Any) -> list[dict[bytes, bytes]]:
+            with client.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    pipeline.hgetall(partition_key(name))
+                return pipeline.execute()
 
         return {name: PartitionProgress(int(fields[b"position"]), fields[b"outputs"])
-                for name, fields in zip(names, self._round_trip(fill), strict=True) if fields}
+                for name, fields in zip(names, self._ask(fields_of), strict=True) if fields}
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
                advances: Mapping[str, OffsetAdvance]) -> None:
         known = {t.transaction_id: t for t in transactions}
         if labels:
-            known |= self.read([], labels, 0).recorded
+            known |= self.read([], [], labels).recorded
         known_labels = [(known[i], fraud) for i, fraud in labels.items() if i in known]
-        keys, arguments = _commit_arguments(transactions, known_labels, advances, self._seconds)
-        try:
-            refused, position = self._commit_script(keys=keys, args=arguments)
-        except self._failure as error:
-            raise self._error(error) from error
+        keys, arguments = _commit_arguments(transactions, known_labels, advances, self.retention)
+        refused, position = self._ask(lambda _: self._commit_script(keys=keys, args=arguments))
         if refused == len(advances):
             raise duplicate_conflict(transactions[int(position)].transaction_id)
         if refused >= 0:
             name, advance = list(advances.items())[refused]
             raise offset_conflict(name, advance, int(position) if position else None)
-        self._delete_outdated(transactions)

@@ -7,7 +7,7 @@ __all__ = ['Positions', 'partition_name', 'parse_partition', 'newest_source', 'T
            'start_offset', 'PartitionsElsewhere', 'SoleConsumer', 'Subscription', 'GroupMember', 'keep_membership',
            'commit_offsets', 'stored_progress', 'partition_offsets', 'Reader', 'show_lag', 'ConsumerLoop']
 
-# %% ../../nbs/stream/03_consumer.ipynb #82fa3894
+# %% ../../nbs/stream/03_consumer.ipynb #9afba6d8
 import contextlib
 import threading
 import time
@@ -24,7 +24,7 @@ from ..store.outbox import ConflictError, PartitionProgress
 from ..store.tiles import StoreError
 from .health import Health, StreamMetrics
 from .kafka import BrokerAway, Unavailable, broker_errors, open_consumer, transient_broker_errors
-from .messages import InvalidMessage, Output, log, read_record, topics_of, unpack
+from .messages import InvalidMessage, Output, log, read_source, topics_of, unpack
 
 # %% ../../nbs/stream/03_consumer.ipynb #a203c994
 class Positions(Protocol):
@@ -44,7 +44,7 @@ def parse_partition(name: str) -> TopicPartition:
     _, topic, number = name.rsplit("/", 2)
     return TopicPartition(topic, int(number))
 
-# %% ../../nbs/stream/03_consumer.ipynb #87a728dd
+# %% ../../nbs/stream/03_consumer.ipynb #dba8be5e
 def _sources(consumer: KafkaConsumer, partition: TopicPartition, first: int, end: int) -> list[int]:
     "The source offsets of the decisions at offsets `first` to `end`; raises `BrokerAway`."
     offsets = []
@@ -54,8 +54,8 @@ def _sources(consumer: KafkaConsumer, partition: TopicPartition, first: int, end
         if not records and consumer.position(partition) < end:
             raise BrokerAway(f"{partition.topic}/{partition.partition}: no answer from the broker")
         for record in records or ():
-            with contextlib.suppress(InvalidMessage, KeyError, TypeError):  # not one of ours
-                offsets.append(read_record(record.value)["source"]["offset"])
+            with contextlib.suppress(InvalidMessage):  # not one of ours
+                offsets.append(read_source(record.value))
     return offsets
 
 def newest_source(consumer: KafkaConsumer, partition: TopicPartition, depth: int) -> int | None:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LAST_WAIT', 'COMMIT_INTERVAL', 'Offsets', 'Work', 'Probe', 'merge_partitions', 'CircuitBreaker', 'Patience',
            'observe_latency', 'DeliveryTracker', 'FinishedBatch', 'finish_batch', 'TransactionalOutbox',
-           'DirectDelivery', 'Worker', 'NoModel', 'local_work', 'remote_work', 'open_store', 'topics_read',
-           'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
+           'DirectDelivery', 'Worker', 'NoModel', 'local_work', 'remote_work', 'know_contract', 'open_store',
+           'topics_read', 'open_worker', 'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
-# %% ../../nbs/stream/05_worker.ipynb #118d618c
+# %% ../../nbs/stream/05_worker.ipynb #efc3d3e9
 import contextlib
 import functools
 import heapq
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from kafka import TopicPartition
 
+from ..core.contract import Contract
 from ..core.errors import FraudError
 from ..core.settings import Settings, load_settings
 from ..serve.logs import log_json_lines
@@ -31,15 +32,18 @@ from ..serve.reload import Watcher
 from ..serve.service import Service
 from ..store.open_outbox import open_outbox_store
 from ..store.outbox import OffsetAdvance, OutboxStore
+from ..store.tiles import retention_of
 from fraud_pkg.stream.consumer import (
     ConsumerLoop, Positions, Reader, Subscription, TopicPositions, commit_offsets, partition_name, show_lag,
 )
-from .decide import RemoteService, decide_batch, decide_remotely, label_batch, label_remotely
+from fraud_pkg.stream.decide import (
+    RemoteService, decide_batch, decide_remotely, label_batch, label_remotely, open_pool,
+)
 from .health import StreamMetrics, serve_health
 from fraud_pkg.stream.kafka import (
     Delivery, Unavailable, make_topics, open_consumer, producer_of, transient_broker_errors,
 )
-from .messages import BatchResult, Output, Received, Topics, log, pack, topics_of
+from .messages import BatchResult, Output, Received, Topics, log, messages_of, pack, topics_of
 
 # %% ../../nbs/stream/05_worker.ipynb #122d5632
 def merge_partitions(polled: Mapping[TopicPartition, Sequence[Received]]) -> dict[str, list[Received]]:
@@ -313,19 +317,24 @@ def remote_work(remote: RemoteService, topics: Topics, format: str) -> Work:
 
     return work
 
-# %% ../../nbs/stream/05_worker.ipynb #261ef2da
+# %% ../../nbs/stream/05_worker.ipynb #e35feda8
+def know_contract(contract: Contract) -> None:
+    "Messages of this contract can be read from now on."
+    for dated in (False, True):
+        messages_of(contract, dated)
+
+# %% ../../nbs/stream/05_worker.ipynb #ee4e7fe6
 def open_store(settings: Settings, scores: bool) -> OutboxStore:
     "The store of a consumer that decides itself; raises `FraudError`."
-    stream, retention = settings.stream, max(settings.features.windows) + settings.features.label_delay
-    folder = settings.root / stream.state
-    store = open_outbox_store(settings.store.url, retention, settings.store.timeout, folder)
+    stream, folder = settings.stream, settings.root / settings.stream.state
+    store = open_outbox_store(settings.store.url, retention_of(settings.contract), settings.store.timeout, folder)
     if scores or store.shared:
         return store
     store.close()
     raise FraudError(f"[store] url = {settings.store.url}: a memory store lives in `fraud stream score`, which reads "
                      f"{stream.labels} itself; expected redis://HOST:PORT/DB, or [stream] via = URL")
 
-# %% ../../nbs/stream/05_worker.ipynb #423ace32
+# %% ../../nbs/stream/05_worker.ipynb #d074e5fc
 @dataclass(frozen=True)
 class _Parts:
     "What kind of worker it is."
@@ -336,7 +345,8 @@ class _Parts:
 
 def _remote_parts(settings: Settings, environ: Mapping[str, str]) -> _Parts:
     stream = settings.stream
-    remote = RemoteService(stream.via or "", environ.get("FRAUD_API_KEY"), settings.serve.timeout)
+    pool = open_pool(environ.get("FRAUD_API_KEY"), settings.serve.timeout)
+    remote = RemoteService(stream.via or "", pool, settings.contract, settings.serve.epoch)
     positions = TopicPositions(stream, functools.partial(open_consumer, stream, environ))
     return _Parts(remote_work(remote, topics_of(stream), stream.format), remote.ping, positions, None)
 
@@ -355,12 +365,13 @@ def topics_read(topics: Topics, scores: bool, shared: bool) -> tuple[str, ...]:
         return (topics.labels,)
     return (topics.transactions,) if shared else (topics.transactions, topics.labels)
 
-# %% ../../nbs/stream/05_worker.ipynb #29cb7455
+# %% ../../nbs/stream/05_worker.ipynb #b0a70b46
 @contextlib.contextmanager
 def open_worker(settings: Settings, environ: Mapping[str, str], scores: bool) -> Iterator[Worker]:
     "The worker of `fraud stream score` (without `scores`: `labels`), which answers probes; raises `FraudError`."
     stream, metrics = settings.stream, StreamMetrics()
     make_topics(stream, environ)
+    know_contract(settings.contract)
     with contextlib.ExitStack() as stack:
         if stream.via:
             parts = _remote_parts(settings, environ)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPSETS', 'tidy_onnx', 'onnx_probability', 'parity_rows', 'parity']
 
-# %% ../../nbs/train/02_onnx.ipynb #634ac572
+# %% ../../nbs/train/02_onnx.ipynb #e4d67b36
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +13,7 @@ import onnx
 from onnx import helper
 from onnxruntime import InferenceSession
 
+from ..features.vocabulary import FIRST
 from .samples import Sample
 
 # %% ../../nbs/train/02_onnx.ipynb #bd1227c1
@@ -104,7 +105,7 @@ def onnx_probability(
     session = InferenceSession(model, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(["probability"], {"features": x})[0])[:, 0]
 
-# %% ../../nbs/train/02_onnx.ipynb #24b0c7f8
+# %% ../../nbs/train/02_onnx.ipynb #321468d2
 def parity_rows(
     sample: Sample,
     names: Sequence[str],
@@ -114,7 +115,11 @@ def parity_rows(
     "Rows to compare two implementations of one model on."
     rows = np.unique(np.linspace(0, len(sample) - 1, min(limit, len(sample))).astype(np.int64))
     x = np.ascontiguousarray(sample.take(rows).select(names))
-    x[1::2][np.random.default_rng(seed).random(x[1::2].shape) < 0.1] = np.nan
+    rng, odd = np.random.default_rng(seed), x[1::2]
+    blanked, blanks = rng.random(odd.shape) < 0.1, np.full(odd.shape, np.nan, np.float32)
+    for j in [j for j, name in enumerate(names) if name in sample.vocabulary]:
+        blanks[:, j] = rng.integers(0, FIRST, len(blanks))
+    np.copyto(odd, blanks, where=blanked)
     return x
 
 # %% ../../nbs/train/02_onnx.ipynb #3019e84c

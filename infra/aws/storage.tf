@@ -12,16 +12,11 @@ resource "aws_dynamodb_table" "store" {
   name                        = "fraud-store-${each.value}"
   billing_mode                = "PAY_PER_REQUEST"
   hash_key                    = "key"
-  range_key                   = "day"
   deletion_protection_enabled = true
 
   attribute {
     name = "key"
     type = "S"
-  }
-  attribute {
-    name = "day"
-    type = "N"
   }
   ttl {
     attribute_name = "expires"

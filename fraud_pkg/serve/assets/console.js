@@ -38,9 +38,22 @@ const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-dig
 const moment = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "medium" });
 const KIND_WORD = { allow: "Allow", review: "Review", block: "Block" };
 
-const typeWord = (type) => (type ? type.toLowerCase().replace("_", " ") : "unknown");
+const typeWord = (type) => (type ? type.toLowerCase().replaceAll("_", " ") : "unknown");
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const logOdds = (p) => clamp(Math.log(p / (1 - p)), -RANGE, RANGE);
+const HOUR = 3600;
+// When a payment was: a date where the data has dates, else hours and minutes since its epoch.
+function when(time) {
+  const epoch = hello?.model?.epoch;
+  if (typeof epoch === "number") return moment.format(epoch + time * 1000);
+  const minutes = String(Math.floor((time % HOUR) / 60)).padStart(2, "0");
+  return `hour ${whole.format(Math.floor(time / HOUR))}:${minutes}`;
+}
+function duration(seconds) {
+  if (seconds < 120) return `${whole.format(seconds)} s`;
+  if (seconds < 2 * HOUR) return `${whole.format(seconds / 60)} min`;
+  return seconds < 48 * HOUR ? `${whole.format(seconds / HOUR)} h` : `${whole.format(seconds / (24 * HOUR))} days`;
+}
 const known = (value, text) => (value === null || value === undefined ? "unknown" : text(value));
 
 function percent(p) {
@@ -57,21 +70,26 @@ function labelOf(feature) {
 }
 
 function amountOf(value, kind) {
-  if (value === null) return kind === "hours" ? "never" : kind === "number" ? "" : "unknown";
+  if (value === null) return kind === "seconds" ? "never" : kind === "number" ? "" : "unknown";
+  if (typeof value === "string") return value;
   const formats = {
     money: (v) => money.format(v),
     share: (v) => `${(v * 100).toFixed(1)} %`,
     times: (v) => `${v.toFixed(v < 10 ? 2 : 0)} ×`,
     yes: (v) => (v ? "yes" : "no"),
-    hours: (v) => `${whole.format(v)} h`,
+    seconds: duration,
+    days: (v) => `${v.toFixed(1)} days`,
+    km: (v) => `${whole.format(v)} km`,
+    "km/h": (v) => `${whole.format(v)} km/h`,
     hour: (v) => `${String(v).padStart(2, "0")}:00`,
     number: (v) => (Number.isInteger(v) ? whole.format(v) : v.toPrecision(3)),
   };
-  return formats[kind](value);
+  return (formats[kind] ?? formats.number)(value);
 }
 
-const strongest = (row) =>
-  row.reasons.length ? labelOf(row.reasons[0].feature).text : row.history ? "" : "Decided without history";
+const doubt = (row) =>
+  !row.history ? "Decided without history" : row.known_entities ? "" : "Nobody knows any of its entities";
+const strongest = (row) => (row.reasons.length ? labelOf(row.reasons[0].feature).text : doubt(row));
 const verdict = (fraud) => (fraud ? "fraud" : "honest");
 
 // ---------------------------------------------------------------- elements
@@ -167,12 +185,17 @@ const handlers = {
     introduce();
   },
   decisions(rows) {
-    const newest = rows[rows.length - 1].time;
-    arrivals.push([Date.now(), rows.filter((row) => row.time > newest - 10_000).length]);
+    const newest = rows[rows.length - 1].decided;
+    arrivals.push([Date.now(), rows.filter((row) => row.decided > newest - 10_000).length]);
     for (const row of rows) {
       row.uid = next++;
       row.odds = logOdds(row.fraud_probability);
-      row.needle = [row.transaction_id, row.rule ?? "", ...row.reasons.map((reason) => labelOf(reason.feature).text)]
+      row.needle = [
+        row.transaction_id,
+        row.rule ?? "",
+        ...row.reasons.map((reason) => labelOf(reason.feature).text),
+        ...Object.values(row.attributes).map(String),
+      ]
         .join("\n")
         .toLowerCase();
       counts.all++;
@@ -224,6 +247,16 @@ function introduce() {
   $("access").title = mayWrite ? "Change or forget the key" : readOnly();
   $("hand-send").disabled = !mayWrite;
   $("hand-problem").textContent = mayWrite ? "" : readOnly();
+  options(
+    filterForm.elements.type,
+    (model?.types ?? []).map((type) => [type, typeWord(type)]),
+  );
+  options(
+    filterForm.elements.attribute,
+    (model?.attributes ?? []).map(({ name, text }) => [name, text]),
+  );
+  $("types").replaceChildren(...(model?.types ?? []).map((type) => el("option", { value: type })));
+  attributeFields(model?.attributes ?? []);
   stale = true;
   if (opened) drawMarking();
 }
@@ -305,12 +338,27 @@ $("access").addEventListener("click", () =>
 
 // ---------------------------------------------------------------- filter and list
 
+// What a payment says of an attribute, as text; empty where it says nothing.
+function said(row, name) {
+  const value = row.attributes[name];
+  return value === undefined ? "" : typeof value === "boolean" ? (value ? "yes" : "no") : String(value);
+}
+
+function options(select, entries) {
+  const before = select.value;
+  select.replaceChildren(el("option", { value: "" }, "any"));
+  for (const [value, text] of entries) select.append(el("option", { value }, text));
+  select.value = entries.some(([value]) => value === before) ? before : "";
+}
+
 function filter() {
   const form = new FormData(filterForm),
     kinds = new Set(form.getAll("decision"));
   const account = form.get("account").trim().toLowerCase(),
     text = form.get("text").trim().toLowerCase(),
-    type = form.get("type");
+    type = form.get("type"),
+    attribute = form.get("attribute"),
+    value = form.get("value").trim().toLowerCase();
   const least = Number(form.get("least").replace(",", ".")) / 100;
   const wrong = !(least >= 0 && least <= 1);
   $("filter-problem").textContent = wrong ? "At least: expected a number from 0 to 100" : "";
@@ -319,7 +367,8 @@ function filter() {
     kinds.has(row.decision) &&
     (!type || row.type === type) &&
     (wrong || row.fraud_probability >= least) &&
-    (!account || row.sender.toLowerCase().includes(account) || row.receiver.toLowerCase().includes(account)) &&
+    (!account || [row.sender, row.receiver ?? ""].some((name) => name.toLowerCase().includes(account))) &&
+    (!attribute || said(row, attribute).toLowerCase().includes(value)) &&
     (!text || row.needle.includes(text));
 }
 
@@ -364,14 +413,14 @@ function fill(element, row) {
   element.shows = row;
   element.className = `row d-${row.decision}`;
   element.id = `row-${row.uid}`;
-  time.textContent = clock.format(row.time);
+  time.textContent = clock.format(row.decided);
   decision.firstChild.textContent = KIND_WORD[row.decision];
   p.firstChild.textContent = percent(row.fraud_probability);
   p.lastChild.style.setProperty("--share", (row.odds + RANGE) / (2 * RANGE));
   amount.textContent = money.format(row.amount);
   type.textContent = typeWord(row.type);
   from.textContent = row.sender;
-  to.textContent = row.receiver;
+  to.textContent = row.receiver ?? "";
   why.textContent = strongest(row);
   if (marks.has(row.transaction_id))
     why.prepend(
@@ -663,13 +712,13 @@ function drawDetail() {
         "✕",
       ),
     ),
-    el("p", { class: "note" }, `${moment.format(row.time)} · hour ${whole.format(row.step)} · model ${row.model}`),
+    el("p", { class: "note" }, `${moment.format(row.decided)} · ${when(row.time)} · model ${row.model}`),
     el(
       "div",
       { class: "verdict" },
       el("strong", {}, percent(row.fraud_probability)),
       pill(row.decision),
-      el("span", { class: "note" }, row.history ? "" : "decided without history"),
+      el("span", { class: "note" }, doubt(row)),
     ),
     scale(row),
     el("section", { class: "marking", id: "marking", role: "group", "aria-label": "What became known" }),
@@ -679,18 +728,27 @@ function drawDetail() {
       {},
       el("h3", {}, "Transaction"),
       pairs(
-        ["Amount", money.format(row.amount), "amount"],
+        ["Amount", `${money.format(row.amount)} ${row.currency ?? ""}`, "amount"],
         ["Type", typeWord(row.type)],
         ["From", row.sender],
         ["Sender’s balance", balance(row.sender_balance)],
-        ["To", row.receiver],
+        ["To", row.receiver ?? "nobody"],
         ["Receiver’s balance", balance(row.receiver_balance)],
+        ...(hello?.model?.attributes ?? []).map((one) => [one.text, attributeText(row, one)]),
       ),
     ),
-    el("section", { id: "accounts" }, el("h3", {}, "Accounts"), el("p", { class: "note" }, "Asking the store…")),
+    el("section", { id: "entities" }, el("h3", {}, "Histories"), el("p", { class: "note" }, "Asking the store…")),
     ...others(row),
   );
   drawMarking();
+}
+
+function attributeText(row, { name, kind }) {
+  const value = row.attributes[name];
+  if (value === undefined) return "unknown";
+  if (kind === "moment") return when(value);
+  if (kind === "money") return money.format(value);
+  return kind === "place" ? value.map((degrees) => degrees.toFixed(4)).join(", ") : said(row, name);
 }
 
 function scale(row) {
@@ -783,7 +841,7 @@ function reasons(row) {
 }
 
 function others(row) {
-  const mine = new Set([row.sender, row.receiver]);
+  const mine = new Set([row.sender, row.receiver].filter((name) => name !== null));
   const related = [...all]
     .reverse()
     .filter((other) => other.uid !== row.uid && (mine.has(other.sender) || mine.has(other.receiver)))
@@ -809,7 +867,7 @@ function others(row) {
                   open(other, true);
                 },
               },
-              el("span", { class: "note" }, clock.format(other.time)),
+              el("span", { class: "note" }, clock.format(other.decided)),
               pill(other.decision),
               el("span", {}, money.format(other.amount)),
             ),
@@ -851,7 +909,7 @@ function drawMarking(said = "", wrong = false) {
         (off
           ? readOnly()
           : marked === undefined
-            ? "What became known of it counts for both accounts."
+            ? "What became known of it counts for all its entities."
             : `Marked as ${verdict(marked)}.`),
     ),
   );
@@ -876,55 +934,48 @@ async function mark(fraud) {
   }
 }
 
-// ---------------------------------------------------------------- accounts
+// ---------------------------------------------------------------- histories
 
 async function history(row) {
   let content;
   try {
-    const answer = await post("/history", { accounts: [row.sender, row.receiver], step: row.step });
-    content = answer.accounts.map((account, i) => accountView(account, i ? "Receiver" : "Sender"));
+    const texts = Object.entries(row.attributes).filter(([, value]) => typeof value === "string");
+    const core = { sender: row.sender, receiver: row.receiver, type: row.type, currency: row.currency };
+    const answer = await post("/history", { values: { ...core, ...Object.fromEntries(texts) }, time: row.time });
+    content = answer.entities.map(entityView);
   } catch (error) {
     content = [el("p", { class: "problem" }, `The store was not read: ${error.message}`)];
   }
   if (opened === row)
-    $("accounts").replaceChildren(
-      el("h3", {}, `Accounts, up to hour ${whole.format(row.step)}, this transaction included`),
+    $("entities").replaceChildren(
+      el("h3", {}, `Histories up to ${when(row.time)}, this transaction included`),
       ...content,
     );
 }
 
-const spanWord = (hours) =>
-  hours === 1 ? "1 hour" : hours % 24 || hours < 49 ? `${hours} hours` : `${hours / 24} days`;
-
-function accountView({ account, windows, later, days_out: sent, days_in: got }, role) {
-  const line = (name, sums) =>
+function entityView({ label, value, both, windows, days_out: sent, days_in: got }) {
+  const counts = (sums) => [whole.format(sums.out_count), brief.format(sums.out_sum)];
+  const arrived = (sums) => (both ? [whole.format(sums.in_count), brief.format(sums.in_sum)] : []);
+  const line = (sums) =>
     el(
       "tr",
       {},
-      el("th", { scope: "row" }, name),
-      el("td", {}, whole.format(sums.out_count)),
-      el("td", {}, brief.format(sums.out_sum)),
-      el("td", {}, whole.format(sums.in_count)),
-      el("td", {}, brief.format(sums.in_sum)),
-      el("td", { class: sums.frauds ? "bad" : undefined }, whole.format(sums.frauds)),
+      el("th", { scope: "row" }, sums.window),
+      ...[...counts(sums), ...arrived(sums)].map((text) => el("td", {}, text)),
+      el("td", { class: sums.frauds ? "bad" : undefined }, sums.frauds === null ? "–" : whole.format(sums.frauds)),
     );
-  const head = ["Last", "sent", "money", "received", "money", "frauds"].map((text) => el("th", { scope: "col" }, text));
-  const rest = later.out_count + later.in_count ? [line("after", later)] : [];
+  const names = both ? ["sent", "money", "received", "money"] : ["payments", "money"];
+  const head = ["Last", ...names, "frauds"].map((text) => el("th", { scope: "col" }, text));
   return el(
     "div",
     { class: "account" },
-    el("h3", {}, role, el("b", {}, account)),
-    el(
-      "table",
-      {},
-      el("thead", {}, el("tr", {}, ...head)),
-      el("tbody", {}, ...windows.map((sums) => line(spanWord(sums.hours), sums)), ...rest),
-    ),
-    dayBars(sent, got),
+    el("h3", {}, label, el("b", {}, value)),
+    el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...windows.map(line))),
+    dayBars(sent, got, both),
   );
 }
 
-function dayBars(sent, got) {
+function dayBars(sent, got, both) {
   const most = Math.max(...sent, ...got),
     width = 390,
     step = width / sent.length;
@@ -934,7 +985,7 @@ function dayBars(sent, got) {
     preserveAspectRatio: "none",
     role: "img",
     "aria-label":
-      `Money of each of the last ${sent.length} days, sent above and received below the line; ` +
+      `Money of each of the last ${sent.length} days${both ? ", sent above and received below the line" : ""}; ` +
       `at most ${brief.format(most)}`,
   });
   sent.forEach((value, i) => {
@@ -971,7 +1022,7 @@ function dayBars(sent, got) {
     el(
       "figcaption",
       { class: "note" },
-      `${sent.length} days: sent above the line, received below; highest ${brief.format(most)}`,
+      `${sent.length} days${both ? ": sent above the line, received below" : ""}; highest ${brief.format(most)}`,
     ),
   );
 }
@@ -1056,13 +1107,34 @@ let rest = []; // what follows the transaction in the form
 
 const random = () =>
   [...crypto.getRandomValues(new Uint8Array(3))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-const hourNow = () => hello?.model?.step ?? all[all.length - 1]?.step ?? 2000;
+const timeNow = () => hello?.model?.time ?? all[all.length - 1]?.time ?? 2000 * HOUR;
+
+// A field for each attribute of the contract; what is left empty is not sent.
+function attributeFields(attributes) {
+  const fields = attributes.flatMap(({ text, kind, fields: names }) =>
+    names.map((name) => ({ name, kind, text: names.length > 1 ? `${text}: ${name.split("_").pop()}` : text })),
+  );
+  const inputs = fields.map(({ name, kind, text }) => {
+    const input = el("input", { name: `attribute.${name}`, maxlength: "256", spellcheck: "false", "data-kind": kind });
+    if (kind === "flag") input.placeholder = "yes or no";
+    return el("label", {}, el("span", {}, text), input);
+  });
+  $("hand-attributes").replaceChildren(...inputs);
+}
+
+function attributeValue({ value, dataset: { kind } }) {
+  const text = value.trim(),
+    numeric = Number(text.replace(",", "."));
+  if (kind === "category") return text;
+  if (kind === "flag") return /^(yes|true|1)$/i.test(text) || (/^(no|false|0)$/i.test(text) ? false : text);
+  return Number.isNaN(numeric) ? text : numeric; // a moment may be a date
+}
 
 function fillForm(example) {
   const n = random(),
     [first, ...others] = example.make(n);
   rest = others;
-  for (const [name, value] of Object.entries({ transaction_id: `hand-${n}`, step: hourNow(), ...first }))
+  for (const [name, value] of Object.entries({ transaction_id: `hand-${n}`, time: timeNow(), ...first }))
     handForm.elements[name].value = value ?? "";
   $("hand-more").textContent = rest
     .map(
@@ -1076,14 +1148,16 @@ function fillForm(example) {
 function formTransaction() {
   const form = new FormData(handForm),
     number = (name) => (form.get(name).trim() === "" ? null : Number(form.get(name).replace(",", ".")));
+  const given = [...$("hand-attributes").querySelectorAll("input")].filter(({ value }) => value.trim());
   return {
+    ...Object.fromEntries(given.map((input) => [input.name.slice("attribute.".length), attributeValue(input)])),
     transaction_id: form.get("transaction_id"),
-    step: number("step"),
-    type: form.get("type"),
+    time: number("time"),
+    type: form.get("type") || null,
     amount: number("amount"),
     sender: form.get("sender"),
     sender_balance: number("sender_balance"),
-    receiver: form.get("receiver"),
+    receiver: form.get("receiver") || null,
     receiver_balance: number("receiver_balance"),
   };
 }
@@ -1096,7 +1170,8 @@ function result(sent, answer) {
     el(
       "span",
       {},
-      `${percent(answer.fraud_probability)} · ${money.format(sent.amount)} · ${sent.sender} → ${sent.receiver}`,
+      `${percent(answer.fraud_probability)} · ${money.format(sent.amount)} · ` +
+        `${sent.sender} → ${sent.receiver ?? "nobody"}`,
     ),
     el(
       "button",
@@ -1144,7 +1219,7 @@ handForm.addEventListener("submit", async (event) => {
   $("hand-problem").textContent = "";
   try {
     for (const [i, next] of [first, ...rest].entries()) {
-      const sent = i ? { ...next, transaction_id: `${first.transaction_id}-${i + 1}`, step: first.step } : first;
+      const sent = i ? { ...next, transaction_id: `${first.transaction_id}-${i + 1}`, time: first.time } : first;
       results.append(result(sent, await post("/predict", sent)));
     }
     handForm.elements.transaction_id.value = `hand-${random()}`;
