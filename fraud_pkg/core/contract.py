@@ -293,6 +293,11 @@ class Contract(ContractData):
         "The entities with the same history, in order; a payment's direction is an entity's place among them."
         return tuple(e for e in self.entities if e.history == entity.history)
 
+    @property
+    def pair_horizon(self) -> int:
+        "Seconds after which a pair that meets again is new."
+        return self.longest + self.label_delay * DAY
+
     @model_validator(mode="after")
     def _consistent(self):
         _check_names(self)

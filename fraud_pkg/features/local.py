@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'PART_ROWS', 'Finish', 'MIXERS', 'BUCKET_EVENTS', 'IN_MEMORY', 'needed_columns', 'raw_features', 'Part',
            'plan_parts', 'EntityRows', 'Histories', 'number_columns', 'part_table', 'write_part', 'text_hashes',
-           'joined_hashes', 'sightings', 'pair_codes', 'pair_horizon', 'HistoryBlocks', 'local_history', 'read_raw',
-           'run_local']
+           'joined_hashes', 'sightings', 'pair_codes', 'HistoryBlocks', 'local_history', 'read_raw', 'run_local']
 
 # %% ../../nbs/features/04_local.ipynb #ad6fea25
 import math
@@ -25,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..core.contract import DAY, HOUR, Contract
+from ..core.contract import HOUR, Contract
+from ..core.files import staging_file
 from ..core.settings import Settings
 from .definitions import EntityPlan, entity_plans, feature_names, history_plans, relations
 from fraud_pkg.features.kernel import (
@@ -142,13 +142,12 @@ def part_table(raw: pa.Table, histories: Histories, contract: Contract) -> pa.Ta
 # %% ../../nbs/features/04_local.ipynb #72b5e259
 def write_part(table: pa.Table, file: Path) -> None:
     "One Parquet file, whole or not at all: a second attempt of a task may write it again."
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     texts = [field.name for field in table.schema if field.type == pa.string() and field.name != "transaction_id"]
-    pq.write_table(
-        table, temporary, row_group_size=PART_ROWS // 4,
-        compression="lz4",  # a third larger than zstd, read three times as fast
-        use_dictionary=texts, write_statistics=["row", "time", "step"])
-    temporary.rename(file)
+    with staging_file(file) as temporary:
+        pq.write_table(
+            table, temporary, row_group_size=PART_ROWS // 4,
+            compression="lz4",  # a third larger than zstd, read three times as fast
+            use_dictionary=texts, write_statistics=["row", "time", "step"])
 
 # %% ../../nbs/features/04_local.ipynb #103894cc
 MIXERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], dtype=np.uint64)  # odd, with bits everywhere
@@ -266,10 +265,6 @@ def _bucket_events(
     place = None if log.place is None else log.place[row]
     return Events(entity, log.time[row], side == 0, log.cents[row], log.fraud[row], first > 0, row, place), first
 
-def pair_horizon(contract: Contract) -> int:
-    "Seconds after which a pair that meets again is new."
-    return contract.longest + contract.label_delay * DAY
-
 # %% ../../nbs/features/04_local.ipynb #86a2560c
 IN_MEMORY = 2**30  # bytes of history rows
 
@@ -338,7 +333,7 @@ def local_history(
     scratch: Path | None = None,  # a folder for what memory is short of; None: all stays in memory
 ) -> HistoryBlocks:
     "The kernel over a raw table in this process."
-    plans, horizon, spill = entity_plans(contract), pair_horizon(contract), _Spill(scratch)
+    plans, horizon, spill = entity_plans(contract), contract.pair_horizon, _Spill(scratch)
     owners = {relation.owner: number for number, relation in enumerate(relations(contract))}
     new_partner = np.full((len(owners), len(raw)), -1, dtype=np.int8)
 

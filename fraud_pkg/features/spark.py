@@ -35,7 +35,7 @@ from ..core.settings import Settings
 from .definitions import EntityPlan, entity_plans, history_plans, relations
 from .kernel import Events, first_of_pair, past_features, without_history
 from fraud_pkg.features.local import (
-    PART_ROWS, EntityRows, Finish, Histories, Part, needed_columns, pair_codes, pair_horizon, part_table, read_raw,
+    PART_ROWS, EntityRows, Finish, Histories, Part, needed_columns, pair_codes, part_table, read_raw,
     text_hashes, write_part,
 )
 
@@ -326,7 +326,7 @@ def _history_task(contract: Contract, part_ends: np.ndarray) -> Task:
         for history, sharing in enumerate(history_plans(contract)):
             numbers = [plans.index(plan) for plan in sharing]
             own = table.filter(pc.equal(table["history"], history))
-            events = _events_of(own, sharing, numbers, pair_horizon(contract))
+            events = _events_of(own, sharing, numbers, contract.pair_horizon)
             past = past_features(events, sharing)
             for number, (indices, features) in zip(numbers, past, strict=True):
                 yield from _packed(events, indices, features, number, part_ends).to_batches(100_000)

@@ -22,7 +22,7 @@ from ..core.errors import FraudError
 from ..core.settings import Settings
 from ..data.lake import read_decisions, read_labels, training_columns
 from ..features.definitions import entity_feature_names, entity_plans, feature_names, relation_of, relations
-from ..features.local import local_history, needed_columns, pair_horizon, part_table
+from ..features.local import local_history, needed_columns, part_table
 from ..features.manifest import read_manifest
 from ..features.payment import SEPARATOR
 from ..features.vocabulary import encode
@@ -49,7 +49,7 @@ def decided_events(live: pa.Table, contract: Contract) -> pa.Table:
 # %% ../../nbs/monitor/02_parity.ipynb #388e94a9
 def look_back(contract: Contract) -> int:
     "Seconds before a payment beyond which nothing matters to its features."
-    return 2 * (pair_horizon(contract) + DAY)
+    return 2 * (contract.pair_horizon + DAY)
 
 def entity_values(table: pa.Table, entity: Entity) -> pa.ChunkedArray:
     "The value of each row's entity; null where the row does not have it."

@@ -23,7 +23,7 @@ from ..features.histories import LogTable, log_histories, log_pairs, recorded_pa
 from ..features.local import needed_columns
 from ..features.manifest import MANIFEST_FILE, read_manifest
 from ..model.bundle import Manifest
-from .scorer import parse_epoch
+from .wire import parse_epoch
 from ..store.memory import MemoryStore
 from ..store.tiles import LoadableStore, OnlineStore, Transaction, retention_of
 

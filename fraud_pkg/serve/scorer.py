@@ -22,7 +22,7 @@ from ..core.errors import FraudError
 from ..core.policy import DECISIONS, decide
 from ..core.settings import Rules, Serve
 from ..features.definitions import feature_names, own_feature_names, relations
-from ..features.payment import OnlinePayments, Payment
+from ..features.payment import OnlinePayments, Payment, or_nan
 from ..model.bundle import Bundle, Manifest
 from ..model.explain import occlusion, reference_row, strongest
 from .rules import apply_rules, rule_reasons
@@ -78,9 +78,6 @@ class Inputs(NamedTuple):
     features: np.ndarray  # [n, F] float32, all features of the contract, in the order of `feature_names`
     known: list[int]      # entities with any history, of each payment
 
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
 class BundleColumns:
     "Which columns a bundle's model is fed with; raises `FraudError` for features that its contract does not have."
 
@@ -93,7 +90,7 @@ class BundleColumns:
         self.online, self.retention = OnlinePayments(contract, manifest.vocabulary), retention_of(contract)
         in_order = tuple(names) == manifest.features
         self._columns = None if in_order else [names.index(name) for name in manifest.features]
-        self._typical = np.array([_or_nan(manifest.reference.get(name)) for name in names], np.float32)
+        self._typical = np.array([or_nan(manifest.reference.get(name)) for name in names], np.float32)
         own = len(contract.categories) + len(own_feature_names(contract))
         self._from_store = [names.index(relation.feature) for relation in relations(contract)]
         self._from_store += range(own, len(names))

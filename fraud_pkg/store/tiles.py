@@ -44,7 +44,7 @@ def retention_of(contract: Contract) -> Retention:
     kept = {tile: max((window // tile for window in windows if tile_of(window) == tile), default=0) for tile in TILES}
     label_days = contract.label_delay + 1 + contract.longest // DAY
     return Retention(kept[MINUTE] + LATE // MINUTE, kept[HOUR] + LATE // HOUR, max(kept[DAY], label_days) + 1,
-                     contract.longest + contract.label_delay * DAY)
+                     contract.pair_horizon)
 
 # %% ../../nbs/store/00_tiles.ipynb #d8e46912
 COUNTERS = ("out_count", "out_cents", "in_count", "in_cents", "firsts", "frauds")
