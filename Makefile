@@ -39,6 +39,7 @@ BENCHMARKS = serving streaming features train scale
 HANDBOOK ?=
 
 bench: $(READY)  ## every benchmark beside its peers, about an hour; one table: benchmarks/results.md (ARGS="--quick": does it run?)
+	@. tests/tools.sh; NEEDED+=("wrk wrk the load of the benchmarks"); need_all
 	@results=$$(mktemp -d); trap 'rm -rf $$results' EXIT; \
 	for name in $(BENCHMARKS); do python benchmarks/$$name.py --json $$results/$$name.json $(ARGS); done; \
 	$(if $(HANDBOOK),python benchmarks/handbook.py $(HANDBOOK) --folds 2018-05-02$(COMMA)2018-05-09$(COMMA)2018-05-16$(COMMA)2018-05-23;) \
