@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-long bench lab export pictures lock minikube image clean
+.PHONY: help setup run check test test-long coverage bench lab export pictures lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -33,6 +33,9 @@ test: $(READY)  ## every test but the long ones; lists first what it needs, and 
 
 test-long: $(READY)  ## the long ones: real data at full size, loops on several seeds, the jobs image
 	@bash tests/run.sh --long
+
+coverage: $(READY)  ## the lines of the package that make test runs, notebooks and processes included (ARGS="pytest tests/test_serve.py")
+	@bash tests/coverage.sh $(ARGS)
 
 BENCHMARKS = serving streaming features train scale
 # The Fraud Detection Handbook's transactions, where they are: make bench HANDBOOK=transactions.parquet

@@ -313,9 +313,11 @@ def common_script(csv: Path, target: Path, memory: str) -> None:
 # Ours, and everybody's turn.
 
 
-def chosen(values: Mapping[str, str | float] | None = None) -> Settings:
-    """The settings as they are shipped, with the windows of this benchmark and these values."""
-    cli = {"features.windows": WINDOWS, **(values or {})}
+def chosen(preset: str, values: Mapping[str, str | float] | None = None) -> Settings:
+    """The settings as they are shipped, for a log of this preset (which brings its contract), with the windows of this
+    benchmark and these values.
+    """
+    cli = {"features.windows": WINDOWS, "simulate.preset": preset, **(values or {})}
     return load_settings(file=PROJECT / "settings.ini", environ={}, cli=cli)
 
 
@@ -329,11 +331,11 @@ def overrides(engine: str, folder: Path, memory: str) -> dict[str, str | int]:
     }
 
 
-def ours(engine: str, folder: Path, memory: str) -> None:
+def ours(engine: str, folder: Path, memory: str, preset: str) -> None:
     """Raw table to feature table, all features."""
     from fraud_pkg.features.table import build_features
 
-    build_features(chosen(overrides(engine, folder, memory)))
+    build_features(chosen(preset, overrides(engine, folder, memory)))
 
 
 def make_log(folder: Path, rows: int, preset: str) -> Path:
@@ -341,9 +343,7 @@ def make_log(folder: Path, rows: int, preset: str) -> Path:
     from fraud_pkg.data.acquire import acquire
 
     days = {"paysim": 30.96, "hard": 90}[preset]
-    settings = chosen(
-        {"paths.data": str(folder), "simulate.rows": rows, "simulate.preset": preset, "simulate.days": days}
-    )
+    settings = chosen(preset, {"paths.data": str(folder), "simulate.rows": rows, "simulate.days": days})
     return folder / "raw" / acquire(settings)["file"]
 
 
@@ -393,12 +393,12 @@ def as_csv(raw: Path, target: Path) -> None:
 CONTENDERS = ("local", "polars", "duckdb", "common", "spark")
 
 
-def contend(name: str, folder: Path, memory: str) -> None:
+def contend(name: str, folder: Path, memory: str, preset: str) -> None:
     """One contender's turn, in a process of its own."""
     raw = next((folder / "raw").glob("*.parquet"))
-    features = chosen().features
+    features = chosen(preset).features
     if name in ("local", "spark"):
-        ours(name, folder, memory)
+        ours(name, folder, memory, preset)
     elif name == "common":
         common_script(folder / "log.csv", folder / "common.parquet", memory)
     else:
@@ -407,14 +407,15 @@ def contend(name: str, folder: Path, memory: str) -> None:
         )
 
 
-def take_turns(folder: Path, names: Sequence[str], rounds: int, memory: str) -> dict[str, list[Measured]]:
+def take_turns(folder: Path, names: Sequence[str], rounds: int, memory: str, preset: str) -> dict[str, list[Measured]]:
     """Everybody's runs, in alternating rounds; raises `RuntimeError` when a peer's values are not ours."""
     runs: dict[str, list[Measured]] = {name: [] for name in names}
-    windows = chosen().features.windows
+    windows = chosen(preset).features.windows
+    options = ["--folder", str(folder), "--memory", memory, "--preset", preset]
     for turn in range(rounds):
         for name in names:
             shutil.rmtree(folder / "common.parquet", ignore_errors=True)
-            run = measured([sys.executable, __file__, "--contender", name, "--folder", str(folder), "--memory", memory])
+            run = measured([sys.executable, __file__, "--contender", name, *options])
             runs[name].append(run)
             say(f"{name}: {run.seconds:.1f} s, {run.cpu:.1f} s of processor, {run.peak:.2f} GiB")
             if (
@@ -490,7 +491,7 @@ def main() -> None:
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.contender:
-        contend(given.contender, given.folder, given.memory)
+        contend(given.contender, given.folder, given.memory, given.preset)
         return
     rows, rounds, began = (100_000, 1, machine()) if given.quick else (given.rows, given.rounds, machine())
     with tempfile.TemporaryDirectory() as scratch:
@@ -499,11 +500,10 @@ def main() -> None:
         if "common" in given.only:
             as_csv(raw, folder / "log.csv")
         say(f"{rows:,} transactions are there")
-        results = {name: summary(runs) for name, runs in take_turns(folder, given.only, rounds, given.memory).items()}
-        compared = len(compared_names(chosen().features.windows))
-        write_json(
-            given.json, began, tables(results, rows, given.preset, len(feature_names(chosen().contract)), compared)
-        )
+        turns = take_turns(folder, given.only, rounds, given.memory, given.preset)
+        settings, results = chosen(given.preset), {name: summary(runs) for name, runs in turns.items()}
+        features, compared = len(feature_names(settings.contract)), len(compared_names(settings.features.windows))
+        write_json(given.json, began, tables(results, rows, given.preset, features, compared))
 
 
 if __name__ == "__main__":

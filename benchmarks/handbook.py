@@ -22,8 +22,9 @@ from fraud_pkg.data.acquire import acquire
 from fraud_pkg.model.bundle import Model
 from fraud_pkg.features.table import build_features
 from fraud_pkg.core.calibration import fit_calibration
-from fraud_pkg.core.cost import optimal_thresholds
-from fraud_pkg.train.metrics import average_precision, calibration_curve, daily_alerts, evaluate, roc_auc
+from fraud_pkg.core.cost import Payments, solve_prices
+from fraud_pkg.core.policy import decide
+from fraud_pkg.train.metrics import average_precision, calibration_curve, daily_alerts, days_in, evaluate, roc_auc
 from fraud_pkg.train.samples import Period, Sample, Trained, concat, learn_words, load_sample
 from fraud_pkg.core.contract import DEFAULT_ENTITIES
 from fraud_pkg.core.errors import FraudError
@@ -222,18 +223,15 @@ def refitted(model: Trained, every: Sample, validation: Sample, test: Sample) ->
 def decided(
     model: Trained, validation: Sample, test: Sample, probability: np.ndarray, settings: Settings
 ) -> tuple[dict, np.ndarray]:
-    """The pipeline's own report on the fold (thresholds by cost, money, recall by scenario, 95 % intervals), and
+    """The pipeline's own report on the fold (the policy, money, recall by scenario, 95 % intervals), and
     calibrated probabilities.
     """
     before = Model(model.onnx, len(model.names))(validation.select(model.names))
     calibration = fit_calibration(before, validation.y)
     calibrated = calibration.apply(probability.astype(np.float32))
-    return evaluate(
-        test,
-        calibrated,
-        optimal_thresholds(validation.y, calibration.apply(before), validation.amount, settings.decision),
-        settings,
-    ), calibrated
+    known = Payments(calibration.apply(before), validation.amount, days_in(validation.step), validation.y)
+    policy = solve_prices(known, settings.decision)
+    return evaluate(test, calibrated, decide(calibrated, test.amount, policy).decisions, settings), calibrated
 
 
 def terminal_age(frame: pd.DataFrame) -> pd.Series:

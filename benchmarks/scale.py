@@ -72,7 +72,7 @@ def run_job(name: str, folder: Path, rows: int) -> None:
     if name == "acquire":
         make_log(folder / "acquired", rows, "hard")
     else:
-        ours(name.removeprefix("features "), folder, MEMORY)
+        ours(name.removeprefix("features "), folder, MEMORY, "hard")
 
 
 JOBS = ("acquire", "features local", "features spark", "train_xgboost")

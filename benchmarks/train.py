@@ -165,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_log(folder, rows, "hard")
-        ours("local", folder, "1g")
+        ours("local", folder, "1g", "hard")
         for _ in range(rounds):
             for name in CONTENDERS:
                 runs[name].append(train_once(name, folder, trees))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'store_app', 'stream_app', 'Overrides', 'Stage', 'BundleUrl', 'Via',
-           'ModelName', 'GATE_RESULTS', 'parse_overrides', 'explain', 'run', 'main', 'settings', 'version', 'acquire',
-           'features', 'monitor', 'report', 'score', 'executor', 'jobs_list', 'jobs_graph', 'jobs_compile', 'jobs_run',
-           'ProgressView', 'run_all', 'serve', 'store_load', 'deploy_lambda', 'deploy_package', 'deploy_remove',
-           'stream_score', 'stream_labels', 'stream_produce', 'stream_redrive', 'stream_sink', 'models_list',
-           'models_show', 'models_data', 'models_promote', 'models_publish', 'models_shadow', 'models_rollback',
-           'watch_live']
+           'ModelName', 'GATE_RESULTS', 'parse_overrides', 'explain', 'run', 'main', 'settings', 'version', 'init',
+           'acquire', 'features', 'monitor', 'report', 'score', 'executor', 'jobs_list', 'jobs_graph', 'jobs_compile',
+           'jobs_run', 'ProgressView', 'run_all', 'serve', 'store_load', 'deploy_lambda', 'deploy_package',
+           'deploy_remove', 'stream_score', 'stream_labels', 'stream_produce', 'stream_redrive', 'stream_sink',
+           'models_list', 'models_show', 'models_data', 'models_promote', 'models_publish', 'models_shadow',
+           'models_rollback', 'watch_live']
 
 # %% ../nbs/cli.ipynb #fe5674be
 import json
@@ -26,6 +26,8 @@ import typer
 
 if TYPE_CHECKING:
     from fraud_pkg.core.settings import Settings
+    from fraud_pkg.data.proposal import Proposal
+    from fraud_pkg.data.trial import Doubt
     from fraud_pkg.model.registry import ModelSummary
     from fraud_pkg.monitor.check_run import CheckRun
     from fraud_pkg.pipeline.run import ProgressEvent, Run
@@ -49,8 +51,8 @@ app.add_typer(store_app, name="store")
 Overrides = Annotated[list[str] | None, typer.Option(
     "--set", "-s", metavar="SECTION.KEY=VALUE", help="Override a setting; may be given several times.")]
 
-def parse_overrides(pairs: Sequence[str] | None) -> dict[str, str] | None:
-    "`['train.trials=20']` -> `{'train.trials': '20'}`, laid over FRAUD_SET; None without any."
+def _pairs(pairs: Sequence[str] | None) -> dict[str, str]:
+    "`['train.trials=20']` -> `{'train.trials': '20'}`."
     from fraud_pkg.core.errors import SettingsError
     values = {}
     for pair in pairs or ():
@@ -58,6 +60,11 @@ def parse_overrides(pairs: Sequence[str] | None) -> dict[str, str] | None:
         if not equals:
             raise SettingsError(f"--set {pair}: expected section.key=value, for example train.trials=20")
         values[name.strip()] = value.strip()
+    return values
+
+def parse_overrides(pairs: Sequence[str] | None) -> dict[str, str] | None:
+    "The same, laid over FRAUD_SET; None without any."
+    values = _pairs(pairs)
     return {**json.loads(os.environ.get("FRAUD_SET") or "{}"), **values} if values else None
 
 def _settings(pairs: Sequence[str] | None = None) -> "Settings":
@@ -157,6 +164,78 @@ def version() -> None:
     "Show the version of the package and of Python."
     from fraud_pkg import __version__
     print(f"fraud_pkg {__version__}, Python {sys.version.split()[0]}")
+
+# %% ../nbs/cli.ipynb #b9075cfa
+def _ask(doubt: "Doubt") -> str:
+    "The answer on a terminal, the proposal for an empty line; raises `FraudError` where nobody answers."
+    from fraud_pkg.core.errors import FraudError
+    options = f" ({', '.join(doubt.options)})" if len(doubt.options) > 1 else ""
+    try:
+        return input(f"{doubt.question}{options} [{doubt.default}] ").strip() or doubt.default
+    except EOFError as error:
+        raise FraudError("no answer, nothing was written; --yes takes the proposal as it is") from error
+
+def _text_width() -> int:
+    "Characters of a line: at most 100, and no more than the terminal has."
+    import shutil
+    return min(100, shutil.get_terminal_size((100, 24)).columns) if sys.stdout.isatty() else 100
+
+def _require_possible(made: "Proposal") -> None:
+    "Raises `FraudError` where a run would stop for certain."
+    from fraud_pkg.core.errors import FraudError
+    if count := len(made.found.stops):
+        raise FraudError(f"{made.source.name}: a run would stop, for {count} reason{'s' if count > 1 else ''} above; "
+                         "nothing was written")
+
+def _require_terminal(yes: bool, dry_run: bool) -> None:
+    "Raises `FraudError` where questions could not be answered."
+    from fraud_pkg.core.errors import FraudError
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise FraudError("there is no terminal to ask on: --yes takes the proposal as it is, --dry-run only shows it")
+
+# %% ../nbs/cli.ipynb #293b4587
+def _written(made: "Proposal", current: "Settings", dry_run: bool) -> None:
+    "Writes what differs, or shows it."
+    from fraud_pkg.core.files import write_whole
+    from fraud_pkg.core.settings_file import settings_diff
+    from fraud_pkg.data.init import change_file, differing, gone
+    changes, (before, after) = differing(made, current), change_file(made, current)
+    if lines := gone(changes):
+        print(f"\nOf another source, and gone: {', '.join(lines)}")
+    if before == after:
+        print("\nsettings.ini says all of this already")
+    elif dry_run:
+        print(f"\n{settings_diff(before, after)}")
+    else:
+        write_whole(made.found.file, after)
+        print(f"\nsettings.ini: {len(changes)} settings written (git diff shows them); next: fraud run")
+
+# %% ../nbs/cli.ipynb #bdc401c0
+@app.command()
+def init(
+    source: Annotated[str, typer.Argument(help="A file, a folder, a glob, an archive, hf:// or s3://.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Take the proposal without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, write nothing.")] = False,
+    fixed: Overrides = None,
+) -> None:
+    "Look at a file of payments, propose what its columns are, and write settings.ini."
+    from fraud_pkg.core.settings import load_settings, project_root
+    from fraud_pkg.data.init import answered, propose, start_from
+    from fraud_pkg.data.proposal_text import proposal_text
+    from fraud_pkg.data.sources import open_data
+    from fraud_pkg.data.trial import proposed_settings
+    current = load_settings(cli={}, file=project_root() / "settings.ini", environ={})
+    start = start_from(source, current, _pairs(fixed))
+    opened, _ = open_data(proposed_settings(start.file, start.values))
+    made = propose(opened, start)
+    print(proposal_text(made, _text_width()))
+    _require_possible(made)
+    _require_terminal(yes, dry_run)
+    if not yes and not dry_run and made.found.doubts:
+        made = answered(opened, start, _ask)
+        print(f"\n{proposal_text(made, _text_width())}")
+        _require_possible(made)
+    _written(made, current, dry_run)
 
 # %% ../nbs/cli.ipynb #e517c1a6
 @app.command()
@@ -323,17 +402,26 @@ def _show_bake_off(config: "Settings") -> None:
     _print_table("Bake-off on the test period, with 95 % intervals (* champion)", ("contender", *table.columns), rows,
                  right=range(2, len(table.columns) + 1))
 
+def _cautions(config: "Settings") -> list[str]:
+    "What the bake-off must not be read without."
+    report = json.loads((config.reports_dir / "bakeoff/bakeoff.json").read_text(encoding="utf-8"))
+    return report.get("cautions", [])
+
 def _show_champion(result: "Run", config: "Settings") -> None:
     "The champion, whether it passed the promotion checks, where the report is and what to do next."
     from fraud_pkg.model.gate import Verdict
     manifest = json.loads((config.models_dir / "champion/manifest.json").read_text(encoding="utf-8"))
     text = (config.reports_dir / "bakeoff/verdict.json").read_text(encoding="utf-8")
     verdict = Verdict.model_validate_json(text, extra="ignore")
-    print(f"Champion: {result.champion} ({manifest['name']}), average precision {result.average_precision:.3f}; "
-          "where it comes from: fraud models show")
+    print(f"Champion: {result.champion} ({manifest['name']}) of {result.champion_source}, average precision "
+          f"{result.average_precision:.3f}; where it comes from: fraud models show")
     for reason in verdict.reasons:
         if not reason.passed:
             print(f"Gate:     challenger {verdict.challenger} was refused ({reason.check}: {reason.detail})")
+        elif reason.detail.startswith("starts anew"):
+            print(f"Gate:     {reason.detail}")
+    for caution in _cautions(config):
+        print(f"Caution:  {caution}")
     print(f"Report:   {config.reports_dir / 'index.html'}")
     print("Next:     open the report; change settings.ini and run again; make lab opens the notebooks")
 

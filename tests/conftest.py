@@ -35,10 +35,10 @@ SMALL = {
 
 
 FIRST = (
-    "test_stream.py",
-    "test_loop.py",
     "finished",
+    "test_stream.py",
     "team",
+    "test_loop.py",
     "test_real_data.py",
     "test_parity.py",
     "test_bad_input.py",

@@ -64,8 +64,9 @@ rows = st.fixed_dictionaries(
         "online": maybe(st.booleans()),
         "since": maybe(st.integers(-(10**8), DAYS * DAY + HOUR)),  # also after the payment
         "shop": maybe(st.tuples(st.integers(-90, 90), st.integers(-180, 180))),
-        "fraud": st.booleans(),
-        "late": st.integers(0, CONTRACT.label_delay * DAY),  # until the label comes, in seconds
+        "fraud": maybe(st.booleans()),
+        "late": st.integers(0, CONTRACT.label_delay * DAY) | st.integers(0, DAYS * DAY),  # until the label, in s
+        "dated": st.booleans(),  # the data say when it came, as they always do beyond the delay
     }
 )
 PLACE = CONTRACT.places[0].stored
@@ -73,7 +74,7 @@ PLACE = CONTRACT.places[0].stored
 
 def request(row: Mapping[str, Any], name: str, own: bool = False) -> dict[str, Any]:
     """A drawn row as its sender would send it: in the contract's names or in the source's `own`."""
-    said = {key: row[key] for key in row if key not in ("cents", "shop", "fraud", "late")}
+    said = {key: row[key] for key in row if key not in ("cents", "shop", "fraud", "late", "dated")}
     said |= {"transaction_id": name, "amount": row["cents"] / 100}
     said |= dict(zip(PLACE, row["shop"] or (None, None), strict=True))
     renamed = dict(COLUMNS) if own else {}
@@ -87,7 +88,9 @@ def table(drawn: Sequence[Mapping[str, Any]]) -> pa.Table:
     derived = [attribute for attribute in CONTRACT.attributes if attribute.derive]
     content: list[dict[str, Any]] = []
     for number, row in enumerate(drawn):
-        made = request(row, str(number)) | {"is_fraud": int(row["fraud"])}
+        made = request(row, str(number)) | {"is_fraud": None if row["fraud"] is None else int(row["fraud"])}
+        if row["dated"] or row["late"] > CONTRACT.label_delay * DAY:
+            made["label_time"] = row["time"] + row["late"]
         made |= {a.name: derive_category(a, made[a.name]) for a in derived if a.name in made}
         content.append(made)
     columns = {

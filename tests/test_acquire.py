@@ -153,7 +153,7 @@ DEVICES = HEADER.replace("\n", ",ip,lat,lon\n") + ROW.replace("\n", ",")
 BAD = {  # content of log.csv, settings, words of the one line
     "no header": (b"1\n2\n", {}, "neither CSV nor Parquet"),
     "binary": (bytes(range(256)) * 40, {}, "neither CSV nor Parquet"),
-    "a page": (b"<!DOCTYPE html>, or so\n", {}, "neither CSV nor Parquet"),
+    "a page": (b"<!DOCTYPE html>, or so\n", {}, "an HTML page"),
     "empty": (b"", {}, "log.csv: empty"),
     "header only": (HEADER.encode(), {}, "a header and no rows"),
     "truncated gzip": (gzip.compress((HEADER + ROW * 999).encode())[:-20], {}, "truncated archive"),
@@ -172,7 +172,11 @@ BAD = {  # content of log.csv, settings, words of the one line
         {},
         "transaction_id: seen before (1, first in line 3)",
     ),
-    "no UTF-8": ((HEADER + ROW.replace("C1", "Zoë")).encode("latin-1"), {}, "sender: not UTF-8 (1, first in line 2)"),
+    "no UTF-8": (
+        (HEADER + ROW.replace("C1", "Zoë")).encode("latin-1"),
+        {"data.encoding": "utf-8"},
+        "sender: not UTF-8 (1, first in line 2)",
+    ),
     "a NUL byte": (HEADER + ROW.replace("C1", "C\0"), {}, "sender: a NUL byte (1, first in line 2)"),
     "too few fields": (HEADER + "1,PAYMENT\n", {}, "row: fewer fields than the header (1, first in line 2)"),
     "an open quote": (HEADER + ROW + '1,"PAYMENT,5\n' + ROW * 3, {}, "row: quote not closed (4, first in line 3)"),
@@ -218,7 +222,11 @@ def test_any_order_and_missing_labels_are_taken(tmp_path):
 
 @pytest.mark.parametrize(
     "source, words",
-    [("nowhere.csv", "nowhere.csv: No such file"), (".", "a folder"), ("ftp://x/y", "expected simulate://")],
+    [
+        ("nowhere.csv", "nowhere.csv: No such file"),
+        (".", "no file of data; it holds settings.ini"),
+        ("ftp://x/y", "expected simulate://"),
+    ],
 )
 def test_no_file(tmp_path, source, words):
     with pytest.raises(FraudError, match=words):

@@ -8,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from fraud_pkg.pipeline.example import example_project
+from fraud_pkg.pipeline.execute import exclusive
 
 HEADER = (
     "step,type,amount,nameOrig,oldbalanceOrg,newbalanceOrig,"
@@ -107,11 +111,20 @@ def test_one_class_in_the_training_period(space):
         "split__test_hours": 5,
         "split__validation_hours": 3,
     }
-    assert "train period" in refused(space, "run", **overrides)
-    assert (
-        space.json("reports/jobs/train_tensorflow.json")["status"] == "failed"
-        or space.json("reports/jobs/train_xgboost.json")["status"] == "failed"
-    )
+    assert "the train period (steps 1 to" in refused(space, "run", **overrides)
+    assert not (space.root / "reports/jobs/acquire.json").exists()  # told before any job starts
+
+
+def test_all_that_is_wrong_with_the_data_at_once(space):
+    rows = ["04/03/2024,5,1.2E+15,a\n", "05/03/2024,6,3.4E+15,b\n"]
+    overrides = {
+        "data__source": csv(space, "wrong.csv", rows, "timestamp,amount,sender,is_fraud\n"),
+        "columns__receiver": "payee",
+    }
+    said = refused(space, "run", **overrides)
+    assert "no column payee" in said
+    said = refused(space, "run", **overrides | {"columns__receiver": ""})
+    assert "would become 2" in said and "[data] fraud_values" in said
 
 
 def test_too_short(space):
@@ -119,9 +132,40 @@ def test_too_short(space):
     assert "test_hours" in refused(space, "run", data__source=csv(space, "brief.csv", rows))
 
 
+def test_sigterm_ends_the_job_and_what_it_started(tmp_path):
+    root = example_project(tmp_path / "project")
+    job = root / "jobs/count.ipynb"
+    notebook = json.loads(job.read_text(encoding="utf-8"))
+    cell = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"][-1]
+    cell["source"] = (
+        "import subprocess, time\n"
+        f"child = subprocess.Popen(['sleep', '600'])\nopen({str(root / 'started')!r}, 'w').close()\ntime.sleep(600)"
+    )
+    job.write_text(json.dumps(notebook), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fraud_pkg.cli", "run"],
+        cwd=root,
+        env=os.environ | {"FRAUD_ROOT": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # as a shell starts what runs in the background
+    while not (root / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in errors
+    assert not [child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    with exclusive(root / ".dvc/tmp/fraud-run.lock", "fraud run"):
+        pass
+
+
 def test_interrupt_leaves_nothing_half_written(workspace):
     space = workspace(
-        features__engine="local", pipeline__push="false", simulate__rows=2_000_000, simulate__fraud_rate=0.003
+        features__engine="local", pipeline__push="false", simulate__rows=300_000, simulate__fraud_rate=0.003
     )
     environ = os.environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in space.overrides.items()})}
     process = subprocess.Popen(
@@ -134,10 +178,9 @@ def test_interrupt_leaves_nothing_half_written(workspace):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # a shell gives what it starts in the background no SIGINT
-    while not (space.root / "data/raw/manifest.json").exists():
+    while not list((space.root / "data").glob(".features.*.part/*")):  # in the middle of the features
         assert process.poll() is None
-        time.sleep(0.2)
-    time.sleep(4)  # in the middle of the features
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in errors

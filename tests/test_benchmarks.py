@@ -19,14 +19,15 @@ import scale
 import table
 
 PEERS = {"polars": features.with_polars, "duckdb": features.with_duckdb}
-WINDOWS, DELAY = features.chosen().features.windows, features.chosen().features.label_delay
+CHOSEN = features.chosen("hard").features
+WINDOWS, DELAY = CHOSEN.windows, CHOSEN.label_delay
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated")
     features.make_log(folder, 15_000, "hard")
-    features.ours("local", folder, "1g")
+    features.ours("local", folder, "1g", "hard")
     return folder
 
 
@@ -60,7 +61,7 @@ def difficult(simulated, tmp_path_factory):
     (folder / "raw/manifest.json").write_text(
         json.dumps(manifest | {"rows": rows, "first_step": int(times[0]) // 3600, "last_step": int(times[-1]) // 3600})
     )
-    features.ours("local", folder, "1g")
+    features.ours("local", folder, "1g", "hard")
     return folder
 
 
@@ -72,6 +73,19 @@ def test_peers_compute_our_features(peer, log, request):
     PEERS[peer](next((folder / "raw").glob("*.parquet")), target, WINDOWS, DELAY)
     assert pq.read_schema(target).names == ["row", *features.compared_names(WINDOWS)]
     assert features.differences(folder, target, WINDOWS) == {}
+
+
+def test_the_program_compares_on_the_paysim_log(tmp_path, monkeypatch):
+    """Its main path with the preset that it has by default: everybody has a turn, and all values are equal."""
+    result = tmp_path / "features.json"
+    options = ["--rows", "5000", "--rounds", "1", "--only", "local", "polars", "duckdb", "--json", str(result)]
+    monkeypatch.setattr(sys, "argv", ["features.py", *options])
+    features.main()
+    (table,) = json.loads(result.read_text(encoding="utf-8"))["tables"]
+    assert table["title"] == "Features of 5,000 transactions (preset paysim)" and len(table["rows"]) == 3
+    known = features.feature_names(features.chosen("paysim").contract)
+    assert f"Ours writes {len(known)} features" in table["note"] and "sender_out_count_24h" in known
+    assert not any(name.startswith("device") for name in known)
 
 
 def test_a_difference_is_seen(simulated):
@@ -96,7 +110,7 @@ def test_a_larger_log_is_many_towns(simulated, tmp_path):
     for name in ("sender", "device"):
         known = [set(log[name].drop_null().to_pylist()) for log in (town, wide)]
         assert len(known[1]) == 3 * len(known[0])
-    features.ours("local", tmp_path / "wide", "1g")
+    features.ours("local", tmp_path / "wide", "1g", "hard")
 
 
 def test_growth_is_fitted():

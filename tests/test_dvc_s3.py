@@ -8,7 +8,7 @@ import pytest
 import servers
 import yaml
 
-JOBS = ["acquire", "features", "train_xgboost", "train_tensorflow", "promote", "monitor", "report"]
+JOBS = ["acquire", "features", "train_xgboost", "train_tensorflow", "blend", "promote", "monitor", "report"]
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -37,6 +37,7 @@ def test_second_machine_computes_nothing_twice(team, second):
         "data/scores",
         "models/xgboost",
         "models/tensorflow",
+        "models/blend",
         "models/champion",
     ):
         assert files(second.root / folder) == files(team.first.root / folder) != {}, folder

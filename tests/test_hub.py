@@ -6,6 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import constants
@@ -42,13 +43,15 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append((self.command, self.path))
-        _, *parts = self.path.split("/")
+        _, *parts = unquote(self.path).split("/")
         if parts[0] == "storage":
             body = self.server.storage[parts[1]]
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
             partial = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
             self.server.hang_ups -= 1
             return self.answer(206 if start else 200, partial, body[start:], hang_up=self.server.hang_ups >= 0)
+        if parts[0] == "api":
+            return self.list_files("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
         repository, revision, file = "/".join(parts[1:3]), parts[4], "/".join(parts[5:])
         if repository not in {r for r, _, _ in self.server.files}:
             return self.answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
@@ -70,6 +73,13 @@ class Hub(BaseHTTPRequestHandler):
                 "ETag": f'"{sha}"',
             },
         )
+
+    def list_files(self, repository: str, revision: str):
+        names = [file for r, v, file in self.server.files if (r, v) == (repository, revision)]
+        if not names:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+        info = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        return self.answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
 
     do_HEAD = do_GET
 
@@ -115,6 +125,29 @@ def test_a_file_of_a_data_set(hub, tmp_path):
     assert acquire(project(tmp_path, manifest["source"])) == manifest
 
 
+def test_a_folder_of_a_data_set(hub, tmp_path):
+    rows = LOG.decode().splitlines(keepends=True)
+    halves = ("".join(rows[:1500]), rows[0] + "".join(rows[1500:]))
+    for revision in ("main", COMMIT):
+        hub.files["someone/paysim", revision, "README.md"] = b"# What this is"
+        for day, half in enumerate(halves):
+            hub.files["someone/paysim", revision, f"days/day={day}/part-0.csv"] = half.encode()
+    whole = acquire(project(tmp_path, SOURCE))
+    for place in ("days", "days/", "days/*/part-*.csv"):
+        source = f"hf://datasets/someone/paysim/{place}"
+        settings = load_settings(
+            file=tmp_path / "settings.ini", cli={"data.source": source, "data.ignore": "day"}, environ={}
+        )
+        manifest = acquire(settings)
+        assert (manifest["rows"], manifest["source"]) == (whole["rows"], f"{source}@{COMMIT}")
+    assert not any("README" in path for _, path in hub.requests)
+    everything = "hf://datasets/someone/paysim"
+    settings = load_settings(
+        file=tmp_path / "settings.ini", cli={"data.source": everything, "data.member": "data/*"}, environ={}
+    )
+    assert acquire(settings)["rows"] == 3000
+
+
 def test_what_is_not_there(hub, tmp_path):
     other = "hf://datasets/someone/paysim/data/other.csv"
     assert complaint(tmp_path, other) == f"{other}: no file data/other.csv in data set someone/paysim"
@@ -147,4 +180,4 @@ def test_no_server(hub, tmp_path):
 
 def test_a_file_that_is_no_table(hub, tmp_path):
     hub.files["someone/paysim", "main", "data/log.csv"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-    assert complaint(tmp_path, SOURCE).startswith(f"{SOURCE}: neither CSV nor Parquet")
+    assert complaint(tmp_path, SOURCE).startswith(f"{SOURCE}: a Git LFS pointer")

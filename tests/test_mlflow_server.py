@@ -54,6 +54,7 @@ def test_registry_away_while_training(team):
         "features": "done",
         "train_xgboost": "done",
         "train_tensorflow": "done",
+        "blend": "done",
         "promote": "failed",
         "monitor": "not run",
         "report": "not run",
@@ -64,12 +65,13 @@ def test_registry_away_while_training(team):
         "features": "cached",
         "train_xgboost": "cached",
         "train_tensorflow": "cached",
+        "blend": "cached",
         "promote": "done",
         "monitor": "done",
         "report": "done",
     }
     held = storage.held(team.uri)
-    assert len(held["versions"]) == 2 and held["champion"] in held["versions"]
+    assert len(held["versions"]) == 3 and held["champion"] in held["versions"]
 
 
 def test_artifacts_are_in_the_bucket(team):
@@ -79,7 +81,7 @@ def test_artifacts_are_in_the_bucket(team):
         "s3", endpoint_url=team.aws["AWS_ENDPOINT_URL"], aws_access_key_id="test", aws_secret_access_key="test"
     )
     keys = [entry["Key"] for entry in s3.list_objects_v2(Bucket="mlflow", Prefix="artifacts/")["Contents"]]
-    assert sum(key.endswith("bundle/manifest.json") for key in keys) == 2 and any(
+    assert sum(key.endswith("bundle/manifest.json") for key in keys) == 3 and any(
         key.endswith("figures/calibration.png") for key in keys
     )
     assert not (team.first.root / "mlflow.db").exists() and not (team.first.root / "mlartifacts").exists()
@@ -103,11 +105,11 @@ def test_registry_lost_while_registering(team, apart, monkeypatch, number, metho
         settings = apart(model, uri)
         best = by_precision(team.first)[-1]
         with pytest.raises(RegistryError, match=rf"\[registry\] tracking_uri = {uri}: "):
-            promote(settings, load_test(settings), [settings.models_dir / best.name])
+            promote(settings, load_test(settings), settings.models_dir / best.name)
     assert storage.held(team.uri, model)["champion"] is None
     assert not (settings.models_dir / "champion").exists()
     again = settings.model_copy(update={"registry": settings.registry.model_copy(update={"tracking_uri": team.uri})})
-    assert promote(again, load_test(again), [again.models_dir / best.name]).passed
+    assert promote(again, load_test(again), again.models_dir / best.name).passed
     assert storage.held(team.uri, model) == {"versions": [1], "champion": 1}
     wanted = load_bundle(best).manifest
     assert (
@@ -128,12 +130,12 @@ def test_services_follow_the_registry(team, apart, tmp_path):
     settings = apart("followed", gate__confidence="0.51", gate__min_money_saved="-10", gate__min_average_precision="0")
     worse, better = (settings.models_dir / folder.name for folder in by_precision(team.first))
     versions = [load_bundle(folder).manifest.version for folder in (worse, better)]
-    assert promote(settings, load_test(settings), [worse]).passed
+    assert promote(settings, load_test(settings), worse).passed
     with servers.service(
         tmp_path, serve__bundle="registry://champion", registry__tracking_uri=team.uri, registry__model="followed"
     ) as (url, _):
         assert served(url) == versions[0]
-        assert promote(settings, load_test(settings), [better]).passed
+        assert promote(settings, load_test(settings), better).passed
         wait_for(url, versions[1])
         rollback(settings)
         wait_for(url, versions[0])

@@ -2,7 +2,6 @@
 bit, in process and over HTTP.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import servers
-from conftest import shared
+from conftest import Workspace, shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fraud_pkg.core.contract import DAY, SIMULATED, Contract
+from fraud_pkg.core.settings import Settings, load_settings
+from fraud_pkg.data.acquire import acquire
 from fraud_pkg.features.definitions import feature_names
 from fraud_pkg.features.local import local_history, part_table
 from fraud_pkg.features.payment import OnlinePayments
+from fraud_pkg.features.table import build_features
 from fraud_pkg.features.vocabulary import encode, learn_vocabulary
 from fraud_pkg.serve.scorer import BundleInput
 from fraud_pkg.serve.wire import Wire
@@ -36,23 +38,29 @@ Decide = Callable[[list[Said]], np.ndarray]  # features [n, F] float32 of paymen
 Label = Callable[[list[str]], None]  # these were fraud
 
 
-def batches(rows: Sequence[dict], most: int) -> Iterator[list[dict]]:
-    """Requests of at most `most` rows of one day: labels change what is known between two of them."""
-    for _, day in itertools.groupby(rows, key=lambda row: row["time"] // DAY):
-        day = list(day)
-        yield from (day[begin : begin + most] for begin in range(0, len(day), most))
+def next_request(rows: Sequence[dict], waiting: Sequence[dict], most: int) -> Sequence[dict]:
+    """The rows at the beginning that one request may hold: of one day, and no label comes between them."""
+    first, size = rows[0]["time"], 1
+    for row in rows[1:most]:
+        labels = [other["known"] for other in (*waiting, *rows[:size]) if other["fraud"]]
+        if row["time"] // DAY != first // DAY or any(first < known <= row["time"] for known in labels):
+            break
+        size += 1
+    return rows[:size]
 
 
 def replayed(rows: Sequence[dict], decide: Decide, label: Label, most: int) -> np.ndarray:
     """Features of all rows in order. A row has `time`, `said`, `fraud` and `known`, when it became known."""
-    found, waiting = [], []
-    for part in batches(rows, most):
-        due = [row for row in waiting if row["known"] <= part[0]["time"]]
+    found, waiting, at = [], [], 0
+    while at < len(rows):
+        due = [row for row in waiting if row["known"] <= rows[at]["time"]]
         waiting = [row for row in waiting if row not in due]
         if due:
             label([row["said"]["transaction_id"] for row in due])
+        part = next_request(rows[at : at + most], waiting, most)
         found.append(decide([row["said"] for row in part]))
         waiting += [row for row in part if row["fraud"]]
+        at += len(part)
     return np.vstack(found)
 
 
@@ -144,7 +152,7 @@ def batch_of(rows: list[dict]) -> np.ndarray:
 @drawn
 def test_any_history(place, request, rows, most):
     """Six entities, attributes of every kind, accounts that pay themselves, random cuts into requests, and labels that
-    come at any time up to the delay: the kernel's values.
+    come at any time up to the delay, or later where the data say when: the kernel's values.
     """
     rows, url = by_arrival(rows), "memory://"
     if place == "redis":
@@ -179,22 +187,34 @@ def test_any_history_over_http(service, redis_url, rows, most):
 # Whole logs
 
 
+def settings_of(project: Workspace) -> Settings:
+    """Its settings, in this process: a job would take ten times as long."""
+    return load_settings(
+        file=project.root / "settings.ini", environ={}, cli={k: str(v) for k, v in project.overrides.items()}
+    )
+
+
+def made_features(project: Workspace) -> Path:
+    """The folder of a project with its features."""
+    acquire(settings_of(project))
+    build_features(settings_of(project))
+    return project.root
+
+
 @pytest.fixture(scope="module")
 def month(workspace) -> Path:
     """A simulated month, with six entities and eight attributes, and its features by Spark."""
     project = workspace(simulate__rows=12_000, simulate__days=31, features__label_delay="1d", features__engine="spark")
-    project.fraud("jobs", "run", "acquire")
+    acquire(settings_of(project))
     project.fraud("jobs", "run", "features")
     return project.root
 
 
 @pytest.fixture(scope="module")
 def paysim(workspace) -> Path:
-    """The head of the public PaySim log."""
-    project = workspace(data__source=shared("paysim_head.csv"), features__label_delay="1d", features__engine="spark")
-    project.fraud("jobs", "run", "acquire")
-    project.fraud("jobs", "run", "features")
-    return project.root
+    """The head of the public PaySim log. The local engine's files are Spark's, byte for byte (test_pipeline)."""
+    source = shared("paysim_head.csv")
+    return made_features(workspace(data__source=source, features__label_delay="1d", features__engine="local"))
 
 
 LATER = {"sender_balance_after", "receiver_balance_after", "is_fraud", "label_time", "flagged", "scenario", "row"}
@@ -209,7 +229,7 @@ def log_of(root: Path, rows: int, contract: Contract) -> list[dict]:
             "time": row["time"],
             "said": {name: value for name, value in row.items() if value is not None and name not in LATER},
             "fraud": bool(row["is_fraud"]),
-            "known": row["time"] + delay,
+            "known": row["time"] + delay if row["label_time"] is None else row["label_time"],
         }
         for row in raw
     ]
@@ -251,19 +271,16 @@ def aws_table(tmp_path, monkeypatch) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def quiet_month(workspace) -> Path:
-    """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each. The local engine's
-    files are Spark's, byte for byte (test_pipeline).
-    """
-    project = workspace(
-        simulate__rows=1_500,
-        simulate__days=31,
-        simulate__fraud_rate=0.02,
-        features__label_delay="1d",
-        features__engine="local",
+    """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each."""
+    return made_features(
+        workspace(
+            simulate__rows=1_500,
+            simulate__days=31,
+            simulate__fraud_rate=0.02,
+            features__label_delay="1d",
+            features__engine="local",
+        )
     )
-    project.fraud("jobs", "run", "acquire")
-    project.fraud("jobs", "run", "features")
-    return project.root
 
 
 @pytest.mark.long(reason="the emulator of DynamoDB takes ten milliseconds a transaction")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fraud_pkg.core.contract import Contract
+from fraud_pkg.core.policy import DECISIONS, LIMITS
 from fraud_pkg.core.settings import Settings
 from fraud_pkg.model.bundle import MANIFEST, MODEL, load_bundle, manifest_hash, manifest_text, sha256_hex
 from fraud_pkg.model.example import example_bundle
@@ -33,6 +34,8 @@ from fraud_pkg.stream.messages import (
 )
 
 RECORDED = Path(__file__).parent / "recorded"
+# The costs of `[decision]`, and limits that all three change some decisions.
+POLICY = Settings().decision.model_dump() | {"least_review": 30, "review_price": 60, "block_price": 100}
 BATCH = 37  # messages that are decided together
 TOPICS = topics_of(Settings().stream)
 
@@ -49,6 +52,7 @@ def recorded_scorer(folder: Path) -> Scorer:
     model, manifest = (RECORDED / MODEL).read_bytes(), json.loads((folder / MANIFEST).read_bytes())
     (folder / MODEL).write_bytes(model)
     manifest["vocabulary"] = recorded["vocabulary"]
+    manifest["policy"] |= POLICY
     manifest["files"][MODEL] = sha256_hex(model)
     manifest["version"] = manifest["files"][MODEL][:12]
     manifest["reference"] = dict.fromkeys(manifest["features"], 0.0)
@@ -103,7 +107,8 @@ def summary(output: Output) -> dict:
         return {"topic": output.topic, "headers": headers}
     record = read_scored_record(output.value).model_dump(mode="json", by_alias=True)
     features = np.array([np.nan if value is None else value for value in record["features"]], np.float32)
-    kept = ("transaction_id", "fraud_probability", "decision", "rule", "reasons", "history", "known_entities", "time")
+    kept = ("transaction_id", "fraud_probability", "decision", "costs", "limit", "rule", "reasons", "history")
+    kept += ("known_entities", "time")
     decided = {name: record[name] for name in kept} | {"transaction": record["transaction"]}
     return decided | {"features": hashlib.sha256(features.tobytes()).hexdigest()[:16]}
 
@@ -111,12 +116,15 @@ def summary(output: Output) -> dict:
 def comparable(row: dict) -> dict:
     """Without what depends on the processor, which may add the model's products in another order."""
     reasons = [reason["feature"] for reason in row.get("reasons", ())]
-    return {name: value for name, value in row.items() if name != "fraud_probability"} | {"reasons": reasons}
+    return {name: value for name, value in row.items() if name not in ("fraud_probability", "costs")} | {
+        "reasons": reasons
+    }
 
 
 def test_a_recorded_stream_is_decided_as_ever(tmp_path):
     expected, found = lines("outputs.jsonl"), [summary(output) for output in replay(tmp_path)]
-    assert {row["decision"] for row in expected if "decision" in row} == {"allow", "review", "block"}
+    assert {row["decision"] for row in expected if "decision" in row} == set(DECISIONS)
+    assert {row["limit"] for row in expected if "decision" in row} == set(LIMITS)
     kinds = {row["headers"]["fraud-kind"] for row in expected if "headers" in row}
     assert kinds == set(INVALID_KINDS) - {"model"}
     assert len(found) == len(expected)

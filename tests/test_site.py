@@ -72,8 +72,8 @@ def test_charts_answer_pointer_and_keys(browser, finished):  # noqa: F811
         first = tip.inner_text()
         seen.page.keyboard.press("ArrowRight")
         assert tip.is_visible() and tip.inner_text() != first
-        seen.page.keyboard.press("ArrowDown")  # to the next series: the daily budget
-        assert tip.inner_text().startswith("the daily budget")
+        seen.page.keyboard.press("ArrowDown")  # to the next series: the policy
+        assert tip.inner_text().startswith("the policy")
         assert chart.locator("circle[tabindex='0']").count() == 1  # one stop for Tab in each chart
         seen.page.keyboard.press("Escape")
         assert tip.is_hidden()
@@ -102,13 +102,15 @@ def test_pages_say_what_was_measured(finished):
     )
     used = {point["name"]: point for point in card["points"]}
     assert 1 - card["worth"]["cost"] / card["worth"]["at_risk"] == pytest.approx(metrics["money_saved_share"]["value"])
-    assert used["budget"]["recall"] == pytest.approx(metrics["recall_at_budget"]["value"])
-    assert used["thresholds"]["saved"] == pytest.approx(metrics["money_saved_share"]["value"])
+    assert used["policy"]["saved"] == pytest.approx(metrics["money_saved_share"]["value"])
+    for name in ("recall", "precision"):
+        assert used["policy"][name] == pytest.approx(metrics[f"stopped_{name}"]["value"])
+    assert used["policy"]["reviews_per_day"] == pytest.approx(metrics["reviews_per_day"])
     assert {row["decision"]: row["honest"] + row["frauds"] for row in card["worth"]["decisions"]} == metrics[
         "decisions"
     ]
-    kinds = {part["name"]: part["within_budget"]["value"] for part in card["segments"] if part["by"] == "kind of fraud"}
-    assert kinds == pytest.approx({name: found["recall_at_budget"] for name, found in metrics["scenarios"].items()})
+    kinds = {part["name"]: part["stopped"]["value"] for part in card["segments"] if part["by"] == "kind of fraud"}
+    assert kinds == pytest.approx({name: found["stopped"] for name, found in metrics["scenarios"].items()})
     text = re.sub(
         r"\s+", " ", re.sub(r"<[^>]+>", " ", (finished.root / "reports/index.html").read_text(encoding="utf-8"))
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import httpx
 import payments
+import numpy as np
 import pytest
 import servers
 from hypothesis import HealthCheck, given, settings
@@ -93,8 +94,7 @@ def new_table(retention: Retention) -> DynamoStore:
 def seen(store: OnlineStore, transactions: Iterable[Transaction]) -> tuple:
     """All that a store says of what these payments touch."""
     snapshot = read_for(store, list(transactions))
-    histories = {key: pack_history(history) for key, history in snapshot.histories.items()}
-    return histories, snapshot.pairs, snapshot.recorded, snapshot.frauds
+    return snapshot.histories, snapshot.pairs, snapshot.recorded, snapshot.frauds
 
 
 operation = st.tuples(st.just("record"), st.lists(st.tuples(st.integers(0, 9), payments.rows), max_size=4)) | st.tuples(
@@ -145,8 +145,9 @@ def test_what_a_store_forgot_changes_no_feature(opened, rows):
             own = online.features(payment, snapshot.pairs)
             features.append(own + online.history_features(transaction, snapshot.histories))
             assert store.record([transaction]) == [True]
-            assert store.label({str(number): row["fraud"]}) == []
-        assert str(features[0]) == str(features[1])
+            if row["fraud"] is not None:
+                assert store.label({str(number): row["fraud"]}) == []
+        np.testing.assert_array_equal(np.array(features[0], np.float32), np.array(features[1], np.float32))
 
 
 def test_many_writers_lose_nothing(opened):
@@ -174,9 +175,7 @@ def test_many_writers_lose_nothing(opened):
     memory = MemoryStore(FEW)
     memory.record(sent)
     assert seen(shared, sent) == seen(memory, sent)
-    assert read_for(shared, sent).histories["account:from"].tiles[1] == [
-        (7, 40, sum(t.cents for t in sent), 0, 0, 1, 0)
-    ]
+    assert read_for(shared, sent).history("account:from").tiles[1] == [(7, 40, sum(t.cents for t in sent), 0, 0, 1, 0)]
 
 
 def again(store) -> LoadableStore:
@@ -203,7 +202,7 @@ def test_the_busiest_entity_has_a_bound(opened, busiest):
     sizes = set()
     for second in range(3):
         store.record([plain(f"b{second}", 60 * DAY - 1 - second, "busiest", "shop")])
-        sizes.add(len(pack_history(store.read(["account:busiest"], [], []).histories["account:busiest"])))
+        sizes.add(len(store.read(["account:busiest"], [], []).histories["account:busiest"]))
     assert sizes == {len(busiest["account:busiest"])} and max(sizes) <= 20_000
 
 
@@ -388,7 +387,7 @@ def test_a_step_in_a_redis_that_forgot_its_scripts(redis_url):
     payment = plain("script-1", 5, "script-a", "script-b", 10)
     store.commit([payment], {}, {"script/0": OffsetAdvance(None, 1, b"\xff\x00")})
     assert store.progress(["script/0"]) == {"script/0": PartitionProgress(1, b"\xff\x00")}
-    assert store.read(["account:script-a"], [], []).histories["account:script-a"].tiles[2] == [(0, 1, 10, 0, 0, 1, 0)]
+    assert store.read(["account:script-a"], [], []).history("account:script-a").tiles[2] == [(0, 1, 10, 0, 0, 1, 0)]
 
 
 def test_a_full_disk_refuses_the_step(tmp_path):

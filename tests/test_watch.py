@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fraud_pkg.core.policy import decide
 from fraud_pkg.data.acquire import acquire
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.features.table import build_features
@@ -39,6 +40,7 @@ def judged(tmp_path_factory) -> tuple[list[JudgedWindow], Reference]:
     made, folder = build_features(settings), settings.data_dir / "features"
     periods = split_periods(0, 24 * LEARNED - 1, settings.split, settings.contract.label_delay)
     words = learn_words(folder, periods["train"], made["features"])
+    periods["gap"] = Period("gap", periods["validation"].end_step, periods["test"].first_step)
     samples = {name: load_sample(folder, period, made["features"], words) for name, period in periods.items()}
     data = json.loads((folder / "manifest.json").read_text())
     learned = Periods(
@@ -51,8 +53,9 @@ def judged(tmp_path_factory) -> tuple[list[JudgedWindow], Reference]:
     reference = Reference(bundle, settings.monitor)
     live = load_sample(folder, Period("live", 24 * LEARNED, 24 * (LEARNED + WATCHED)), made["features"], words)
     p, x, day = bundle.probability(live.select(bundle.manifest.features)), live.select(reference.names), live.step // 24
+    stopped = decide(p, live.amount, bundle.manifest.policy).stopped
     windows = [
-        DecisionWindow(24 * d, 24 * d + 24, x[day == d], p[day == d], live.y[day == d] == 1)
+        DecisionWindow(24 * d, 24 * d + 24, x[day == d], p[day == d], stopped[day == d], live.y[day == d] == 1)
         for d in range(LEARNED, LEARNED + WATCHED)
     ]
     return [judge_window(window, reference) for window in windows], reference

@@ -160,6 +160,17 @@ def _seen_before(ids: "pa.ChunkedArray") -> np.ndarray:
     return (codes >= 0) & (codes <= highest)
 
 # %% ../../nbs/core/09_checks.ipynb #abd1ad52
+def _half_place(
+    place: Attribute, typed: "dict[str, pa.Array]", reasons: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    "Rows with one of latitude and longitude, unless the other has a reason of its own."
+    latitude, longitude = (np.asarray(typed[name].is_null()) for name in place.stored)
+    half = latitude != longitude
+    for reason, mask in reasons.items():
+        if reason.partition(":")[0] in place.stored:
+            half &= ~mask
+    return {f"{place.name}: latitude and longitude are not both there": half}
+
 def check_table(
     table: "pa.Table",  # with the names of `raw_columns`
     contract: Contract,
@@ -179,6 +190,8 @@ def check_table(
             reasons |= underivable
         typed[column.name], column_reasons = check_column(column, values)
         reasons |= column_reasons
+    for place in contract.places:
+        reasons |= _half_place(place, typed, reasons)
     typed = pa.table(typed, schema=arrow_schema(contract))
     reasons["transaction_id: seen before"] = _seen_before(typed["transaction_id"])
     return typed, {reason: mask for reason, mask in reasons.items() if mask.any()}

@@ -26,8 +26,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../../nbs/core/02_contract.ipynb #98a00434
-LARGEST_AMOUNT = 1e10   # a bound that keeps sums of cents far inside 64 bits
-LARGEST_BALANCE = 1e12
+LARGEST_AMOUNT = 1e12   # sums of cents are exact in float64 (Redis) far beyond it, and in 64 bits
+LARGEST_BALANCE = 1e15
 LONGEST_ID = 64         # characters
 LONGEST_CATEGORY = 256  # characters
 LATEST = 10_000_000 * 3600  # seconds since the epoch, about 1,100 years

@@ -48,8 +48,8 @@ def arrow_schema(
     return pa.schema([(name, _arrow_type(kinds[name])) for name in names or kinds])
 
 # %% ../../nbs/data/12_lake.ipynb #668280d5
-RECORD_COLUMNS = ("transaction_id", "time", "fraud_probability", "decision", "rule", "history", "known_entities",
-                  "model", "contract", "reasons")
+RECORD_COLUMNS = ("transaction_id", "time", "fraud_probability", "decision", "limit", "rule", "history",
+                  "known_entities", "model", "contract", "reasons")
 
 def payment_columns(contract: Contract) -> dict[str, str]:
     "`{field of a payment: column}`."

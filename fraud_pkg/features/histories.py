@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from ..core.contract import DAY, TILES, Contract
 from .definitions import EntityPlan, history_plans, relation_of, relations
-from .kernel import first_of_pair, to_cents
+from .kernel import NEVER_KNOWN, first_of_pair, to_cents
+from .local import known_frauds
 from .payment import SEPARATOR
 from ..store.tiles import FORMAT, NEVER, PAIR, Posting, Retention, Transaction
 
@@ -138,7 +139,9 @@ class LogTable:
         self.relations = {relation.name: _relation(raw, relation.name, relation.columns, retention.pair)
                            for relation in relations(contract)}
         self.cents = to_cents(raw["amount"].to_numpy())
-        self.fraud = pc.fill_null(raw["is_fraud"], 0).to_numpy().astype(np.int64)
+        known = known_frauds(raw)
+        self.fraud = known <= self.newest          # [n] bool: known by the log's last payment
+        self.later = int((known < NEVER_KNOWN).sum() - self.fraud.sum())  # frauds that become known after it
 
     def first_of(self, plan: EntityPlan) -> np.ndarray:
         if not plan.entity.partner:
@@ -189,9 +192,10 @@ def recorded_payments(log: LogTable, size: int) -> Iterator[Recorded]:
     days = log.time // DAY
     first = int(np.searchsorted(days, log.newest // DAY - log.retention.days, side="right"))
     for begin in range(first, len(log.time), size):
-        yield _recorded(log, log.raw.slice(begin, size))
+        yield _recorded(log, begin, size)
 
-def _recorded(log: LogTable, raw: pa.Table) -> Recorded:
+def _recorded(log: LogTable, begin: int, size: int) -> Recorded:
+    raw = log.raw.slice(begin, size)
     postings = [_postings(raw, plan) for plans in history_plans(log.contract) for plan in plans]
     order = [plan.entity.name for plans in history_plans(log.contract) for plan in plans]
     postings = [postings[order.index(entity.name)] for entity in log.contract.entities]
@@ -203,7 +207,7 @@ def _recorded(log: LogTable, raw: pa.Table) -> Recorded:
     rows = zip(ids, raw["time"].to_pylist(), cents, zip(*postings, strict=True), places, strict=True)
     transactions = [Transaction(name, time, amount, tuple(p for p in of_row if p is not None), place)
                     for name, time, amount, of_row, place in rows]
-    return transactions, {name for name, fraud in zip(ids, raw["is_fraud"].to_pylist(), strict=True) if fraud}
+    return transactions, {name for name, fraud in zip(ids, log.fraud[begin:begin + size], strict=True) if fraud}
 
 def _postings(raw: pa.Table, plan: EntityPlan) -> list[Posting | None]:
     keys, pairs = entity_keys(raw, plan).to_pylist(), [""] * len(raw)

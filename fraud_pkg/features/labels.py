@@ -72,7 +72,7 @@ FLOW_LABELS = {  # of an entity with one direction, and then out and in
     "ratio": (("this amount against the mean", "this amount against the mean sent",
                "this amount against the mean received"), "times"),
 }
-PEAK_WORDS = ("", " of sending", " of receiving")
+PEAK_WORDS = ("", " sent", " received")
 
 def _window_labels(plan: EntityPlan, window: int) -> Iterator[tuple[str, str, str]]:
     "(name without its entity and window, text, kind) of the features that a window has."
@@ -82,7 +82,7 @@ def _window_labels(plan: EntityPlan, window: int) -> Iterator[tuple[str, str, st
             texts, kind = FLOW_LABELS[flow]
             yield side + flow, texts[words], kind
         if direction == plan.direction or not plan.both:
-            peak = f"busiest {tile_label(window)}{PEAK_WORDS[words]} against the usual payment"
+            peak = f"highest mean amount{PEAK_WORDS[words]} of one {tile_label(window)} against the usual"
             yield f"{side}peak_ratio", peak, "times"
     yield "new_partners", "payments with a partner that was new", "number"
     yield "fraud_share", "share confirmed as fraud", "share"

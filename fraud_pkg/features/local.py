@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KEYS', 'PART_ROWS', 'Finish', 'MIXERS', 'BUCKET_EVENTS', 'IN_MEMORY', 'needed_columns', 'raw_features', 'Part',
            'plan_parts', 'EntityRows', 'Histories', 'number_columns', 'part_table', 'write_part', 'text_hashes',
-           'joined_hashes', 'sightings', 'pair_codes', 'HistoryBlocks', 'local_history', 'read_raw', 'run_local']
+           'joined_hashes', 'known_frauds', 'sightings', 'pair_codes', 'HistoryBlocks', 'local_history', 'read_raw',
+           'run_local']
 
 # %% ../../nbs/features/04_local.ipynb #ad6fea25
 import math
@@ -29,13 +30,13 @@ from ..core.files import staging_file
 from ..core.settings import Settings
 from .definitions import EntityPlan, entity_plans, feature_names, history_plans, relations
 from fraud_pkg.features.kernel import (
-    BLOCK, Events, age_days, core_features, first_of_pair, past_features, repeated_events, to_cents,
+    BLOCK, NEVER_KNOWN, Events, age_days, core_features, first_of_pair, past_features, repeated_events, to_cents,
     without_history,
 )
 
 # %% ../../nbs/features/04_local.ipynb #0a2c3c96
 KEYS = ("row", "transaction_id", "time", "amount", "sender", "sender_balance", "receiver", "receiver_balance",
-        "is_fraud", "scenario")
+        "is_fraud", "label_time", "scenario")
 
 def needed_columns(contract: Contract) -> list[str]:
     "The columns of the raw table that keys and features are made of."
@@ -186,10 +187,15 @@ class _Log(NamedTuple):
     "What the kernel needs of n payments."
     time: np.ndarray    # [n] int64
     cents: np.ndarray   # [n] int64
-    fraud: np.ndarray   # [n] int8
+    known: np.ndarray   # [n] int64, from when on it is known as fraud
     place: np.ndarray | None       # [n, 2] float64
     texts: dict[str, pa.Array]     # columns of entities and their partners
     hashes: dict[str, np.ndarray]  # of the texts
+
+def known_frauds(raw: pa.Table) -> np.ndarray:
+    "The second from which on each payment is known as fraud, its own without a label_time; NEVER_KNOWN: [n] int64."
+    since = pc.coalesce(raw["label_time"], raw["time"])
+    return pc.if_else(pc.fill_null(pc.equal(raw["is_fraud"], 1), False), since, NEVER_KNOWN).to_numpy()
 
 def sightings(raw: pa.Table, contract: Contract) -> np.ndarray | None:
     "Where payments were, [n, 2] degrees; None where no entity needs it."
@@ -201,9 +207,8 @@ def _log_of(raw: pa.Table, contract: Contract, pool: ThreadPoolExecutor) -> _Log
     names = dict.fromkeys(name for entity in contract.entities for name in (*entity.columns, entity.partner) if name)
     texts = {name: raw[name].combine_chunks() for name in names}
     hashes = dict(zip(names, pool.map(text_hashes, texts.values()), strict=True))
-    fraud = pc.fill_null(raw["is_fraud"], 0).to_numpy()
     cents, place = to_cents(raw["amount"].to_numpy()), sightings(raw, contract)
-    return _Log(raw["time"].to_numpy(), cents, fraud, place, texts, hashes)
+    return _Log(raw["time"].to_numpy(), cents, known_frauds(raw), place, texts, hashes)
 
 # %% ../../nbs/features/04_local.ipynb #b3dbe860
 def _bucketed(log: _Log, plans: Sequence[EntityPlan], buckets: int) -> list[np.ndarray]:
@@ -263,7 +268,7 @@ def _bucket_events(
     entity = _entity_codes(log, plans, row, side)
     first = _first_flags(log, plans, entity, row, side, horizon)
     place = None if log.place is None else log.place[row]
-    return Events(entity, log.time[row], side == 0, log.cents[row], log.fraud[row], first > 0, row, place), first
+    return Events(entity, log.time[row], side == 0, log.cents[row], log.known[row], first > 0, row, place), first
 
 # %% ../../nbs/features/04_local.ipynb #86a2560c
 IN_MEMORY = 2**30  # bytes of history rows

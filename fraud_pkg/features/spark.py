@@ -33,7 +33,7 @@ from ..core.contract import HOUR, Contract
 from ..core.errors import FraudError
 from ..core.settings import Settings
 from .definitions import EntityPlan, entity_plans, history_plans, relations
-from .kernel import Events, first_of_pair, past_features, without_history
+from .kernel import NEVER_KNOWN, Events, first_of_pair, past_features, without_history
 from fraud_pkg.features.local import (
     PART_ROWS, EntityRows, Finish, Histories, Part, needed_columns, pair_codes, part_table, read_raw,
     text_hashes, write_part,
@@ -280,7 +280,7 @@ def spark_job(settings: Settings) -> Iterator[Any]:
         scratch.cleanup()
 
 # %% ../../nbs/features/05_spark.ipynb #654364cb
-EVENT_COLUMNS = ("history", "key", "partner", "entity", "row", "time", "cents", "fraud", "latitude", "longitude")
+EVENT_COLUMNS = ("history", "key", "partner", "entity", "row", "time", "cents", "known", "latitude", "longitude")
 HISTORY_SCHEMA = "part int, row bigint, entity int, first boolean, history binary"
 Task = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
@@ -302,7 +302,7 @@ def _events_of(table: pa.Table, plans: Sequence[EntityPlan], numbers: Sequence[i
     place = None
     if any(plan.has("speed") for plan in plans):
         place = np.column_stack([table[name].to_numpy().astype(np.float64) for name in ("latitude", "longitude")])
-    return Events(entity, table["time"].to_numpy(), out, table["cents"].to_numpy(), table["fraud"].to_numpy(),
+    return Events(entity, table["time"].to_numpy(), out, table["cents"].to_numpy(), table["known"].to_numpy(),
                   _first_flags(table, entity, out, horizon), table["row"].to_numpy(), place)
 
 # %% ../../nbs/features/05_spark.ipynb #4f9055b3
@@ -409,7 +409,7 @@ def _entity_events(spark, raw_file: Path, contract: Contract):
     cents = F.rint(F.col("amount") * 100).cast("long")
     raw = spark.read.parquet(str(raw_file)).select(
         F.explode(F.array(*sides)).alias("side"), "row", "time", cents.alias("cents"),
-        F.coalesce("is_fraud", F.lit(0)).cast("int").alias("fraud"),
+        F.when(F.col("is_fraud") == 1, F.coalesce("label_time", "time")).otherwise(NEVER_KNOWN).alias("known"),
         latitude.alias("latitude"), longitude.alias("longitude"))
     return raw.select("side.*", *EVENT_COLUMNS[4:]).where("key IS NOT NULL")
 

@@ -18,7 +18,7 @@ from ..core.files import staging_dir
 from ..core.settings import Settings
 from .definitions import feature_names
 from .local import PART_ROWS, needed_columns, plan_parts, run_local
-from .manifest import MANIFEST_FILE, read_manifest
+from .manifest import MANIFEST_FILE, own_columns, read_manifest
 from .spark import run_spark
 
 # %% ../../nbs/features/07_table.ipynb #a50100d1
@@ -38,6 +38,7 @@ def build_features(settings: Settings) -> dict[str, Any]:
     _check_columns(raw_file, contract)
     parts = plan_parts(pq.read_table(raw_file, columns=["time"])["time"].to_numpy(), PART_ROWS)
     manifest = {key: source[key] for key in ("fingerprint", "rows", "source", "epoch", "first_step", "last_step")}
+    manifest["columns"] = own_columns(source)
     manifest |= {"contract": contract.model_dump(mode="json"), "features": feature_names(contract)}
     manifest["parts"] = [{"file": part.file, "rows": part.end_row - part.first_row,
                           "first_step": part.first_step, "end_step": part.end_step} for part in parts]

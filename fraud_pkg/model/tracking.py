@@ -187,6 +187,7 @@ def _run_tags(manifest: Manifest) -> dict[str, str]:
     precision = manifest.metrics.get("average_precision", {}).get("value")
     return {"bundle_version": manifest.version, "digest": manifest.files[MANIFEST], "contender": manifest.name,
             "data_fingerprint": str(manifest.data.get("fingerprint", "")), "code_revision": manifest.code_revision,
+            "judged": manifest.judged.version if manifest.judged else "",
             "average_precision": "" if precision is None else f"{precision:.6f}"}
 
 def _data_tags(manifest: Manifest, settings: Settings) -> dict[str, str]:

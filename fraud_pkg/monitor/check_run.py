@@ -22,7 +22,7 @@ from ..core.errors import FraudError
 from ..core.files import staging_dir
 from ..core.settings import Monitor, Settings
 from ..data.lake import NoDecisions, newest_step, read_decisions, read_labels
-from ..model.bundle import Bundle, load_bundle
+from ..model.bundle import Bundle, learned_until, load_bundle
 from .drift import (
     MonitorRecord, drift_report, drift_table, feature_frame, performance_report, plot_drift)
 from fraud_pkg.monitor.live import (
@@ -169,9 +169,8 @@ class CheckRun(MonitorRecord):
     page: str = ""  # folder, below reports
 
 def trained_until(bundle: Bundle) -> int:
-    "The last step of training and validation."
-    periods = bundle.manifest.data.get("periods", {})
-    return max(last for name in ("train", "validation") for _, last in periods.get(name, [[0, 0]]))
+    "The last step that the champion has learned from; 0 where it does not say."
+    return learned_until(bundle.manifest) or 0
 
 # %% ../../nbs/monitor/03_check_run.ipynb #e770e59c
 def _load_champion(settings: Settings) -> Bundle:
@@ -266,7 +265,7 @@ def _write_performance(folder: Path, check_run: CheckRun, settings: Settings, re
     window = load_window(lake, reference, read_labels(lake), first_step=labelled[0].first_step,
                          end_step=labelled[-1].end_step)
     assert window.fraud is not None
-    report = performance_report(window.fraud.astype(np.int8), window.probability, reference.review)
+    report = performance_report(window.fraud, window.stopped)
     report.save_html(str(folder / "performance.html"))
 
 # %% ../../nbs/monitor/03_check_run.ipynb #f7f31881

@@ -207,6 +207,12 @@ DECISIONS = (
     Chart("Blocked", "The share of the last hour's payments that were blocked. Above 5 % somebody is paged: "
           "customers are being turned away.",
           "percentunit", {"{{job}}": "job:fraud_blocked:ratio_rate1h"}, limits=(0.05,)),
+    Chart("Reviews of a day", "In the last 24 hours, beside what [decision] alert_budget of the champion has room for.",
+          "short", {"{{job}}: reviews": "job:fraud_reviews:increase1d",
+                    "{{job}}: budget": "job:fraud_review_budget:per_day"}),
+    Chart("Changed by a limit", "Decisions a second that are not the cheapest by costs alone: review_budget is what "
+          "the team has no time for, false_blocks what is not certain enough to be blocked.",
+          "reqps", {"{{limit}}": f"sum by (limit) (rate(fraud_limited_decisions_total{EVERY}))"}),
     Chart("By a rule", "Decisions a second that a rule ([rules] in settings.ini) made stricter than the model.",
           "reqps", {"{{rule}}": f"sum by (rule) (rate(fraud_rule_decisions_total{EVERY}))"}),
     Chart("Store errors", "Requests a second during which the online store did not answer.",

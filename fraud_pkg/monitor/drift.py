@@ -229,25 +229,22 @@ def plot_drift(
 # %% ../../nbs/monitor/00_drift.ipynb #60819381
 def performance_report(
     y: np.ndarray,  # [n] 1 for fraud
-    probability: np.ndarray,  # [n] calibrated
-    threshold: float,  # flagged from here on
+    stopped: np.ndarray,  # [n] bool, what was reviewed or blocked
 ) -> "Snapshot":
-    "Evidently's classification report."
+    "Evidently's classification report of what was stopped; it depends on amounts too, so on no threshold of the score."
     import pandas as pd
     from evidently import BinaryClassification, DataDefinition, Dataset, Report
     from evidently.presets import ClassificationPreset
 
-    flagged = (probability >= threshold).astype(int)
-    rows = pd.DataFrame({"is_fraud": np.asarray(y, int), "probability": probability, "flagged": flagged})
-    task = BinaryClassification(
-        target="is_fraud", prediction_probas="probability", prediction_labels="flagged")  # 1 is fraud
+    rows = pd.DataFrame({"is_fraud": np.asarray(y, int), "stopped": np.asarray(stopped, int)})
+    task = BinaryClassification(target="is_fraud", prediction_labels="stopped")  # 1 is fraud
     current = Dataset.from_pandas(rows, data_definition=DataDefinition(classification=[task]))
-    return Report([ClassificationPreset(probas_threshold=threshold)]).run(current, None)
+    return Report([ClassificationPreset()]).run(current, None)
 
 def performance_numbers(
     report: "Snapshot",  # of `performance_report`
 ) -> dict[str, float]:
-    "Its single numbers by name, such as Precision and RocAuc."
+    "Its single numbers by name, such as Precision and Recall."
     metrics = json.loads(report.json())["metrics"]
     single = {m["config"]["type"].split(":")[-1]: m["value"] for m in metrics}
     return {name: float(value) for name, value in single.items() if isinstance(value, int | float)}
@@ -377,10 +374,9 @@ def current_period(settings: Settings) -> Period:
 # %% ../../nbs/monitor/00_drift.ipynb #2bfe56ab
 def _performance(bundle: Bundle, test: Sample, p: np.ndarray) -> tuple["Snapshot", dict[str, float]]:
     "Evidently's report and the numbers, reviewed and blocked payments counted as flagged."
-    threshold = bundle.manifest.thresholds.review
-    report = performance_report(test.y, p, threshold)
-    flagged = int((decide(p, bundle.manifest.thresholds) > 0).sum())
-    return report, {"rows": len(test), "frauds": int(test.y.sum()), "flagged": flagged, "threshold": threshold,
+    stopped = decide(p, test.amount, bundle.manifest.policy).stopped
+    report = performance_report(test.y, stopped)
+    return report, {"rows": len(test), "frauds": int(test.y.sum()), "flagged": int(stopped.sum()),
                     "average_precision": average_precision(test.y, p), **performance_numbers(report)}
 
 # %% ../../nbs/monitor/00_drift.ipynb #e455f101

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Values', 'PAYMENT', 'decided_events', 'look_back', 'entity_values', 'values_of', 'concerning', 'past_events',
            'Arrivals', 'uncertain_values', 'feature_groups', 'differing', 'EntityParity', 'Difference', 'ParityRecord',
-           'compare_features', 'draw_decisions', 'check_parity']
+           'compare_features', 'draw_decisions', 'labelled_late', 'check_parity']
 
 # %% ../../nbs/monitor/02_parity.ipynb #0e64ae7b
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,8 @@ from ..core.errors import FraudError
 from ..core.settings import Settings
 from ..data.lake import read_decisions, read_labels, training_columns
 from ..features.definitions import entity_feature_names, entity_plans, feature_names, relation_of, relations
-from ..features.local import local_history, needed_columns, part_table
+from ..features.kernel import NEVER_KNOWN
+from ..features.local import known_frauds, local_history, needed_columns, part_table
 from ..features.manifest import read_manifest
 from ..features.payment import SEPARATOR
 from ..features.vocabulary import encode
@@ -222,13 +223,24 @@ def draw_decisions(lake: Path, bundle: Bundle, rows: int, first_step: int, end_s
     drawn = np.sort(np.random.default_rng(first_step).permutation(own)[:rows])
     return table.take(pa.array(drawn))
 
-def _lake_events(lake: Path, contract: Contract, first: int, end_step: int) -> tuple[pa.Table, Arrivals]:
+def _confirmed(lake: Path) -> pa.Array:
+    "The ids of payments that a label of the stream calls fraud."
+    return pa.array([number for number, fraud in read_labels(lake).items() if fraud], pa.string())
+
+def labelled_late(past: pa.Table, confirmed: pa.Array, newest: int) -> pa.Table:
+    "The raw payments that are known as fraud, but were not yet at the second `newest`, with which the raw data end."
+    known = known_frauds(past)
+    by_stream = pc.is_in(past["transaction_id"], value_set=confirmed).to_numpy()
+    return past.filter(pa.array((known > newest) & ((known < NEVER_KNOWN) | by_stream)))
+
+def _lake_events(
+    lake: Path, contract: Contract, first: int, end_step: int, confirmed: pa.Array,
+) -> tuple[pa.Table, Arrivals]:
     "Decisions from a second on, as events, and how they arrived."
     columns = ["transaction_id", "time", "cents", "source_partition", "source_offset"]
     optional = list(training_columns(contract).values())
     live = read_decisions(lake, columns, max(first, 0) // HOUR, end_step, contract=contract, optional=optional)
-    frauds = pa.array([number for number, fraud in read_labels(lake).items() if fraud], pa.string())
-    labelled = pc.is_in(live["transaction_id"], value_set=frauds).to_numpy()
+    labelled = pc.is_in(live["transaction_id"], value_set=confirmed).to_numpy()
     arrivals = Arrivals(*(live[name].to_numpy() for name in ("time", "source_partition", "source_offset")), labelled)
     return decided_events(live, contract), arrivals
 
@@ -248,13 +260,16 @@ def _recomputed(events: pa.Table, ids: pa.ChunkedArray, bundle: Bundle, threads:
         rows = rows.set_column(rows.schema.get_field_index(name), name, codes)
     return rows
 
-def _certain(sampled: pa.Table, decided: pa.Table, arrivals: Arrivals, contract: Contract) -> dict[str, np.ndarray]:
+def _certain(
+    sampled: pa.Table, decided: pa.Table, arrivals: Arrivals, late: pa.Table, contract: Contract,
+) -> dict[str, np.ndarray]:
     "Whether each sampled payment can be compared, by entity."
     found = {}
     for entity in contract.entities:
-        sides = [entity_values(decided, side).combine_chunks() for side in contract.sharing(entity)]
-        uncertain = pc.is_in(entity_values(sampled, entity), value_set=uncertain_values(sides, arrivals))
-        found[entity.name] = ~uncertain.to_numpy()
+        sharing = contract.sharing(entity)
+        sides, others = ([entity_values(table, side).combine_chunks() for side in sharing] for table in (decided, late))
+        uncertain = pa.concat_arrays([uncertain_values(sides, arrivals), *others])
+        found[entity.name] = ~pc.is_in(entity_values(sampled, entity), value_set=uncertain).to_numpy()
     return found
 
 # %% ../../nbs/monitor/02_parity.ipynb #50684a88
@@ -273,7 +288,8 @@ def check_parity(
     if not len(sample):
         return None
     first = sample["time"][0].as_py() - look_back(contract)
-    decided, arrivals = _lake_events(lake, contract, first, end_step)
+    confirmed = _confirmed(lake)
+    decided, arrivals = _lake_events(lake, contract, first, end_step, confirmed)
     ids = decided["transaction_id"].combine_chunks()
     sampled = decided.take(pc.index_in(sample["transaction_id"], value_set=ids))
     values, end = values_of(sampled, contract), _raw_end(lake, first, decided["time"][0].as_py())
@@ -282,4 +298,5 @@ def check_parity(
     numbered = decided.set_column(0, "row", pc.add(decided["row"], behind))
     events = pa.concat_tables([past, concerning(numbered, values, contract)])
     recomputed = _recomputed(events, sample["transaction_id"], bundle, settings.features.threads)
-    return compare_features(sample, recomputed, _certain(sampled, decided, arrivals, contract), contract)
+    late = labelled_late(past, confirmed, HOUR * read_manifest(settings, "raw")["last_step"])
+    return compare_features(sample, recomputed, _certain(sampled, decided, arrivals, late, contract), contract)

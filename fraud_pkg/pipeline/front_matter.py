@@ -33,6 +33,7 @@ ProjectPath = Annotated[str, AfterValidator(_checked_path)]
 
 class FrontMatter(Scheduled):
     "What a job notebook declares."
+    contender: str = ""  # whom it trains; it is left out where [train] contenders does not name it
     settings: tuple[str, ...] = ()  # what it depends on: sections, or single settings such as features.windows
     inputs: tuple[ProjectPath, ...] = ()                  # what it reads
     outputs: tuple[ProjectPath, ...] = Field(min_length=1)  # what it writes, whole or not at all
@@ -155,6 +156,8 @@ def read_job(
     try:
         fields = _read_front_matter(cells)
         _check_settings(fields["settings"])
+        if fields["contender"] and not {"train", "train.contenders"} & {*fields["settings"]}:
+            raise FraudError("it trains a contender, so its settings must name train.contenders")
         modules = _modules(cells, package)
         parameters = _read_parameters(cells, fields["settings"])
     except FraudError as error:

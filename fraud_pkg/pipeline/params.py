@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.settings import FREE_SECTIONS, Settings, known_keys
 
-# %% ../../nbs/pipeline/02_params.ipynb #f0200e9d
+# %% ../../nbs/pipeline/02_params.ipynb #92f20b1d
 HASH_BELOW = 2**30  # bytes; hashing takes about a second per GiB
 
 def _file_fingerprint(settings: Settings) -> dict[str, Any]:
@@ -26,6 +26,23 @@ def _file_fingerprint(settings: Settings) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
+# %% ../../nbs/pipeline/02_params.ipynb #f0200e9d
+def _folder_fingerprint(settings: Settings) -> dict[str, Any]:
+    "Of a local folder or a glob: names, sizes and when each file changed."
+    source = settings.data.source
+    path = settings.root / source
+    if "://" in source or path.is_file():
+        return {}
+    files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.glob(path.name))
+    listed = [f"{file.relative_to(path.parent)} {file.stat().st_size} {file.stat().st_mtime_ns}"
+              for file in files if file.is_file()]
+    return {"files": hashlib.sha256("\n".join(listed).encode()).hexdigest()} if listed else {}
+
+def _rates_fingerprint(settings: Settings) -> dict[str, Any]:
+    "Of the table of `[data] currency_rates`."
+    path = settings.root / settings.data.currency_rates
+    return {"rates": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+
 def _lake_fingerprint(settings: Settings) -> dict[str, Any]:
     "Of the decisions that the sink wrote: its files never change, and their names say what is in them."
     if not settings.data.decisions:
@@ -36,7 +53,8 @@ def _lake_fingerprint(settings: Settings) -> dict[str, Any]:
 
 def source_fingerprint(settings: Settings) -> dict[str, Any]:
     "Changes when a local source, or the lake of decisions that continues it, has changed; `{}` where there is neither."
-    return _file_fingerprint(settings) | _lake_fingerprint(settings)
+    return (_file_fingerprint(settings) | _folder_fingerprint(settings) | _rates_fingerprint(settings)
+            | _lake_fingerprint(settings))
 
 # %% ../../nbs/pipeline/02_params.ipynb #0c94fa0a
 def params_document(settings: Settings) -> dict[str, Any]:

@@ -24,16 +24,20 @@ from .run import ProgressListener, Run, refresh_page, run_pipeline
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #897e5536
 def retraining_settings(settings: Settings) -> Settings:
-    "The settings of a run on the stream's data; raises `FraudError` for a test period too short to watch by."
+    "The settings of a run on the stream's data; raises `FraudError` for periods too short to watch a champion by."
     retrain, hours = settings.retrain, settings.monitor.window_hours
-    least = MIN_WINDOWS * hours
-    if retrain.test_hours < least:
-        expected = f"expected at least {least}, {MIN_WINDOWS} windows of [monitor] window_hours = {hours}"
-        raise FraudError(f"[retrain] test_hours = {retrain.test_hours}: {expected}, to watch the new champion by")
+    waiting = 24 * settings.features.label_delay
+    held_out, least = retrain.validation_hours + waiting + retrain.test_hours, MIN_WINDOWS * hours
+    if held_out < least:
+        raise FraudError(
+            f"[retrain] validation_hours = {retrain.validation_hours}, label delay of {waiting} hours, test_hours = "
+            f"{retrain.test_hours}: {held_out} hours; expected at least {least}, {MIN_WINDOWS} windows of [monitor] "
+            f"window_hours = {hours}, to watch the new champion by")
     epoch = load_bundle(settings.models_dir / "champion").manifest.epoch or settings.data.epoch
     data = settings.data.model_copy(update={"decisions": settings.stream.sink, "epoch": epoch})
-    split = settings.split.model_copy(update=settings.section_dict("retrain"))
-    return settings.model_copy(update={"data": data, "split": split})
+    split = settings.split.model_copy(update={key: getattr(retrain, key) for key in type(settings.split).model_fields})
+    train = settings.train.model_copy(update={"half_life": retrain.half_life, "refit": retrain.refit})
+    return settings.model_copy(update={"data": data, "split": split, "train": train})
 
 def last_labelled_step(settings: Settings) -> int:
     "The last hour of the lake whose transactions have their labels."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ProgressListener', 'STAGE_STARTED', 'STAGE_CACHED', 'LOCK_FILE_WRITTEN', 'DVC_NOISE', 'preflight', 'ProgressEvent',
-           'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'run_pipeline']
+           'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'check_data', 'run_pipeline']
 
-# %% ../../nbs/pipeline/05_run.ipynb #aa9bd770
+# %% ../../nbs/pipeline/05_run.ipynb #2e8c2eb2
 import contextlib
 import hashlib
 import json
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -29,10 +29,13 @@ from ..model.dvc_remote import RemoteError, check_remote, dvc, push_artifacts, r
 from .compile import compile_jobs, dvc_command, dvc_path, find_job, write_targets
 from .execute import LESS_MEMORY, JobError, Record, disk_full, exclusive, utc_now
 from .front_matter import Job
-from .params import write_params
+from .params import params_document, write_params
 from .schedule import from_template
 
-# %% ../../nbs/pipeline/05_run.ipynb #5bb486f3
+if TYPE_CHECKING:
+    from fraud_pkg.data.acquire import Preview
+
+# %% ../../nbs/pipeline/05_run.ipynb #67cacb7d
 def _check_folders(settings: Settings) -> None:
     "Raises `SettingsError` for a folder of `[paths]` that is not inside the project."
     root = settings.root.resolve()
@@ -54,7 +57,7 @@ def preflight(settings: Settings) -> None:
     if settings.pipeline.push or settings.pipeline.pull:
         check_remote(settings)
 
-# %% ../../nbs/pipeline/05_run.ipynb #af260871
+# %% ../../nbs/pipeline/05_run.ipynb #b3348d65
 class ProgressEvent(BaseModel):
     "Something that a listener hears of a run: a job starts, is cached, prints a line, ends."
     kind: str              # "start", "cached", "line", "done", "failed"
@@ -76,7 +79,7 @@ DVC_NOISE = re.compile("|".join([
     r"\s*$",
 ]))
 
-# %% ../../nbs/pipeline/05_run.ipynb #722ad21c
+# %% ../../nbs/pipeline/05_run.ipynb #10ac87f9
 def _killing_signal(dvc_error: str) -> int | None:
     "The number of the signal that ended the command DVC complains about; None where it ended by itself."
     match = re.search(r"exited with (-?\d+)", dvc_error)
@@ -85,7 +88,7 @@ def _killing_signal(dvc_error: str) -> int | None:
         return -status
     return status - 128 if 130 <= status <= 159 else None  # as a shell says it
 
-# %% ../../nbs/pipeline/05_run.ipynb #13c6224c
+# %% ../../nbs/pipeline/05_run.ipynb #e050a7df
 def _failure_line(*, job: str, job_error: str, dvc_error: str) -> str:
     "The one line that explains why `dvc repro` failed."
     number = _killing_signal(dvc_error)
@@ -100,7 +103,7 @@ def _failure_line(*, job: str, job_error: str, dvc_error: str) -> str:
     hint = " Remove that file, and everything runs anew." if "dvc.lock" in dvc_error else ""
     return f"dvc: {dvc_error or 'ended without saying why'}{hint}"
 
-# %% ../../nbs/pipeline/05_run.ipynb #ba2abcd2
+# %% ../../nbs/pipeline/05_run.ipynb #323990bb
 class _StageStates:
     "Follows which stage runs, and how the others fared."
 
@@ -123,7 +126,7 @@ class _StageStates:
             return ProgressEvent(kind="done", job=finished)
         return None
 
-# %% ../../nbs/pipeline/05_run.ipynb #a462cc8b
+# %% ../../nbs/pipeline/05_run.ipynb #0b00df88
 class ReproOutput(_StageStates):
     "Follows the output of `dvc repro` line by line: the state of each stage, and what explains a failure."
 
@@ -159,7 +162,7 @@ class ReproOutput(_StageStates):
             self.states[self.job] = "failed"
         return _failure_line(job=self.job, job_error=self._job_error, dvc_error=self._dvc_error)
 
-# %% ../../nbs/pipeline/05_run.ipynb #e4189d61
+# %% ../../nbs/pipeline/05_run.ipynb #c583bee2
 def initialise_dvc(root: Path) -> None:
     "Makes `root` a DVC project with a local remote, unless it is one."
     config = root / ".dvc/config"
@@ -168,7 +171,7 @@ def initialise_dvc(root: Path) -> None:
         config.write_text(from_template("dvc.config"), encoding="utf-8")
         (root / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n", encoding="utf-8")
 
-# %% ../../nbs/pipeline/05_run.ipynb #652abc81
+# %% ../../nbs/pipeline/05_run.ipynb #4b5b357a
 def _environment(settings: Settings) -> dict[str, str]:
     "What the jobs of a run find in their environment."
     keyed = {f"{section}.{key}": value for (section, key), value in values_in_force(settings).items()
@@ -196,7 +199,7 @@ def _lines(process: subprocess.Popen[str]) -> Iterable[str]:
     "The output of a process, as it comes."
     return process.stdout or ()
 
-# %% ../../nbs/pipeline/05_run.ipynb #e3a597de
+# %% ../../nbs/pipeline/05_run.ipynb #616034d7
 def _interrupt(
     process: subprocess.Popen[str],
     by_itself: float = 3.0,    # seconds
@@ -214,7 +217,7 @@ def _interrupt(
                 if number == signal.SIGKILL or os.getpgid(each.pid) == os.getpgrp():
                     each.send_signal(number)
 
-# %% ../../nbs/pipeline/05_run.ipynb #9c6f93e0
+# %% ../../nbs/pipeline/05_run.ipynb #fe4e3018
 @dataclass(frozen=True)
 class _RunRequest:
     "What a run was asked for."
@@ -245,7 +248,7 @@ def _repro(arguments: Sequence[str], request: _RunRequest, output: ReproOutput) 
         request.tell(ProgressEvent(kind="failed", job=failed, text=line))
     raise JobError(line)
 
-# %% ../../nbs/pipeline/05_run.ipynb #cea62a33
+# %% ../../nbs/pipeline/05_run.ipynb #f6c286bc
 def _repro_arguments(request: _RunRequest) -> list[list[str]]:
     "The calls of `dvc repro`: with `force` and a stage, what it needs runs only if changed, itself in any case."
     if request.only is None:
@@ -256,7 +259,7 @@ def _repro_arguments(request: _RunRequest) -> list[list[str]]:
     itself = ["--force", "--single-item", request.only]
     return [needs, itself] if needs else [itself]
 
-# %% ../../nbs/pipeline/05_run.ipynb #968d468e
+# %% ../../nbs/pipeline/05_run.ipynb #1a979982
 def _is_pushed(settings: Settings, marker: Path) -> bool:
     "Whether `dvc.lock` has not changed since it was last copied to this remote."
     if not marker.is_file() or marker.read_text(encoding="utf-8") != settings.pipeline.remote:
@@ -275,7 +278,7 @@ def _push(settings: Settings) -> None:
         raise FraudError(f"{reason} (the results are complete, only their copy is not)") from error
     marker.write_text(settings.pipeline.remote, encoding="utf-8")
 
-# %% ../../nbs/pipeline/05_run.ipynb #d017eeff
+# %% ../../nbs/pipeline/05_run.ipynb #2acf217b
 def _downstream(name: str, jobs: Sequence[Job]) -> set[str]:
     "A job, and all that needs it."
     names = {name}
@@ -292,7 +295,7 @@ def _upstream(name: str, jobs: Sequence[Job]) -> set[str]:
             names |= set(job.needs)
     return names
 
-# %% ../../nbs/pipeline/05_run.ipynb #b09b6fe1
+# %% ../../nbs/pipeline/05_run.ipynb #4c9a54d6
 def _recall_plan(jobs: Sequence[Job], settings: Settings) -> list[dict[str, Any]]:
     "The stages as `recall` takes them: paths as in `dvc.lock`."
     def lock_path(path: str) -> str:
@@ -309,7 +312,7 @@ def _recall_plan(jobs: Sequence[Job], settings: Settings) -> list[dict[str, Any]
         for job in jobs
     ]
 
-# %% ../../nbs/pipeline/05_run.ipynb #706e861c
+# %% ../../nbs/pipeline/05_run.ipynb #16679deb
 def _take_over(jobs: Sequence[Job], settings: Settings, tell: ProgressListener) -> None:
     "Brings what others have computed of these jobs; raises `RemoteError`."
     known = recall(_recall_plan(jobs, settings), settings)
@@ -323,7 +326,7 @@ def _take_over(jobs: Sequence[Job], settings: Settings, tell: ProgressListener) 
     names = ", ".join(known) or "nothing, this is new"
     tell(ProgressEvent(kind="line", text=f"taken over from {settings.pipeline.remote}: {names}"))
 
-# %% ../../nbs/pipeline/05_run.ipynb #7199d5a2
+# %% ../../nbs/pipeline/05_run.ipynb #406cb0a6
 class JobResult(BaseModel):
     "One job in one run."
     job: str
@@ -337,6 +340,7 @@ class Run(BaseModel):
     seconds: float
     jobs: list[JobResult]
     champion: str | None = None              # version
+    champion_source: str | None = None       # whose data it was trained on
     average_precision: float | None = None   # of the champion, on the test period
     error: str | None = None
 
@@ -351,25 +355,25 @@ def _job_result(job: str, status: str, started: str, folder: Path) -> JobResult:
             result.peak_memory_mb = record.peak_memory_mb
     return result
 
-# %% ../../nbs/pipeline/05_run.ipynb #08acbb1b
-def _champion(settings: Settings) -> tuple[str | None, float | None]:
-    "Version and average precision in models/champion, read without opening the model; None twice without one."
+# %% ../../nbs/pipeline/05_run.ipynb #ba023e4b
+def _champion(settings: Settings) -> tuple[str | None, float | None, str | None]:
+    "Version, average precision and source in models/champion, read without opening the model; None without one."
     manifest = settings.models_dir / "champion/manifest.json"
     if not manifest.is_file():
-        return None, None
+        return None, None, None
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    return content["version"], content["metrics"]["average_precision"]["value"]
+    return content["version"], content["metrics"]["average_precision"]["value"], content["data"].get("source")
 
-# %% ../../nbs/pipeline/05_run.ipynb #57900bec
+# %% ../../nbs/pipeline/05_run.ipynb #5cb2ac45
 def _make_record(request: _RunRequest, states: Mapping[str, str], error: str | None) -> Run:
     "The record of a run that ends now."
-    champion, average_precision = _champion(request.settings)
+    champion, average_precision, source = _champion(request.settings)
     folder = request.settings.reports_dir / "jobs"
     results = [_job_result(job.name, states.get(job.name, "not run"), request.started, folder)
                for job in request.stages]
     return Run(
         started=request.started, seconds=round(time.perf_counter() - request.began, 2), jobs=results,
-        champion=champion, average_precision=average_precision, error=error,
+        champion=champion, champion_source=source, average_precision=average_precision, error=error,
     )
 
 def _append_history(run: Run, settings: Settings) -> None:
@@ -378,7 +382,7 @@ def _append_history(run: Run, settings: Settings) -> None:
     with (settings.reports_dir / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(run.model_dump_json() + "\n")
 
-# %% ../../nbs/pipeline/05_run.ipynb #50e30f37
+# %% ../../nbs/pipeline/05_run.ipynb #6d64b95e
 def _registry_state(settings: Settings) -> str | None:
     "What champion and registry an agreement is about, for a registry in a SQLite file; None for a server."
     uri = settings.registry.tracking_uri
@@ -410,14 +414,21 @@ def _start_agreement_check(settings: Settings) -> Callable[[], bool]:
     pool.shutdown(wait=False)
     return answer.result
 
-# %% ../../nbs/pipeline/05_run.ipynb #278fa89b
+# %% ../../nbs/pipeline/05_run.ipynb #ce9154d2
 def _check_registry(stages: Sequence[Job], settings: Settings) -> None:
     "Raises `RegistryError` for a server that does not answer, before two hours of training and not after them."
     if any(job.name == "promote" for job in stages) and not settings.registry.tracking_uri.startswith("sqlite:"):
         from fraud_pkg.model.tracking import require_registry
         require_registry(settings)
 
-# %% ../../nbs/pipeline/05_run.ipynb #9b560141
+def _check_needed(needed: set[str], stages: Sequence[Job], settings: Settings) -> None:
+    "What these stages would miss later: data that they can work with, and a registry that answers."
+    if "acquire" in needed:
+        check_data(settings, trains=any(name.startswith("train_") for name in needed))
+    if "promote" in needed:
+        _check_registry(stages, settings)
+
+# %% ../../nbs/pipeline/05_run.ipynb #72656c35
 def refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
     from fraud_pkg.report.pages import build_report
@@ -436,7 +447,7 @@ def _conclude(run: Run, settings: Settings) -> None:
     except FraudError as failure:
         run.error = str(failure)
 
-# %% ../../nbs/pipeline/05_run.ipynb #fe9008f9
+# %% ../../nbs/pipeline/05_run.ipynb #6e87dd4f
 def _recallable(request: _RunRequest) -> list[Job]:
     "The stages that the remote may answer for: all that the run needs, apart from one that is forced."
     names = {job.name for job in request.stages}
@@ -444,7 +455,7 @@ def _recallable(request: _RunRequest) -> list[Job]:
         names = _upstream(request.only, request.stages) - ({request.only} if request.force else set())
     return [job for job in request.stages if job.name in names]
 
-# %% ../../nbs/pipeline/05_run.ipynb #40cbc41a
+# %% ../../nbs/pipeline/05_run.ipynb #b47fc326
 def _promote_again(request: _RunRequest, output: ReproOutput) -> None:
     "Lets the promotion checks decide again, and runs what depends on their answer."
     def tell_news(event: ProgressEvent) -> None:
@@ -471,7 +482,44 @@ def _run_stages(request: _RunRequest, output: ReproOutput) -> None:
     if "promote" in output.states:
         _remember_agreement(settings)
 
-# %% ../../nbs/pipeline/05_run.ipynb #8e0ee393
+# %% ../../nbs/pipeline/05_run.ipynb #3e1dd5de
+def _period_problems(settings: Settings, preview: "Preview") -> Iterable[str]:
+    "What is wrong with the periods of training, validation and test, where all rows were seen."
+    from fraud_pkg.train.samples import split_periods
+    if not preview.whole or settings.data.decisions or not len(preview.steps):
+        return
+    steps, fraud = preview.steps, preview.fraud
+    try:
+        periods = split_periods(int(steps.min()), int(steps.max()), settings.split, settings.contract.label_delay)
+    except FraudError as error:
+        yield str(error)
+        return
+    for period in periods.values() if not settings.data.sample_size else ():
+        inside = fraud[(steps >= period.first_step) & (steps < period.end_step)]
+        known = inside[inside >= 0]
+        if len(set(known.tolist())) < 2:
+            frauds = int((known == 1).sum())
+            yield (f"the {period.name} period (steps {period.first_step} to {period.end_step - 1}) has {frauds:,} "
+                   f"frauds among {len(known):,} payments with a label: expected honest and fraudulent "
+                   f"ones; change [split] {period.name}_hours or bring data that has both there")
+
+def check_data(settings: Settings, *, trains: bool = True) -> None:
+    """Raises one `FraudError` for all that source, columns, values and periods will make fail, before a job starts.
+
+    What has passed is not looked at again until settings or source change."""
+    if settings.data.source.startswith("simulate://"):
+        return
+    from fraud_pkg.data.acquire import preview
+    marker = settings.root / ".dvc/tmp/fraud-looked"
+    state = hashlib.sha256(json.dumps([params_document(settings), trains]).encode()).hexdigest()
+    if marker.is_file() and marker.read_text(encoding="utf-8") == state:
+        return
+    look = preview(settings)
+    if problems := list(_period_problems(settings, look)) if trains else []:
+        raise FraudError(f"{look.plan.name}: {'; '.join(problems)}")
+    marker.write_text(state, encoding="utf-8")
+
+# %% ../../nbs/pipeline/05_run.ipynb #d797eca6
 def _run_and_record(request: _RunRequest) -> Run:
     "Runs the stages and adds the run to the history, however it ends."
     output = ReproOutput()
@@ -505,8 +553,8 @@ def run_pipeline(
         request = _RunRequest(settings, stages, only, force, tell)
         write_targets(settings.root, ["dvc"])
         write_params(settings)
-        if only is None or "promote" in _upstream(only, stages):
-            _check_registry(stages, settings)
+        needed = {job.name for job in stages} if only is None else _upstream(only, stages)
+        _check_needed(needed, stages, settings)
         run = _run_and_record(request)
         if not run.error:
             _conclude(run, settings)

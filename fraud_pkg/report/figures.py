@@ -6,7 +6,7 @@
 __all__ = ['Record', 'AnyModel', 'SHARE', 'MEASURES', 'REFERENCES', 'POINTS', 'POINT_COLOURS', 'read_json', 'to_model',
            'read_model', 'picture', 'read_history', 'read_jobs', 'read_benchmarks', 'share_axis', 'is_champion',
            'contender_colours', 'curves_plot', 'BarList', 'contender_bars', 'metric_bar', 'references', 'card_curve',
-           'money_plot', 'is_miscalibrated', 'reliability_plot', 'recall_of_all', 'is_weak', 'recall_bars',
+           'money_plot', 'is_miscalibrated', 'loss_rows', 'reliability_plot', 'recall_of_all', 'is_weak', 'recall_bars',
            'money_bars', 'influence_bars', 'LiveWindow', 'live_windows', 'WindowDot', 'Timeline', 'windows_plot',
            'judged_recall', 'judged_features', 'LiveChecks', 'read_live_checks', 'drift_bars', 'runs_plot', 'job_bars']
 
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from ..core.contract import Contract
 from ..core.errors import FraudError, one_line
 from ..model.bakeoff import BakeOffRow, PrecisionRecall
-from ..model.card import Card, MoneyCurve, OperatingPoint, ReliabilityBin, Segment
+from ..model.card import BudgetPoint, Card, OperatingPoint, ReliabilityBin, Segment
 from ..monitor.check_run import CheckRun
 from ..monitor.drift import FeatureDrift
 from ..monitor.live import JudgedWindow
@@ -165,9 +165,9 @@ def _precision_at(recall: float, points: Sequence[Point]) -> str:
 # %% ../../nbs/report/01_figures.ipynb #5f5cf1ac
 MEASURES = (
     ("average_precision", "Average precision", ".3f"),
-    ("recall_at_budget", "Recall at the budget", ".1%"),
-    ("precision_at_budget", "Precision at the budget", ".1%"),
     ("money_saved_share", "Fraud cost saved", ".1%"),
+    ("stopped_recall", "Frauds that are stopped", ".1%"),
+    ("stopped_precision", "Stopped payments that are fraud", ".1%"),
 )
 
 @dataclass(frozen=True)
@@ -203,11 +203,11 @@ def references(rows: Sequence[BakeOffRow]) -> list[tuple[str, str]]:  # name, wh
 
 # %% ../../nbs/report/01_figures.ipynb #1bfbc55c
 POINTS = {
-    "budget": "the daily budget, reviewed",
-    "thresholds": "both thresholds, as decided",
-    "block": "blocking alone",
+    "policy": "the policy, as decided",
+    "costs": "by costs alone, without limits",
+    "block": "its blocks alone",
 }
-POINT_COLOURS = {"budget": 1, "thresholds": 4, "block": 2}
+POINT_COLOURS = {"policy": 4, "costs": 1, "block": 2}
 
 def _point_series(point: OperatingPoint, x: float, y: float, text: str) -> Series:
     "One of the points at which the champion works, as a dot with a name."
@@ -232,34 +232,33 @@ def card_curve(card: Card) -> Plot:
     rows = [[POINTS[point.name], f"{point.per_day:,.1f}", f"{point.recall:.1%}",
              number(point.precision, ".1%"), f"{point.saved:.1%}"] for point in card.points]
     return plot(Chart(
-        title="Precision-recall curve", note="Each point is a threshold; the dots are those in use.",
+        title="Precision-recall curve", note="The line ranks by score alone; the dots decide by score and amount.",
         x=share_axis("recall: share of the frauds found"), y=share_axis("precision: share of alerts that are fraud"),
         series=[Series("by score", line, 3, "strong"), *used],
         table=Table(("Point", "A day", "Frauds found", "Alerts that are fraud", "Cost saved"), rows)))
 
 # %% ../../nbs/report/01_figures.ipynb #e702c017
-def _money_line(money: MoneyCurve, key: str, name: str, colour: int) -> Series:
-    "What is saved when everything from a threshold on is reviewed, or blocked (`key`)."
-    points = [Point(x, y, f"{key} the {x:,.1f} most suspicious a day (from {threshold:.2%} on): {y:.0%} saved")
-              for x, y, threshold in zip(money.per_day, getattr(money, key), money.threshold, strict=True)]
-    return Series(name, points, colour)
+def _budget_text(point: BudgetPoint) -> str:
+    "What a budget does, in a line."
+    more = f"; one more review would save {point.review_price:,.2f}" if point.budget else ""
+    return (f"{point.budget:,} reviews a day and {point.blocks_per_day:,.1f} blocks save {point.saved:.0%}; "
+            f"{point.honest_blocked:.3%} of honest payments are blocked{more}")
 
 def money_plot(card: Card) -> Plot:
-    "The share of the fraud at risk that is saved, by payments reviewed or blocked a day; the champion as dots."
-    money, days = card.money, card.money.per_day
-    used = [point for point in card.points if point.per_day]
-    dots = [_point_series(p, p.per_day, p.saved, f"{p.saved:.0%} saved") for p in used]
-    saved = [*money.review, *money.block, *(p.saved for p in used)]
-    stopped = [*days, *(p.per_day for p in used)]
-    rows = [[f"{days[i]:,.1f}", f"{money.threshold[i]:.3%}", f"{money.review[i]:.0%}", f"{money.block[i]:.0%}"]
-            for i in range(0, len(days), max(1, len(days) // 12))]
+    "The share of the fraud at risk that is saved, by reviews a day; the policy as a dot."
+    line = [Point(point.budget, point.saved, _budget_text(point)) for point in card.budgets if point.budget]
+    policy = next(point for point in card.points if point.name == "policy")
+    dots = [_point_series(policy, policy.reviews_per_day, policy.saved, f"{policy.saved:.0%} saved")
+            ] if policy.reviews_per_day else []
+    reviews = [*(point.x for point in line), *(policy.reviews_per_day for _ in dots)] or [1, 10]
+    rows = [[f"{point.budget:,}", f"{point.review_price:,.2f}" if point.budget else "–", f"{point.blocks_per_day:,.1f}",
+             f"{point.honest_blocked:.3%}", f"{point.saved:.0%}"] for point in card.budgets]
     return plot(Chart(
-        title="Money saved, by threshold", note="After the costs of reviews and of wrong blocks.",
-        x=logarithmic("payments stopped a day", min(stopped), max(stopped)),
-        y=linear("fraud cost saved", max(-0.5, min([0.0, *saved])), 1, SHARE),
-        series=[_money_line(money, "review", "all reviewed", 0), _money_line(money, "block", "all blocked", 5), *dots],
-        rules=[Rule("", y=0)],
-        table=Table(("A day", "Threshold", "All reviewed", "All blocked"), rows)))
+        title="Money saved, by budget", note="After the costs of reviews and of wrong blocks, within both limits.",
+        x=logarithmic("reviews a day", min(reviews), max(reviews)),
+        y=linear("fraud cost saved", max(-0.5, min([0.0, *(point.saved for point in card.budgets)])), 1, SHARE),
+        series=[Series("by budget", line, 0), *dots], rules=[Rule("", y=0)],
+        table=Table(("Reviews a day", "One more saves", "Blocks a day", "Honest blocked", "Saved"), rows)))
 
 # %% ../../nbs/report/01_figures.ipynb #c4173dbc
 def is_miscalibrated(b: ReliabilityBin) -> bool:
@@ -271,6 +270,12 @@ def _bin_point(b: ReliabilityBin, floor: float) -> Point:
     ends = f"{number(b.low, '.2%')} to {number(b.high, '.2%')}"
     text = f"predicted {b.predicted:.2%}, observed {b.observed:.2%} ({ends}) in {b.rows:,} payments"
     return Point(b.predicted, b.observed, text, b.low or floor, b.high, is_miscalibrated(b))
+
+def loss_rows(card: Card) -> list[list[str]]:
+    "Expected and actual loss by what was done, for a table."
+    return [[loss.name, f"{loss.rows:,}", f"{loss.expected_frauds:,.1f}", f"{loss.frauds:,}", f"{loss.expected:,.0f}",
+             f"{loss.actual:,.0f}", f"{number(loss.low, ',.0f')} to {number(loss.high, ',.0f')}"]
+            for loss in card.losses]
 
 def reliability_plot(card: Card) -> Plot | None:
     "Observed by predicted fraud rate; on the diagonal a 10 % is a 10 %. None when no bin has a fraud."
@@ -292,21 +297,20 @@ def reliability_plot(card: Card) -> Plot | None:
 
 # %% ../../nbs/report/01_figures.ipynb #e2c3ff64
 def recall_of_all(card: Card) -> float:
-    "The share of all frauds that is found within the budget."
-    return next(part for part in card.segments if part.by == "all").within_budget.value
+    "The share of all frauds that is stopped."
+    return next(part for part in card.segments if part.by == "all").stopped.value
 
 def is_weak(part: Segment, everything: float) -> bool:
-    "Whether clearly fewer frauds of a group are found than of all: the interval ends below."
-    return (part.within_budget.high or 1) < everything
+    "Whether clearly fewer frauds of a group are stopped than of all: the interval ends below."
+    return (part.stopped.high or 1) < everything
 
 def recall_bars(card: Card, group: str) -> list[PlacedBar]:
-    "The share of each group's frauds that is found within the budget; red where its interval ends below that of all."
+    "The share of each group's frauds that is stopped; red where its interval ends below that of all."
     everything = recall_of_all(card)
     rows = []
     for part in (part for part in card.segments if part.by == group):
         name = spaced(part.name) if group == "kind of fraud" else part.name
-        note = f"{part.frauds:,} frauds; thresholds stop {part.stopped.value:.0%}"
-        found = part.within_budget
+        note, found = f"{part.frauds:,} frauds", part.stopped
         rows.append(Bar(name, found.value, note, found.low, found.high, bad=is_weak(part, everything)))
     return bars(rows, reach=(0, 1))
 

@@ -23,8 +23,8 @@ from ..monitor.drift import DriftRecord, DriftVerdict
 from .charts import capitalised, environment, spaced, write_assets
 from fraud_pkg.report.figures import (
     Record, card_curve, contender_bars, curves_plot, drift_bars, influence_bars, is_miscalibrated, is_weak, job_bars,
-    money_bars, money_plot, picture, read_benchmarks, read_history, read_jobs, read_json, read_live_checks, read_model,
-    recall_bars, recall_of_all, references, reliability_plot, runs_plot, to_model,
+    loss_rows, money_bars, money_plot, picture, read_benchmarks, read_history, read_jobs, read_json, read_live_checks,
+    read_model, recall_bars, recall_of_all, references, reliability_plot, runs_plot, to_model,
 )
 
 # %% ../../nbs/report/02_pages.ipynb #7618593d
@@ -59,30 +59,28 @@ def largest_loss(
 LEAST_FRAUDS = 5  # frauds of a group before a sentence is made of it
 
 def weakest_groups(card: Card, most: int = 3) -> list[str]:
-    "Groups of which clearly fewer frauds are found within the budget than of all, the worst first."
+    "Groups of which clearly fewer frauds are stopped than of all, the worst first."
     everything = recall_of_all(card)
     groups = [part for part in card.segments
               if part.by != "all" and part.frauds >= LEAST_FRAUDS and is_weak(part, everything)]
-    groups.sort(key=lambda part: part.within_budget.value)
+    groups.sort(key=lambda part: part.stopped.value)
     sentences = []
     for part in groups[:most]:
-        share = part.within_budget
+        share = part.stopped
         sentences.append(
-            f"Recall within the budget is {share.value:.0%} for {group_phrase(part)} ({share.low:.0%} to "
+            f"Recall is {share.value:.0%} for {group_phrase(part)} ({share.low:.0%} to "
             f"{share.high:.0%}; {part.frauds:,} frauds), {everything:.0%} for all frauds.")
     return sentences
 
 # %% ../../nbs/report/02_pages.ipynb #9ba66ac4
 def beyond_budget(card: Card) -> list[str]:
-    "When the thresholds ask for clearly more than the team can look at."
+    "What the limits cost, when costs alone ask for clearly more reviews than the team can do."
     points = {point.name: point for point in card.points}
-    budget, used = points["budget"], points["thresholds"]
-    if used.per_day < 1.5 * budget.per_day:
+    used, unlimited = points["policy"], points["costs"]
+    if unlimited.reviews_per_day < 1.5 * used.reviews_per_day:
         return []
-    ratio = used.per_day / budget.per_day
-    return [f"Its thresholds stop {used.per_day:,.0f} payments a day, {ratio:,.0f} times the alert budget of "
-            f"{budget.per_day:,.0f}: they follow from costs alone. With the budget alone reviewed, "
-            f"{budget.recall:.0%} of the frauds are found and {budget.saved:.0%} of their cost is saved."]
+    return [f"By its costs alone it would ask for {unlimited.reviews_per_day:,.0f} reviews a day and save "
+            f"{unlimited.saved:.0%}; with {used.reviews_per_day:,.0f} a day it saves {used.saved:.0%}."]
 
 # %% ../../nbs/report/02_pages.ipynb #f0db1006
 def honest_payments(card: Card) -> list[str]:
@@ -144,7 +142,7 @@ def limits(
         f"An outcome is known {champion['contract']['label_delay']} days after a payment. For at least that long "
         "nothing is learned of a new kind of fraud; until then there are the live checks and the rules.",
         "Money is counted by the costs in [decision]: what a review costs, how much it saves, what a wrong block "
-        "costs. Other costs give other thresholds and other savings.",
+        "costs. Other costs give other decisions and other savings.",
         "It decides about a payment, not about a person. It is not made for credit, employment or closing accounts, "
         "and a block should have a way to complain."]
 
@@ -190,7 +188,10 @@ def read_card(reports: Path, champion: Record | None) -> Card | None:
     "What the promote job has measured of this champion; None when it is of another one."
     path = reports / "bakeoff" / "card.json"
     card = read_json(path)
-    return to_model(Card, card, path) if card and champion and card["version"] == champion["version"] else None
+    if not card or not champion:
+        return None
+    judged = champion.get("judged") or champion
+    return to_model(Card, card, path) if card["version"] in (champion["version"], judged["version"]) else None
 
 # %% ../../nbs/report/02_pages.ipynb #2a72e831
 def _bake_off(reports: Path, champion: str | None) -> dict[str, Any]:
@@ -202,6 +203,7 @@ def _bake_off(reports: Path, champion: str | None) -> dict[str, Any]:
         "curves": curves_plot(curves, rows, champion), "measures": contender_bars(rows, champion),
         "references": references(rows),
         "scenarios": sorted({scenario for row in rows for scenario in row.metrics["scenarios"]}),
+        "cautions": report.cautions if report else [],
     }
 
 def collect(settings: Settings) -> dict[str, Any]:
@@ -228,7 +230,7 @@ def _card_charts(card: Card, contract: Contract) -> dict[str, Any]:
     groups = {group: recall_bars(card, group) for group in dict.fromkeys(part.by for part in card.segments)}
     return {
         "money": money_bars(card), "money_plot": money_plot(card), "card_plot": card_curve(card),
-        "reliability": reliability_plot(card), "influences": influence_bars(card, contract),
+        "reliability": reliability_plot(card), "losses": loss_rows(card), "influences": influence_bars(card, contract),
         "kinds": groups.get("kind of fraud", []),
         "groups": [(group, rows) for group, rows in groups.items() if len(rows) > 1],
         "used": {point.name: point for point in card.points},

@@ -32,7 +32,7 @@ from ..core.files import code_revision, staging_dir
 from ..core.policy import DECISIONS, decide
 from ..core.settings import Rules, Settings
 from ..data.acquire import check_source, quarantine_table
-from ..data.readers import SourceTable, read_content, read_parquet
+from ..data.readers import SourceTable, read_file
 from ..features.definitions import feature_names
 from ..features.kernel import to_cents
 from ..features.local import PART_ROWS, Histories, needed_columns, number_columns, plan_parts, run_local
@@ -42,7 +42,7 @@ from ..features.vocabulary import encode
 from ..model.bundle import MANIFEST, Bundle, Manifest, load_bundle
 from ..model.locations import copy_bundle
 from .rules import apply_rules
-from .scorer import ModelFailed
+from .scorer import ModelFailed, Ruled
 
 # %% ../../nbs/serve/10_batch.ipynb #77fe76f2
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def quarantined_rows(file: LakeFile, table: pa.Table) -> pa.Table:
 
 def _read_file(file: LakeFile) -> SourceTable:
     "The file as a source, with its rows numbered among all."
-    source = read_parquet(read_content(Path(file.path), file.name), file.name)
+    source = read_file(Path(file.path), file.name)
     return replace(source, row=source.row + file.first_row)
 
 def check_file(file: LakeFile, folder: Path, settings: Settings) -> dict[str, Any]:
@@ -174,14 +174,13 @@ def refuse_repeated(files: Sequence[LakeFile], folder: Path) -> np.ndarray:
     return np.sort(table["time"].to_numpy()[~repeated])
 
 # %% ../../nbs/serve/10_batch.ipynb #455c9c3c
-def decide_with_rules(raw: pa.Table, decisions: np.ndarray, rules: Rules) -> tuple[np.ndarray, list[str | None]]:
+def decide_with_rules(raw: pa.Table, decisions: np.ndarray, rules: Rules) -> list[tuple[int, str | None]]:
     "The decisions [n] after the rules, and the rule that changed each."
     if rules == Rules():
-        return decisions, [None] * len(raw)
+        return [(decision, None) for decision in decisions.tolist()]
     columns = (raw["sender"].to_pylist(), raw["receiver"].to_pylist(), to_cents(raw["amount"].to_numpy()).tolist())
-    ruled = [apply_rules(rules, Payment("", 0, cents, {"sender": sender, "receiver": receiver}), int(decision))
-             for decision, sender, receiver, cents in zip(decisions, *columns, strict=True)]
-    return np.array([decision for decision, _ in ruled], np.int64), [rule for _, rule in ruled]
+    return [apply_rules(rules, Payment("", 0, cents, {"sender": sender, "receiver": receiver}), int(decision))
+            for decision, sender, receiver, cents in zip(decisions, *columns, strict=True)]
 
 # %% ../../nbs/serve/10_batch.ipynb #5679ad15
 def model_input(raw: pa.Table, histories: Histories, manifest: Manifest) -> np.ndarray:
@@ -199,19 +198,16 @@ def score_rows(
     raw: pa.Table,  # n raw rows
     rules: Rules,
 ) -> dict[str, pa.Array]:
-    "Columns fraud_probability, decision and rule; raises `ModelFailed` for what is no probability."
+    "Probability, decision, expected costs, limit and rule, as in an answer; raises `ModelFailed` for no probability."
     p = bundle.probability(x)
     finite = np.isfinite(p)
     if not finite.all():
         name = raw["transaction_id"][int(np.argmin(finite))].as_py()
         raise ModelFailed(f"model {bundle.manifest.version}: no probability for transaction {name}")
-    decided, ruled = decide_with_rules(raw, decide(p, bundle.manifest.thresholds), rules)
-    decisions = pa.DictionaryArray.from_arrays(pa.array(decided, pa.int8()), pa.array(DECISIONS))
-    return {
-        "fraud_probability": pa.array([round(value, 9) for value in p.tolist()]),
-        "decision": decisions.cast(pa.string()),
-        "rule": pa.array(ruled, pa.string()),
-    }
+    decided = decide(p, to_cents(raw["amount"].to_numpy()) / 100, bundle.manifest.policy)
+    columns = Ruled(p, decided, decide_with_rules(raw, decided.decisions, rules)).columns()
+    texts = ("decision", "limit", "rule")
+    return {name: pa.array(values, pa.string() if name in texts else pa.float64()) for name, values in columns.items()}
 
 # %% ../../nbs/serve/10_batch.ipynb #95947016
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import groupby, islice
@@ -35,7 +36,6 @@ from starlette.types import Receive, Scope, Send
 from ..core.contract import CORE, DAY, LONGEST_CATEGORY, TILES, Contract, duration_text, tile_of
 from ..features.definitions import EntityPlan
 from ..features.labels import RULE_LABELS, feature_label
-from ..features.online import window_totals
 from ..features.payment import SEPARATOR, OnlinePayments, Payment
 from ..features.vocabulary import frequent
 from .scorer import Scored, Scorer
@@ -327,7 +327,7 @@ def _described_model(scorer: Scorer) -> dict[str, Any]:
         "average_precision": manifest.metrics.get("average_precision"),
         "time": time_now(scorer),
         "epoch": None if scorer.epoch is None else round(scorer.epoch.timestamp() * 1000),
-        "thresholds": {"review": manifest.thresholds.review, "block": manifest.thresholds.block},
+        "policy": asdict(manifest.policy),
         "types": list(frequent(manifest.vocabulary.get("type", ()))),
         "attributes": [{"name": attribute.name, "text": attribute.text, "kind": attribute.kind,
                         "fields": list(attribute.stored)} for attribute in contract.attributes],
@@ -390,10 +390,9 @@ class EntityHistories(BaseModel):
 def window_sums(history: History, time: int, window: int) -> dict[str, Any]:
     "The `WindowSums` of a window of so many seconds that ends with the running tile."
     size = tile_of(window)
-    tiles = history.tiles[TILES.index(size)]
-    (out_count, out_cents, in_count, in_cents, *_), = window_totals(tiles, time // size, [window // size], 0)
     first, last = (time - window) // size, time // size
-    frauds = sum(tile[-1] for tile in tiles if first < tile[0] <= last)
+    tiles = [tile[1:] for tile in history.tiles[TILES.index(size)] if first < tile[0] <= last]
+    out_count, out_cents, in_count, in_cents, _, frauds = map(sum, zip(*tiles)) if tiles else (0,) * 6
     return {"window": duration_text(window), "out_count": out_count, "out_sum": out_cents / 100, "in_count": in_count,
             "in_sum": in_cents / 100, "frauds": frauds if size == DAY else None}
 
@@ -419,8 +418,8 @@ def entity_history(plan: EntityPlan, value: str, history: History, time: int, re
 def entity_histories(store: OnlineStore, asked: HistoryRequest, online: OnlinePayments) -> dict[str, Any]:
     "The `EntityHistories` that were asked for; raises `StoreError`."
     found = list(online.entity_postings(asked.values))
-    histories = store.read(dict.fromkeys(posting.key for _, posting in found), [], []).histories
-    rows = [entity_history(plan, _value_of(posting), histories[posting.key], asked.time, store.retention)
+    snapshot = store.read(dict.fromkeys(posting.key for _, posting in found), [], [])
+    rows = [entity_history(plan, _value_of(posting), snapshot.history(posting.key), asked.time, store.retention)
             for plan, posting in found]
     return {"time": asked.time, "entities": rows}
 

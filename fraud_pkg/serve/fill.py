@@ -71,13 +71,15 @@ class Filled:
     payments: int
     newest: int      # seconds since the epoch
     bytes: int       # about
+    later: int       # frauds of the log that became known after `newest`: labels to be posted
     seconds: float
 
     def text(self, epoch: str | None) -> str:
         "For the log and the command line."
         start = parse_epoch(epoch)
         until = f"{start + timedelta(seconds=self.newest):%Y-%m-%d %H:%M}" if start else f"second {self.newest:,}"
-        return (f"the store knows {self.entities:,} entities and {self.pairs:,} pairs up to {until} "
+        later = f"; {self.later:,} frauds became known later, and are labels to be posted" if self.later else ""
+        return (f"the store knows {self.entities:,} entities and {self.pairs:,} pairs up to {until}{later} "
                 f"({self.bytes / 1e6:.0f} MB in {self.seconds:.0f} s)")
 
 def _check_size(size: int, most: int | None) -> None:
@@ -111,7 +113,7 @@ def fill_store(
                 totals = [total + count for total, count in zip(totals, counts, strict=True)]
                 loaded += 1
                 progress(loaded)
-    return Filled(*totals[:3], log.newest, totals[3], time.monotonic() - began)
+    return Filled(*totals[:3], log.newest, totals[3], log.later, time.monotonic() - began)
 
 # %% ../../nbs/serve/12_fill.ipynb #4fa0a40b
 def project_log(settings: Settings, manifest: Manifest) -> tuple[LogTable, str]:

@@ -52,6 +52,8 @@ def request_fields(
     if answer.scored:
         decisions = answer.scored.decisions
         fields["decisions"] = dict(Counter(decision["decision"] for decision in decisions))
+        if limits := Counter(decision["limit"] for decision in decisions if decision["limit"]):
+            fields["limits"] = dict(limits)
         fields["history"] = answer.scored.with_history
         fields["model"] = decisions[0]["model"]
     return fields
@@ -61,7 +63,7 @@ def cloudwatch(
     fields: Mapping[str, Any],
     moment: float,  # seconds since 1970
 ) -> dict[str, Any]:
-    "The fields of a request with its metrics: requests, server errors, latency, decisions by kind and without history."
+    "The fields of a request with its metrics: requests, errors, latency; decisions by kind, limit and lack of history."
     counts = fields.get("decisions", {})
     values = {
         "requests": 1,
@@ -69,6 +71,8 @@ def cloudwatch(
         "latency": fields["milliseconds"],
         **({kind: counts.get(kind, 0) for kind in DECISIONS} if counts else {}),
     }
+    if counts:
+        values["turned_away"] = fields.get("limits", {}).get("review_budget", 0)
     if "history" in fields:
         values["degraded"] = 0 if fields["history"] else sum(counts.values())
     metrics = [{"Name": name, "Unit": "Milliseconds" if name == "latency" else "Count"} for name in values]

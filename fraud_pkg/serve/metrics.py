@@ -7,6 +7,7 @@ __all__ = ['LATENCY_BUCKETS', 'SCORE_BUCKETS', 'FeatureSums', 'FeatureCollector'
 
 # %% ../../nbs/serve/07_metrics.ipynb #e53bf10f
 import functools
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..core.policy import DECISIONS
+from ..core.policy import DECISIONS, LIMITS
 from ..model.bundle import Bundle
 from .scorer import Scored
 from .service import Answer
@@ -26,6 +27,7 @@ class FeatureSums:
     FOLD = 64  # requests whose features wait to be added up at once
 
     def __init__(self):
+        self._lock = threading.Lock()  # a new model is taken in another thread
         self.names: tuple[str, ...] = ()
         self.reference: tuple[float | None, ...] = ()
         self._waiting: list[np.ndarray] = []
@@ -33,18 +35,20 @@ class FeatureSums:
 
     def use(self, bundle: Bundle) -> None:
         "Counts the features of this bundle from now on, from zero when they are others."
-        self._fold()
-        if bundle.manifest.features != self.names:
-            self.names = bundle.manifest.features
-            self.sums, self.known, self.missing = (np.zeros(len(self.names)) for _ in range(3))
-        self.reference = tuple(bundle.manifest.reference[name] for name in self.names)
+        with self._lock:
+            self._fold()
+            if bundle.manifest.features != self.names:
+                self.names = bundle.manifest.features
+                self.sums, self.known, self.missing = (np.zeros(len(self.names)) for _ in range(3))
+            self.reference = tuple(bundle.manifest.reference[name] for name in self.names)
 
     def add(self, x: np.ndarray) -> None:  # [n, F]
         "Counts the features of some decisions."
-        if x.shape[1] == len(self.names):  # otherwise decided by the model before this one
-            self._waiting.append(x)
-            if len(self._waiting) >= self.FOLD:
-                self._fold()
+        with self._lock:
+            if x.shape[1] == len(self.names):  # otherwise decided by the model before this one
+                self._waiting.append(x)
+                if len(self._waiting) >= self.FOLD:
+                    self._fold()
 
     def _fold(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -60,7 +64,12 @@ class FeatureCollector(FeatureSums):
     "The sums, and the medians of the reference, as prometheus_client collects them."
 
     def collect(self) -> Iterator[Metric]:
-        self._fold()
+        with self._lock:
+            self._fold()
+            return iter(self._families())
+
+    def _families(self) -> list[Metric]:
+        families: list[Metric] = []
         for kind, name, text, values in (
             (GaugeMetricFamily, "fraud_feature_accumulated", "Sum of the known values.", self.sums),
             (CounterMetricFamily, "fraud_feature_known", "Known values.", self.known),
@@ -69,17 +78,18 @@ class FeatureCollector(FeatureSums):
             family = kind(name, text, labels=("feature",))
             for feature, value in zip(self.names, values, strict=True):
                 family.add_metric((feature,), float(value))
-            yield family
+            families.append(family)
         medians = GaugeMetricFamily("fraud_feature_reference_median", "Median in training.", labels=("feature",))
         for feature, value in zip(self.names, self.reference, strict=True):
             if value is not None:
                 medians.add_metric((feature,), value)
-        yield medians
+        return [*families, medians]
 
-# %% ../../nbs/serve/07_metrics.ipynb #322470b9
+# %% ../../nbs/serve/07_metrics.ipynb #c0a7cc79
 LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
 SCORE_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
+# %% ../../nbs/serve/07_metrics.ipynb #322470b9
 class ServiceMetrics:
     "The service's own registry and what is in it."
 
@@ -92,6 +102,10 @@ class ServiceMetrics:
         self.scores = Histogram("fraud_score", "Calibrated probabilities of fraud.",
                                 registry=own, buckets=SCORE_BUCKETS)
         self.rules = Counter("fraud_rule_decisions", "Decisions that a rule made stricter.", ("rule",), registry=own)
+        self.limits = Counter("fraud_limited_decisions", "Decisions that a limit changed; review_budget: what the team "
+                              "has no time for.", ("limit",), registry=own)
+        self.budget = Gauge("fraud_review_budget", "What [decision] alert_budget of the model allows: a share of the "
+                            "payments, or a number per_day; the other is 0.", ("unit",), registry=own)
         self.shadow = Counter("fraud_shadow_decisions", "What the shadow model would decide, by decision.",
                               ("decision", "champion"), registry=own)
         self.degraded = Counter("fraud_degraded_decisions", "Decisions without history.", registry=own)
@@ -115,6 +129,9 @@ class ServiceMetrics:
         self.model.clear()
         self.model.labels(bundle.manifest.version, bundle.manifest.name).set(1)
         self.loaded.set(time.time())
+        budget = bundle.manifest.policy.alert_budget
+        self.budget.labels("share").set(budget if budget < 1 else 0)
+        self.budget.labels("per_day").set(budget if budget >= 1 else 0)
         self.drift.use(bundle)
 
 # %% ../../nbs/serve/07_metrics.ipynb #f9a0b34e
@@ -125,6 +142,7 @@ class Metrics(ServiceMetrics):
         super().__init__()
         # Finding a child by its labels costs more than counting.
         self._by_route = functools.cache(self._route_children)
+        self._by_limit = {name: self.limits.labels(name) for name in LIMITS[1:]}
         self._by_decision = {name: self.decisions.labels(name) for name in DECISIONS}
 
     def _route_children(self, route: str, status: int) -> tuple[Counter, Histogram]:
@@ -147,6 +165,8 @@ class Metrics(ServiceMetrics):
             self.scores.observe(decision["fraud_probability"])
             if decision["history"] and not decision["known_entities"]:
                 self.unknown.inc()
+            if decision["limit"]:
+                self._by_limit[decision["limit"]].inc()
             if decision["rule"]:
                 self.rules.labels(decision["rule"]).inc()
         for shadow, decision in zip(scored.shadow or (), scored.decisions):

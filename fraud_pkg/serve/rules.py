@@ -18,15 +18,14 @@ def apply_rules(
     decision: int,  # the model's, an index into DECISIONS
 ) -> tuple[int, str | None]:
     "The stricter of the model's decision and the rules', and the rule that made it stricter."
-    accounts = payment.texts.get("sender"), payment.texts.get("receiver")
-    hits = [
-        (2, "block_accounts", any(account in rules.block_accounts for account in accounts)),
-        (2, "block_above", 0 < rules.block_above * 100 < payment.cents),
-        (1, "review_above", 0 < rules.review_above * 100 < payment.cents),
-    ]
-    for severity, name, hit in hits:
-        if hit and severity > decision:
-            return severity, name
+    blocked, texts = rules.block_accounts, payment.texts
+    if decision < 2:
+        if blocked and (texts.get("sender") in blocked or texts.get("receiver") in blocked):
+            return 2, "block_accounts"
+        if 0 < rules.block_above * 100 < payment.cents:
+            return 2, "block_above"
+    if decision < 1 and 0 < rules.review_above * 100 < payment.cents:
+        return 1, "review_above"
     return decision, None
 
 # %% ../../nbs/serve/01_rules.ipynb #ad6f2202

@@ -11,7 +11,7 @@ __all__ = ['log', 'Handler', 'OPEN', 'RIGHTS', 'Answer', 'to_json', 'refusal', '
 # %% ../../nbs/serve/04_service.ipynb #09c64741
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import GenericAlias
 from typing import Any
@@ -123,7 +123,7 @@ def describe(
         "begins_now": list(begins_now),
         # What a consumer reads messages by that has them decided here.
         "epoch": manifest.epoch,
-        "thresholds": {"review": manifest.thresholds.review, "block": manifest.thresholds.block},
+        "policy": asdict(manifest.policy),
         "average_precision": manifest.metrics.get("average_precision"),
         "data": {name: manifest.data.get(name) for name in ("fingerprint", "rows", "periods")},
         "code_revision": manifest.code_revision,

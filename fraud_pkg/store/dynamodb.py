@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from ..core.contract import DAY
 from ..core.errors import one_line
 from fraud_pkg.store.tiles import (
-    History, Pair, Retention, StoreError, StoreSnapshot, Transaction, merge_histories, merge_pairs, pack_history,
-    pack_pair, pack_transaction, post, relabel, unpack_history, unpack_pair, unpack_transaction,
+    NO_HISTORY, Pair, Retention, StoreError, StoreSnapshot, Transaction, check_history, merge_packed, merge_pairs,
+    pack_pair, pack_transaction, post, relabel, unpack_pair, unpack_transaction,
 )
 
 # %% ../../nbs/store/03_dynamodb.ipynb #1934c589
@@ -171,9 +171,9 @@ class DynamoChanges(DynamoItems):
         raise self._error(f"other writers were in the way {_ATTEMPTS} times")
 
 # %% ../../nbs/store/03_dynamodb.ipynb #b55d3502
-def _histories(items: Mapping[str, Item]) -> dict[str, History]:
+def _histories(items: Mapping[str, Item]) -> dict[str, bytes]:
     "Histories by key, of the entities among these items that are there."
-    return {key[2:]: unpack_history(item.data) for key, item in items.items() if key[:2] == "e#" and item.version}
+    return {key[2:]: check_history(item.data) for key, item in items.items() if key[:2] == "e#" and item.version}
 
 def _pairs(items: Mapping[str, Item]) -> dict[str, Pair]:
     return {key[2:]: unpack_pair(item.data) for key, item in items.items() if key[:2] == "p#" and item.version}
@@ -181,9 +181,9 @@ def _pairs(items: Mapping[str, Item]) -> dict[str, Pair]:
 def _transaction_items(items: Mapping[str, Item]) -> dict[str, Item]:
     return {key[2:]: item for key, item in items.items() if key[:2] == "t#" and item.version}
 
-def _changed(items: Mapping[str, Item], histories: Mapping[str, History], pairs: Mapping[str, Pair]) -> dict[str, Item]:
+def _changed(items: Mapping[str, Item], histories: Mapping[str, bytes], pairs: Mapping[str, Pair]) -> dict[str, Item]:
     "The items in the place of those before, where something is different."
-    data = {f"e#{key}": pack_history(history) for key, history in histories.items()}
+    data = {f"e#{key}": packed for key, packed in histories.items()}
     data |= {f"p#{pair}": pack_pair(record) for pair, record in pairs.items()}
     return {key: Item(value, items[key].version + 1) for key, value in data.items() if value != items[key].data}
 
@@ -224,10 +224,9 @@ def _labelling(transaction: Transaction, fraud: bool) -> _Change:
 # %% ../../nbs/store/03_dynamodb.ipynb #ba8e33ad
 def _merged(items: Mapping[str, Item], given: Mapping[str, Item], retention: Retention) -> dict[str, Item]:
     "Items as they are with what is given."
-    known, histories = _histories(items), _histories(given)
-    met, pairs = _pairs(items), _pairs(given)
-    histories = {key: merge_histories(known.get(key) or History(), history, retention)
-                 for key, history in histories.items()}
+    known, met, pairs = _histories(items), _pairs(items), _pairs(given)
+    histories = {key: merge_packed(known.get(key, NO_HISTORY), packed, retention)
+                 for key, packed in _histories(given).items()}
     pairs = {pair: merge_pairs(met[pair], record, retention.pair) if pair in met else record
              for pair, record in pairs.items()}
     new = {key: item for key, item in given.items() if key[:2] == "t#" and not items[key].version}
@@ -257,7 +256,7 @@ class DynamoStore(DynamoChanges):
         wanted = [*(f"e#{key}" for key in keys), *(f"p#{pair}" for pair in pairs), *(f"t#{i}" for i in transaction_ids)]
         items = self._items(wanted, read_again=True)
         recorded = _transaction_items(items)
-        return StoreSnapshot({key: History() for key in keys} | _histories(items), _pairs(items),
+        return StoreSnapshot(dict.fromkeys(keys, NO_HISTORY) | _histories(items), _pairs(items),
                              {i: unpack_transaction(item.data) for i, item in recorded.items()},
                              frozenset(i for i, item in recorded.items() if item.fraud))
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..core.contract import DAY
 from ..core.errors import one_line
 from fraud_pkg.store.tiles import (
-    History, Retention, StoreError, StoreSnapshot, Transaction, pack_transaction, unpack_history, unpack_pair,
+    NO_HISTORY, Retention, StoreError, StoreSnapshot, Transaction, check_history, pack_transaction, unpack_pair,
     unpack_transaction,
 )
 
@@ -397,7 +397,7 @@ class RedisReader(RedisConnection):
         keys, pairs, ids = list(keys), list(pairs), list(transaction_ids)
         names = [*map(entity_key, keys), *map(pair_key, pairs), *map(transaction_key, ids), NEWEST]
         found = iter(self._ask(lambda client: client.mget(names)))
-        histories = {key: unpack_history(packed) if packed else History()
+        histories = {key: check_history(packed) if packed else NO_HISTORY
                      for key, packed in zip(keys, found, strict=False)}
         met = {pair: unpack_pair(packed) for pair, packed in zip(pairs, found, strict=False) if packed}
         rows = {i: row for i, row in zip(ids, found, strict=False) if row}
@@ -411,6 +411,9 @@ _Calls = Sequence[tuple[Sequence[str], Sequence[Any]]]  # keys and arguments of 
 
 def _run_all(client: Any, sha: str, calls: _Calls) -> list[Any]:
     "The replies of a script that the server has loaded, in one round trip."
+    if len(calls) == 1:  # nearly always; a pipeline costs as much again as the call
+        (keys, arguments), = calls
+        return [client.evalsha(sha, len(keys), *keys, *arguments)]
     with client.pipeline(transaction=False) as pipeline:
         for keys, arguments in calls:
             pipeline.evalsha(sha, len(keys), *keys, *arguments)

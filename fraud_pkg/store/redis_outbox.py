@@ -88,7 +88,7 @@ class RedisOutboxStore(RedisStore):
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
                advances: Mapping[str, OffsetAdvance]) -> None:
-        known = {t.transaction_id: t for t in transactions}
+        known = {t.transaction_id: t for t in reversed(transactions)}  # of two with one id the first counts
         if labels:
             known |= self.read([], [], labels).recorded
         known_labels = [(known[i], fraud) for i, fraud in labels.items() if i in known]

@@ -43,7 +43,8 @@ class Pages(xgboost.DataIter):
         if len(y):
             columns = to_columns(self.sample.take(rows).select(self.names))
             table = pa.Table.from_arrays([pa.array(column) for column in columns], names=self.names)
-            input_data(data=table, label=y)
+            weight = None if self.sample.weight is None else self.sample.weight[rows]
+            input_data(data=table, label=y, weight=weight)
         return len(y) > 0
 
 # %% ../../nbs/train/04_histograms.ipynb #92923f24
@@ -72,7 +73,7 @@ def _in_memory(
     train: Sample, validation: Sample, names: Sequence[str], *, threads: int,
 ) -> tuple[xgboost.DMatrix, xgboost.DMatrix]:
     "Both periods, cut at the quantiles of all training rows."
-    binned = xgboost.QuantileDMatrix(train.select(names), label=train.y, nthread=threads)
+    binned = xgboost.QuantileDMatrix(train.select(names), label=train.y, weight=train.weight, nthread=threads)
     x = validation.select(names)
     return binned, xgboost.QuantileDMatrix(x, label=validation.y, ref=binned, nthread=threads)
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'rank', 'average_precision', 'roc_auc', 'precision_recall_curve', 'daily_alerts', 'per_scenario_recall',
-           'calibration_curve', 'brier', 'bootstrap_weights', 'bootstrap_intervals', 'paired_bootstrap', 'evaluate',
-           'plot_precision_recall', 'plot_calibration', 'thin_curve']
+           'calibration_curve', 'brier', 'bootstrap_weights', 'bootstrap_intervals', 'paired_bootstrap',
+           'paired_savings', 'days_in', 'workload', 'evaluate', 'plot_precision_recall', 'plot_calibration',
+           'thin_curve']
 
 # %% ../../nbs/train/01_metrics.ipynb #de0379ee
 from collections.abc import Callable, Iterator
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.cost import decision_costs
 from ..core.errors import FraudError
-from ..core.policy import DECISIONS, Thresholds, decide
+from ..core.policy import DECISIONS, decision_costs
 from ..core.settings import Settings
 from .samples import Sample
 
@@ -100,13 +100,13 @@ def precision_recall_curve(
 def daily_alerts(
     score: np.ndarray,  # [n] higher is more suspicious
     step: np.ndarray,  # [n] hours; a day is 24 of them
-    budget: float,  # below 1 a share of the day's transactions (at least one), from 1 on a number a day
+    budget: float,  # below 1 a share of the day's transactions (at least one), from 1 on a number a day; 0: none
 ) -> np.ndarray:  # [n] bool
     "The top of each day's ranking; of equal scores the earlier row comes first."
     day = np.asarray(step) // 24
     order = np.lexsort((-np.asarray(score), day))  # stable
     _, start, rows = np.unique(day[order], return_index=True, return_counts=True)
-    limit = np.maximum(np.rint(budget * rows), 1) if budget < 1 else np.full(len(rows), round(budget))
+    limit = np.maximum(np.rint(budget * rows), budget > 0) if budget < 1 else np.full(len(rows), round(budget))
     place = np.arange(len(order)) - np.repeat(start, rows)
     alerts = np.zeros(len(order), bool)
     alerts[order[place < np.repeat(limit, rows)]] = True
@@ -180,6 +180,13 @@ def bootstrap_intervals(
     return {name: _interval(np.array([d[name] for d in draws]), confidence) for name in draws[0]}
 
 # %% ../../nbs/train/01_metrics.ipynb #c42cf704
+def _paired(difference: float, draws: np.ndarray) -> dict[str, float]:
+    "The difference with its interval, and the share of the draws above 0, ties half."
+    known = draws[np.isfinite(draws)]
+    low, high = _interval(draws, 0.95)
+    return {"difference": difference, "low": low, "high": high,
+            "confidence": float(np.mean((known > 0) + (known == 0) / 2))}
+
 def paired_bootstrap(
     y: np.ndarray,  # [n] 1 for fraud
     a: np.ndarray,  # [n] scores of one model
@@ -192,10 +199,21 @@ def paired_bootstrap(
     first, second = rank(y, a), rank(y, b)
     draws = np.array([first.average_precision(w) - second.average_precision(w)
                       for w in bootstrap_weights(account, resamples, seed)])
-    known = draws[np.isfinite(draws)]
-    low, high = _interval(draws, 0.95)
-    return {"difference": first.average_precision() - second.average_precision(), "low": low, "high": high,
-            "confidence": float(np.mean((known > 0) + (known == 0) / 2))}
+    return _paired(first.average_precision() - second.average_precision(), draws)
+
+# %% ../../nbs/train/01_metrics.ipynb #5b9225a8
+def paired_savings(
+    a: np.ndarray,  # [n] costs of one model's decisions, currency units
+    b: np.ndarray,  # [n] those of the other's on the same rows
+    account: np.ndarray,  # [n] codes of the originating account
+    resamples: int = 200,
+    seed: int = 7,
+) -> dict[str, float]:  # difference (b - a), its 95 % interval (low, high), confidence that a is cheaper
+    "How much less `a` costs than `b`, on the same resamples."
+    saved = b - a
+    rows = np.flatnonzero(saved)  # sums over these, the same for any decisions that both share
+    draws = np.array([w[rows] @ saved[rows] for w in bootstrap_weights(account, resamples, seed)])
+    return _paired(float(saved.sum()), draws)
 
 # %% ../../nbs/train/01_metrics.ipynb #bfd6f8c2
 def _ratio(part: float, whole: float) -> float:
@@ -205,20 +223,25 @@ def _ratio(part: float, whole: float) -> float:
 def _weighted_metrics(
     sample: Sample,
     probability: np.ndarray,  # [n]
-    alerts: np.ndarray,  # [n] bool, within the daily budget
+    alerts: np.ndarray,  # [n] bool, the top of each day
+    decisions: np.ndarray,  # [n] index into DECISIONS
     costs: np.ndarray,  # [n] of the decisions taken, currency units
 ) -> Callable[[np.ndarray], dict[str, float]]:
     "A function from row weights to all the values that get an interval."
-    ranking, fraud = rank(sample.y, probability), sample.y == 1
-    columns = np.stack([alerts & fraud, alerts, fraud, np.where(fraud, sample.amount, 0.0), costs])
+    ranking, fraud, stopped = rank(sample.y, probability), sample.y == 1, decisions > 0
+    columns = np.stack([alerts & fraud, alerts, fraud, np.where(fraud, sample.amount, 0.0), costs,
+                        stopped & fraud, stopped, (decisions == 2) & ~fraud])
     rows = np.flatnonzero(columns.any(axis=0))
     columns = columns[:, rows]
 
     def statistic(weight: np.ndarray) -> dict[str, float]:
-        hits, alerted, frauds, allowed, cost = (columns * weight[rows]).sum(axis=1).tolist()
+        totals = (columns * weight[rows]).sum(axis=1).tolist()
+        hits, alerted, frauds, allowed, cost, caught, stops, wrong = totals
         return {"average_precision": ranking.average_precision(weight), "roc_auc": ranking.roc_auc(weight),
                 "precision_at_budget": _ratio(hits, alerted), "recall_at_budget": _ratio(hits, frauds),
-                "money_saved": allowed - cost, "money_saved_share": _ratio(allowed - cost, allowed)}
+                "money_saved": allowed - cost, "money_saved_share": _ratio(allowed - cost, allowed),
+                "stopped_precision": _ratio(caught, stops), "stopped_recall": _ratio(caught, frauds),
+                "honest_blocked": _ratio(wrong, float(weight.sum()) - frauds)}
     return statistic
 
 # %% ../../nbs/train/01_metrics.ipynb #eafe312b
@@ -235,10 +258,24 @@ def _with_intervals(
             for name, value in values.items()}
 
 # %% ../../nbs/train/01_metrics.ipynb #8048d5ba
+def days_in(step: np.ndarray) -> float:
+    "Length of a period in days, from the hours [n] of its payments."
+    return float(step.max() - step.min() + 1) / 24
+
+def workload(
+    decisions: np.ndarray,  # [n] index into DECISIONS
+    step: np.ndarray,  # [n] hours
+) -> dict[str, float]:
+    "Reviews and blocks a day, and the reviews of the busiest day."
+    reviews = np.unique(step[decisions == 1] // 24, return_counts=True)[1]
+    days = days_in(step)
+    return {"reviews_per_day": float(reviews.sum() / days), "most_reviews": int(reviews.max(initial=0)),
+            "blocks_per_day": float(np.count_nonzero(decisions == 2) / days)}
+
 def evaluate(
     sample: Sample,
     probability: np.ndarray,  # [n] calibrated; 0 or 1 for a contender without a probability
-    thresholds: Thresholds | None,  # None: the day's alerts are reviewed and nothing is blocked
+    decisions: np.ndarray | None,  # [n] index into DECISIONS; None: the day's alerts are reviewed, nothing is blocked
     settings: Settings,  # [decision] and [evaluate]
 ) -> dict[str, Any]:  # JSON-able
     "All metrics of one contender on one period, with 95 % intervals."
@@ -246,16 +283,17 @@ def evaluate(
     if wrong := int((~((p >= 0) & (p <= 1))).sum()):
         raise FraudError(f"{wrong} of {len(p)} predictions are not numbers from 0 to 1")
     alerts = daily_alerts(p, sample.step, settings.decision.alert_budget)
-    decisions = alerts.astype(np.int8) if thresholds is None else decide(p, thresholds)
+    decisions = alerts.astype(np.int8) if decisions is None else decisions
     costs = np.choose(decisions, decision_costs(y, sample.amount, settings.decision))
     scenarios = per_scenario_recall(y, alerts, sample.scenario)
+    stopped = per_scenario_recall(y, decisions > 0, sample.scenario)
     return {
         "rows": len(sample), "frauds": int(y.sum()),
         "alert_budget": settings.decision.alert_budget, "alerts": int(alerts.sum()),
-        **_with_intervals(_weighted_metrics(sample, p, alerts, costs), sample.account, settings),
-        "brier": brier(y, p),
-        "scenarios": {n: {"frauds": s["frauds"], "recall_at_budget": s["recall"]} for n, s in scenarios.items()},
-        "thresholds": None if thresholds is None else {"review": thresholds.review, "block": thresholds.block},
+        **_with_intervals(_weighted_metrics(sample, p, alerts, decisions, costs), sample.account, settings),
+        "brier": brier(y, p), **workload(decisions, sample.step),
+        "scenarios": {n: {"frauds": s["frauds"], "recall_at_budget": s["recall"], "stopped": stopped[n]["recall"]}
+                      for n, s in scenarios.items()},
         "decisions": {name: int((decisions == i).sum()) for i, name in enumerate(DECISIONS)},
     }
 

@@ -18,13 +18,17 @@ import xgboost
 from .samples import Sample
 
 # %% ../../nbs/train/05_spark.ipynb #26d5dba9
-SHARE_SCHEMA = pa.schema([("features", pa.list_(pa.float32())), ("label", pa.int32()), ("held_out", pa.bool_())])
+SHARE_SCHEMA = pa.schema([("features", pa.list_(pa.float32())), ("label", pa.int32()), ("weight", pa.float32()),
+                          ("held_out", pa.bool_())])
 
 def _share_table(sample: Sample, rows: np.ndarray, names: Sequence[str], held_out: bool) -> pa.Table:
     "These rows with SHARE_SCHEMA."
-    x = np.ascontiguousarray(sample.take(rows).select(names))
+    own = sample.take(rows)
+    x = np.ascontiguousarray(own.select(names))
+    weight = np.ones(len(rows), np.float32) if own.weight is None else own.weight
     features = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), len(names)).cast(pa.list_(pa.float32()))
-    columns = {"features": features, "label": pa.array(sample.y[rows], pa.int32()), "held_out": [held_out] * len(rows)}
+    columns = {"features": features, "label": pa.array(own.y, pa.int32()), "weight": weight,
+               "held_out": [held_out] * len(rows)}
     return pa.table(columns, SHARE_SCHEMA)
 
 def write_shares(
@@ -60,16 +64,18 @@ def boost_on_spark(
     shares: int,
     rounds: int,
     patience: int,
+    weighted: bool = False,  # whether the rows count by their weights
 ) -> xgboost.Booster:
     "Trees that the workers of a cluster grow together, with those after the best round."
     from xgboost.spark import SparkXGBClassifier  # brings pyspark
 
-    columns = "features array<float>, label int, held_out boolean"
+    columns = "features array<float>, label int, weight float, held_out boolean"
     rows = spark.range(0, shares, 1, shares).mapInArrow(_share_reader(str(folder)), columns)
     learner = SparkXGBClassifier(
         features_col="features", label_col="label", validation_indicator_col="held_out", num_workers=shares,
         n_estimators=rounds, early_stopping_rounds=patience, eval_metric="aucpr", tree_method="hist", device="cpu",
-        random_state=params["seed"], **{key: value for key, value in params.items() if key != "seed"})
+        random_state=params["seed"], weight_col="weight" if weighted else None,
+        **{key: value for key, value in params.items() if key != "seed"})
     booster = learner.fit(rows).get_booster()
     booster.feature_names = None
     return booster

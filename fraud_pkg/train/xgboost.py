@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Grow', 'GROWERS', 'TREE_KEYS', 'PLAIN_CORE', 'Boosted', 'boost', 'best_round', 'check_margins', 'suggest_xgboost',
-           'xgboost_onnx', 'train_xgboost', 'plain_baseline_names', 'train_plain_baseline']
+           'xgboost_onnx', 'train_xgboost', 'refit_xgboost', 'plain_baseline_names', 'train_plain_baseline']
 
 # %% ../../nbs/train/06_xgboost.ipynb #38de6c8c
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def _grow_on_spark(train: Sample, validation: Sample, names: Sequence[str], sett
 
         def grow(params: dict[str, Any], watch: Watch) -> Boosted:
             booster = boost_on_spark(spark, folder, params, shares=shares, rounds=own.rounds,
-                                     patience=own.early_stopping)
+                                     patience=own.early_stopping, weighted=train.weight is not None)
             check_margins(booster.predict(xgboost.DMatrix(x), output_margin=True), params)
             return best_round(booster, x, validation.y, watch)
 
@@ -230,6 +230,26 @@ def train_xgboost(
         boosted = fit(params, progress(name, tell=tell))
     params |= {**fixed, **_resources(settings), "rounds": own.rounds, "early_stopping": own.early_stopping}
     return _to_trained(boosted, validation, names=names, name=name, params=params, started=started)
+
+# %% ../../nbs/train/06_xgboost.ipynb #191d2592
+def refit_xgboost(
+    known: Sample,
+    held_out: Sample,  # whose rows the parity is measured on
+    names: tuple[str, ...],
+    params: Mapping[str, Any],  # of `train_xgboost`
+    settings: Settings,
+) -> Trained:
+    "Trees of these parameters, grown on other rows for as many rounds as were best."
+    started = time.perf_counter()
+    check_training(known, held_out, names)
+    rounds = params["best_round"]
+    own = settings.xgboost.model_copy(update={"rounds": rounds, "early_stopping": rounds})
+    chosen = {key: params[key] for key in TREE_KEYS}
+    chosen |= {"base_score": float(known.y.mean()), "seed": params["seed"]}
+    with GROWERS[settings.train.engine](known, held_out, names, settings.model_copy(update={"xgboost": own})) as grow:
+        boosted = replace(grow(chosen, _ignore_progress), best=rounds, precision=())
+    params = {**params, **chosen}
+    return _to_trained(boosted, held_out, names=names, name="xgboost", params=params, started=started)
 
 # %% ../../nbs/train/06_xgboost.ipynb #a8dc1327
 PLAIN_CORE = ("amount", "hour_of_day", "day_of_week", "sender_balance", "receiver_balance")

@@ -62,7 +62,11 @@ function percent(p) {
   return `${(p * 100).toFixed(p < 0.001 ? 3 : p < 0.1 || p > 0.99 ? 2 : 1)} %`;
 }
 
-const thresholdText = ({ review, block }) => `review from ${percent(review)}, block from ${percent(block)}`;
+const LIMIT_TEXT = {
+  review_budget: "Worth a review by its costs, but the team’s time is worth more elsewhere.",
+  false_blocks: "To be blocked by its costs, but not certain enough: too many honest payments would be.",
+  least_review: "Worth a review by its costs, but below the amount that people look at.",
+};
 
 function labelOf(feature) {
   const [text, kind] = hello?.feature_labels?.[feature] ?? [feature, "number"];
@@ -240,8 +244,8 @@ function introduce() {
   $("model").title = model
     ? `average precision on its test period: ${known(model.average_precision, (v) => (v.value ?? v).toFixed(3))}`
     : "";
-  $("review-from").textContent = model ? percent(model.thresholds.review) : "–";
-  $("block-from").textContent = model ? percent(model.thresholds.block) : "–";
+  $("review-price").textContent = model ? money.format(model.policy.review_price) : "–";
+  $("block-price").textContent = model ? money.format(model.policy.block_price) : "–";
   $("host").textContent = host;
   $("access").textContent = mayWrite ? "Key: may write" : "Read only";
   $("access").title = mayWrite ? "Change or forget the key" : readOnly();
@@ -634,31 +638,12 @@ function drawHistogram() {
     if ((i - 5) % every === 0)
       parts.push(shape("text", { x: x(logOdds(p)), y: tall - 4, "text-anchor": "middle" }, text));
   });
-  parts.push(...thresholdMarks(x, top - 4, tall - bottom));
   svg.setAttribute("viewBox", `0 0 ${width} ${tall}`);
   svg.setAttribute(
     "aria-label",
-    `Histogram of the scores of ${whole.format(shown.length)} decisions` +
-      (hello?.model ? `; ${thresholdText(hello.model.thresholds)}` : ""),
+    `Histogram of the scores of ${whole.format(shown.length)} decisions`,
   );
   svg.replaceChildren(...parts);
-}
-
-function thresholdMarks(x, top, bottom) {
-  const limits = hello?.model?.thresholds;
-  if (!limits) return [];
-  const review = x(logOdds(limits.review)),
-    block = x(logOdds(limits.block)),
-    near = block - review < 60;
-  return [
-    ["review", review, near ? "end" : "middle", near ? -3 : 0],
-    ["block", block, near ? "start" : "middle", near ? 3 : 0],
-  ]
-    .filter(([kind]) => (kind === "review" ? limits.review < limits.block : true))
-    .flatMap(([kind, at, anchor, shift]) => [
-      shape("line", { class: "mark", x1: at, x2: at, y1: top, y2: bottom }),
-      shape("text", { class: "marked", x: at + shift, y: top - 2, "text-anchor": anchor }, kind),
-    ]);
 }
 
 // ---------------------------------------------------------------- one transaction
@@ -720,7 +705,7 @@ function drawDetail() {
       pill(row.decision),
       el("span", { class: "note" }, doubt(row)),
     ),
-    scale(row),
+    costs(row),
     el("section", { class: "marking", id: "marking", role: "group", "aria-label": "What became known" }),
     el("section", {}, el("h3", {}, "Reasons"), ...reasons(row)),
     el(
@@ -751,50 +736,18 @@ function attributeText(row, { name, kind }) {
   return kind === "place" ? value.map((degrees) => degrees.toFixed(4)).join(", ") : said(row, name);
 }
 
-function scale(row) {
-  const width = 390,
-    x = (odds) => 6 + ((odds + RANGE) / (2 * RANGE)) * (width - 12),
-    limits = row.thresholds;
-  const ends = [-RANGE, logOdds(limits.review), logOdds(limits.block), RANGE];
-  const svg = shape("svg", {
-    class: "scale",
-    viewBox: `0 0 ${width} 38`,
-    role: "img",
-    "aria-label": `${percent(row.fraud_probability)}; ${thresholdText(limits)}`,
-  });
-  KINDS.forEach((kind, i) =>
-    svg.append(
-      shape("rect", {
-        class: kind,
-        x: x(ends[i]),
-        width: Math.max(0, x(ends[i + 1]) - x(ends[i]) - 1),
-        y: 16,
-        height: 5,
-        rx: 2,
-      }),
-    ),
+function costs(row) {
+  // what each action is expected to cost, and its price; that of a block only counts as far as the payment is honest
+  const prices = { allow: 0, review: row.prices.review, block: row.prices.block * (1 - row.fraud_probability) };
+  const text = (kind) =>
+    money.format(row.costs[kind]) + (prices[kind] ? ` + ${money.format(prices[kind])} at its price` : "");
+  return el(
+    "section",
+    { id: "costs" },
+    el("h3", {}, "Expected costs"),
+    pairs(...KINDS.map((kind) => [KIND_WORD[kind], text(kind)])),
+    ...(row.limit ? [el("p", { class: "note" }, LIMIT_TEXT[row.limit])] : []),
   );
-  svg.append(shape("path", { class: "point", d: `M${x(row.odds)} 14l-6 -9h12z` }));
-  const close = x(ends[2]) - x(ends[1]) < 110;
-  svg.append(
-    shape(
-      "text",
-      { x: x(ends[1]) + (close ? -3 : 0), y: 34, "text-anchor": close ? "end" : "middle" },
-      `review ${percent(limits.review)}`,
-    ),
-  );
-  svg.append(
-    shape(
-      "text",
-      {
-        x: clamp(x(ends[2]) + (close ? 3 : 0), 0, width - (close ? 90 : 45)),
-        y: 34,
-        "text-anchor": close ? "start" : "middle",
-      },
-      `block ${percent(limits.block)}`,
-    ),
-  );
-  return svg;
 }
 
 function reasons(row) {
