@@ -37,7 +37,7 @@ test-long: $(READY)  ## the long ones: real data at full size, loops on several 
 coverage: $(READY)  ## the lines of the package that make test runs, notebooks and processes included (ARGS="pytest tests/test_serve.py")
 	@bash tests/coverage.sh $(ARGS)
 
-BENCHMARKS = serving streaming features train scale
+BENCHMARKS = serving streaming features train scale rules rules
 # The Fraud Detection Handbook's transactions, where they are: make bench HANDBOOK=transactions.parquet
 HANDBOOK ?=
 
@@ -86,9 +86,10 @@ export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files)
 pictures: $(READY)  ## the pictures of the docs, of the last run, in Chromium
 	@python docs/pictures.py
 
-# What a function imports; what onnxruntime needs for other things than inference stays out.
+# What a function imports; what onnxruntime needs for other things than inference, and cel for its command line, stays out.
 LAMBDA_LOCK = uv pip compile --quiet --only-binary :all: --generate-hashes --no-emit-index-url --no-header pyproject.toml --constraint .lambda.txt \
-	$(foreach name,sympy mpmath coloredlogs humanfriendly flatbuffers protobuf packaging,--no-emit-package $(name))
+	$(foreach name,sympy mpmath coloredlogs humanfriendly flatbuffers protobuf packaging \
+	  typer rich prompt-toolkit pygments shellingham markdown-it-py mdurl click wcwidth annotated-doc,--no-emit-package $(name))
 
 lock: $(READY)  ## the lock files anew from pyproject.toml
 	@uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock

@@ -20,6 +20,7 @@ CONSTANT = {
     "prices": {"review": 30.0, "block": 0.0},
     "limit": None,
     "rule": None,
+    "control": None,
     "reasons": [],
     "history": True,
     "known_entities": 2,

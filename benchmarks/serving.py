@@ -40,6 +40,7 @@ from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
 from fraud_pkg.features.histories import LogTable, log_histories  # noqa: E402
 from fraud_pkg.model.bundle import MODEL, Bundle, load_bundle  # noqa: E402
 from fraud_pkg.serve.fill import fill_store  # noqa: E402
+from fraud_pkg.serve.rules import ActiveRules  # noqa: E402
 from fraud_pkg.serve.scorer import Scorer  # noqa: E402
 from fraud_pkg.serve.service import Service  # noqa: E402
 from fraud_pkg.store.dynamodb import create_table  # noqa: E402
@@ -229,7 +230,7 @@ def bodies(piece: list[dict], run: str) -> list[bytes]:
 
 def opened(world: World, url: str) -> Service:
     """The service of both endpoints, with the store at `url`."""
-    scorer = Scorer(load_bundle(world.bundle), world.settings.serve, world.settings.rules)
+    scorer = Scorer(load_bundle(world.bundle), world.settings.serve, ActiveRules())
     service = Service(world.settings.serve, open_store(url, scorer.retention, 5), {"benchmark": KEY.encode()})
     service.use(scorer)
     return service

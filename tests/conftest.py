@@ -27,6 +27,7 @@ SMALL = {
     "split.test_hours": 336,
     "split.validation_hours": 168,
     "evaluate.resamples": 50,
+    "decision.control_share": 0,  # what a test stops, it stops; tests/test_control.py has a control group
     "tensorflow.epochs": 3,
     "xgboost.rounds": 80,
     "features.spark_memory": "2g",

@@ -8,7 +8,8 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from fraud_pkg.core.contract import DAY, HOUR, Contract, contract_from, derive_category, raw_columns
-from fraud_pkg.core.settings import Columns, Settings
+from fraud_pkg.core.sections import Columns
+from fraud_pkg.core.settings import Settings
 from fraud_pkg.model.example import example_bundle
 
 ATTRIBUTES = {

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -133,7 +134,7 @@ def service(
 
 
 @contextlib.contextmanager
-def redis(folder: Path, port: int | None = None) -> Iterator[str]:
+def redis(folder: Path, port: int | None = None, options: Sequence[str] = ()) -> Iterator[str]:
     """A Redis server; yields its URL."""
     port = port or free_port()
     command = [
@@ -148,9 +149,39 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
         "no",
         "--dir",
         str(folder),
+        *options,
     ]
     with running(command, answers(port), folder / "redis.log"):
         yield f"redis://{HOST}:{port}/0"
+
+
+class Front:
+    """One address before several servers: new connections go where `port` says, old ones stay where they are."""
+
+    def __init__(self, port: int):
+        self.port = port
+        self._listener = socket.create_server((HOST, 0))
+        self.address = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection((HOST, self.port))
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.close()
 
 
 @contextlib.contextmanager

@@ -53,6 +53,9 @@ def csv(space, name: str, rows: list[str], header: str = HEADER) -> str:
         ({"attributes__device": "colour"}, "[attributes] device"),
         ({"attributes__amount": "number"}, "[attributes] amount"),
         ({"entities__card": "card"}, "[entities] card"),
+        ({"decision__alert_budget": -1}, "[decision] alert_budget = -1"),
+        ({"decision__segment": "shop", "decision__segment_budgets": "a: 0.001"}, "[decision] segment = shop"),
+        ({"decision__segment": "type", "decision__segment_budgets": "a: 0.1"}, "a has more than alert_budget = 0.005"),
     ],
 )
 def test_settings(space, overrides, said):

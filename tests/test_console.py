@@ -86,7 +86,7 @@ def test_from_a_transaction_to_a_mark(service, browser, look):  # noqa: F811
             seconds_until_seen(made, service, {**sent, "transaction_id": f"{sent['transaction_id']}{i}"}) < 1
             for i in range(3)
         )  # a busy machine may need another chance
-        page.locator(".row", has_text=sent["sender"]).first.click()
+        page.locator(".row", has_text=sent["sender"]).first.locator(".c-decision").click()  # accounts are links
         assert (
             page.locator("#detail-title").text_content().startswith(sent["transaction_id"])
             and page.locator("#detail img, #rows img").count() == 0

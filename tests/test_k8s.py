@@ -52,7 +52,7 @@ every_overlay = pytest.mark.parametrize(
 )
 # What the Secrets hold, by name: `k8s/minikube.sh` makes the first two, docs/kubernetes.md says how.
 MINIKUBE_SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-store": {"url", "password"}}
-SECRETS = MINIKUBE_SECRETS | {"fraud-kafka": {"user", "password"}}
+SECRETS = MINIKUBE_SECRETS | {"fraud-kafka": {"user", "password"}, "fraud-signing-key": {"pem"}}
 CONSUMERS = {"fraud-stream", "fraud-stream-labels"}
 SERVERS = {"fraud-redis", "fraud-kafka", "fraud-pushgateway"}
 
@@ -455,6 +455,7 @@ SECRET_VALUES = {
     ("fraud-store", "url"): "redis://:secret@fraud-redis:6379/0",
     ("fraud-kafka", "user"): "fraud",
     ("fraud-kafka", "password"): "secret",
+    ("fraud-signing-key", "pem"): "PEM",
 }
 
 

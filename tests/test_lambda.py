@@ -23,6 +23,7 @@ from fraud_pkg.serve.lambda_package import runtime
 from fraud_pkg.store.dynamodb import create_table
 from fraud_pkg.store.memory import MemoryStore, save_snapshot
 from fraud_pkg.core.contract import SIMULATED
+from fraud_pkg.core.signatures import new_key
 from fraud_pkg.features.payment import OnlinePayments
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.wire import EXAMPLE, Wire
@@ -313,7 +314,8 @@ def test_does_what_the_other_door_documents(project, function, tmp_path):
         ),
     ):
         document = httpx.get(f"{there}/openapi.json").json()
-        del document["paths"]["/history"]  # the console's, which only the service has
+        for path in ("/history", "/rules", "/lists"):  # for people, at the service alone
+            del document["paths"][path]
         (tmp_path / "openapi.json").write_text(json.dumps(document))
         conforms(str(tmp_path / "openapi.json"), here, KEY["X-API-Key"], "unsupported_method")
 
@@ -352,7 +354,7 @@ def test_largest_batch_within_the_timeout(function, day):
         )
 
 
-def test_redeploy_second_stage_and_removal(project):
+def test_redeploy_second_stage_and_removal(project, tmp_path):
     """A new champion changes the package, an equal one does not; prod stands beside dev; what is removed leaves its
     data.
     """
@@ -362,7 +364,14 @@ def test_redeploy_second_stage_and_removal(project):
     example_bundle(project.root / "models/champion")
     project.fraud("deploy", "lambda", "--stage", "dev")
     assert configuration("dev")["CodeSha256"] != before
-    project.fraud("deploy", "lambda", "--stage", "prod")
+    refused = project.fraud("deploy", "lambda", "--stage", "prod", ok=False)
+    assert "takes signed bundles only" in refused.stderr
+    public = new_key(tmp_path / "key.pem", project.root)
+    project.environ["FRAUD_SIGNING_KEY_FILE"] = str(tmp_path / "key.pem")
+    unsigned = project.fraud("deploy", "lambda", "--stage", "prod", ok=False, trust__keys=f"prod-1:{public}")
+    assert "not signed" in unsigned.stderr
+    project.fraud("keys", "sign", "models/champion")
+    project.fraud("deploy", "lambda", "--stage", "prod", trust__keys=f"prod-1:{public}")
     assert configuration("prod")["MemorySize"] > configuration("dev")["MemorySize"]
     project.fraud("deploy", "remove", "--stage", "dev")
     names = {function["FunctionName"] for function in boto3.client("lambda").list_functions()["Functions"]}

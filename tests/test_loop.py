@@ -23,7 +23,8 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from fraud_pkg.data.lake import read_decisions
 from fraud_pkg.stream.replay import RequestWriter, label_message, transaction_messages
 from fraud_pkg.core.contract import DAY, SIMULATED_ATTRIBUTES, SIMULATED_ENTITIES
-from fraud_pkg.core.settings import Simulate, load_settings
+from fraud_pkg.core.sections import Simulate
+from fraud_pkg.core.settings import load_settings
 from fraud_pkg.data.simulate import simulate
 
 # Days of the champion's log, without drift, with drift; until labels are known.

@@ -248,11 +248,19 @@ def test_a_workbook(tmp_path):
     assert opened(path, header="0").schema.names == ["column_1", "column_2"]
 
 
-def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr(unpack, "UNPACKED_FLOOR", 1 << 20)
+def test_an_archive_that_unpacks_to_too_much(tmp_path):
     for packing in ("gz", "bz2", "xz", "zstd", "zip"):
         (tmp_path / "log").write_bytes(packed(b"step,type\n" + b"1,PAYMENT\n" * 1_000_000, packing))
-        assert "unpacks to more than" in complaint(tmp_path / "log"), packing
+        assert "unpacks to more than" in complaint(tmp_path / "log", unpacked_mb=1), packing
+        assert opened(tmp_path / "log", unpacked_mb=16).schema.names == ["step", "type"]
+
+
+def test_a_parquet_file_that_becomes_too_much(tmp_path):
+    column = pa.array(["PAYMENT"] * 3_000_000).dictionary_encode()
+    pq.write_table(pa.table({"type": column, "step": pa.repeat(1, 3_000_000)}), tmp_path / "log", compression="zstd")
+    assert (tmp_path / "log").stat().st_size < 29_000
+    assert "a Parquet file that becomes 6,000,000 bytes or more" in complaint(tmp_path / "log", unpacked_mb=1)
+    assert opened(tmp_path / "log", unpacked_mb=6).schema.names == ["type", "step"]
 
 
 def test_s3(tmp_path, monkeypatch):

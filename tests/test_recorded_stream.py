@@ -19,6 +19,7 @@ from fraud_pkg.core.policy import DECISIONS, LIMITS
 from fraud_pkg.core.settings import Settings
 from fraud_pkg.model.bundle import MANIFEST, MODEL, load_bundle, manifest_hash, manifest_text, sha256_hex
 from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.rules import ActiveRules
 from fraud_pkg.serve.scorer import Scorer
 from fraud_pkg.store.journal import JournaledStore
 from fraud_pkg.store.outbox import OffsetAdvance
@@ -34,8 +35,17 @@ from fraud_pkg.stream.messages import (
 )
 
 RECORDED = Path(__file__).parent / "recorded"
-# The costs of `[decision]`, and limits that all three change some decisions.
-POLICY = Settings().decision.model_dump() | {"least_review": 30, "review_price": 60, "block_price": 100}
+# The costs of `[decision]`, and limits that all change some decisions; the price of a review follows the demand.
+POLICY = Settings().decision.model_dump() | {
+    "alert_budget": 2,
+    "least_review": 30,
+    "review_price": 20,
+    "block_price": 100,
+    "segment": "type",
+    "segment_budgets": {"TRANSFER": 0.5},
+    "segment_prices": {"TRANSFER": 70},
+    "control_share": 0,  # decided as ever
+}
 BATCH = 37  # messages that are decided together
 TOPICS = topics_of(Settings().stream)
 
@@ -58,7 +68,7 @@ def recorded_scorer(folder: Path) -> Scorer:
     manifest["reference"] = dict.fromkeys(manifest["features"], 0.0)
     manifest["files"][MANIFEST] = manifest_hash(manifest)
     (folder / MANIFEST).write_bytes(manifest_text(manifest))
-    return Scorer(load_bundle(folder), Settings().serve, Settings().rules)
+    return Scorer(load_bundle(folder), Settings().serve, ActiveRules())
 
 
 def as_json(message: dict) -> bytes:
@@ -94,7 +104,7 @@ def replay(folder: Path, format: str = "json", left: frozenset[int] = frozenset(
         decide_batch(scorer, store, [r for r in batch if r.topic == TOPICS.transactions], TOPICS, format, result)
         label_batch(store, [r for r in batch if r.topic == TOPICS.labels], TOPICS, result)
         advance = OffsetAdvance(begin or None, begin + len(batch))
-        store.commit(result.transactions, result.labels, {"group/transactions/0": advance})
+        store.commit(result.transactions, result.labels, {"group/transactions/0": advance}, result.demand)
         for outputs in result.outputs.values():
             yield from outputs
     store.close()
@@ -107,8 +117,8 @@ def summary(output: Output) -> dict:
         return {"topic": output.topic, "headers": headers}
     record = read_scored_record(output.value).model_dump(mode="json", by_alias=True)
     features = np.array([np.nan if value is None else value for value in record["features"]], np.float32)
-    kept = ("transaction_id", "fraud_probability", "decision", "costs", "limit", "rule", "reasons", "history")
-    kept += ("known_entities", "time")
+    kept = ("transaction_id", "fraud_probability", "decision", "costs", "prices", "limit", "rule", "reasons")
+    kept += ("history", "known_entities", "time")
     decided = {name: record[name] for name in kept} | {"transaction": record["transaction"]}
     return decided | {"features": hashlib.sha256(features.tobytes()).hexdigest()[:16]}
 
@@ -125,6 +135,7 @@ def test_a_recorded_stream_is_decided_as_ever(tmp_path):
     expected, found = lines("outputs.jsonl"), [summary(output) for output in replay(tmp_path)]
     assert {row["decision"] for row in expected if "decision" in row} == set(DECISIONS)
     assert {row["limit"] for row in expected if "decision" in row} == set(LIMITS)
+    assert len({row["prices"]["review"] for row in expected if "decision" in row}) > 10
     kinds = {row["headers"]["fraud-kind"] for row in expected if "headers" in row}
     assert kinds == set(INVALID_KINDS) - {"model"}
     assert len(found) == len(expected)

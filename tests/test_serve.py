@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -276,7 +277,7 @@ def test_a_snapshot_that_cannot_be_written_is_no_good_end(tmp_path):
     (tmp_path / "store").mkdir()
     with servers.service(tmp_path, store__url=f"memory://{tmp_path}/store/kept.npz") as (url, process):
         assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
-        (tmp_path / "store").rmdir()
+        shutil.rmtree(tmp_path / "store")
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 1
     assert "the snapshot was not written" in (tmp_path / "api.log").read_text()

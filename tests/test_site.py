@@ -4,16 +4,28 @@ import functools
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, browser, visit  # noqa: F401
 
+from fraud_pkg.core.cost import Payments, expected_cost, money_saved, solve_prices
+from fraud_pkg.core.policy import DECISIONS, Policy, decide
+from fraud_pkg.core.sections import Decision
+from fraud_pkg.core.settings import load_settings
 from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.model.what_if import WhatIf, choices, outcome, payment_cells
+from fraud_pkg.report.charts import environment, write_assets
 from fraud_pkg.report.pages import PAGES
+from fraud_pkg.report.what_if import what_if_page
+from fraud_pkg.train.metrics import days_in
+from fraud_pkg.train.samples import load_period
 
 LOOKS = {"light": (DESKTOP, False), "dark": (DESKTOP, True), "phone": (PHONE, False)}
-RICHEST = ("index", "champion")  # a phone shows axe nothing new on the others
+RICHEST = ("index", "champion", "what_if")  # a phone shows axe nothing new on the others
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -60,7 +72,7 @@ def test_every_page_opens_from_disk(browser, finished):  # noqa: F811
 
 def test_charts_answer_pointer_and_keys(browser, finished):  # noqa: F811
     with visit(browser, (finished.root / "reports/champion.html").as_uri()) as seen:
-        chart, tip = seen.page.locator(".plot > svg").first, seen.page.locator(".tip")
+        chart, tip = seen.page.locator("#curves .plot > svg").first, seen.page.locator(".tip")
         assert tip.is_hidden()
         chart.scroll_into_view_if_needed()
         at = chart.locator("circle").nth(5).bounding_box()
@@ -92,6 +104,134 @@ def test_a_reader_chooses_day_or_night(browser, served):  # noqa: F811
         assert paper() != by_day  # remembered
         seen.page.get_by_role("button", name="Light").click()
         assert paper() == by_day
+
+
+CHOICES = (  # positions of the sliders from their own
+    {},
+    {"alert_budget": -3},
+    {"alert_budget": 6, "review_cost": 4},
+    {"recovered_share": -6, "block_cost": -8},
+    {"alert_budget": -10},  # nobody reviews
+    {"review_cost": -10, "block_cost": 11},
+)
+
+
+@pytest.fixture(scope="module")
+def periods(finished) -> dict:
+    """Validation and test period of the champion: sample and probabilities."""
+    settings = load_settings(environ=finished.environment() | {"FRAUD_ROOT": str(finished.root)})
+    manifest = (bundle := load_bundle(finished.root / "models/champion")).manifest
+    samples = {name: load_period(settings, name) for name in ("validation", "test")}
+    return {
+        name: (sample, bundle.probability(sample.select(manifest.features, manifest.vocabulary)))
+        for name, sample in samples.items()
+    }
+
+
+def counted(periods, decision: Decision) -> dict[str, float]:
+    """What the page has to say of a budget and costs: prices from validation, decisions on the test period."""
+    (known, known_p), (test, p) = periods["validation"], periods["test"]
+    policy = solve_prices(Payments(known_p, known.amount, days_in(known.step), known.y), decision)
+    taken, days = decide(p, test.amount, policy).decisions, days_in(test.step)
+    fraud, stopped = test.y == 1, int((taken > 0).sum())
+    saved = money_saved(test.y, test.amount, taken, decision)
+    allowed = expected_cost(test.y, test.amount, taken * 0, decision)
+    figures = {
+        "saved": saved,
+        "saved_share": saved / allowed,
+        "reviews": (taken == 1).sum() / days,
+        "blocks": (taken == 2).sum() / days,
+        "honest_blocked": (taken[~fraud] == 2).mean(),
+        "stopped_precision": fraud[taken > 0].mean() if stopped else None,
+        "passed": (taken[fraud] == 0).sum(),
+        "passed_amount": test.amount[fraud & (taken == 0)].sum(),
+        "review_price": policy.review_price,
+        "block_price": policy.block_price,
+    }
+    for i in range(len(DECISIONS)):
+        figures |= {
+            f"honest.{i}": ((taken == i) & ~fraud).sum(),
+            f"frauds.{i}": ((taken == i) & fraud).sum(),
+            f"amount.{i}": test.amount[(taken == i) & fraud].sum(),
+        }
+    return figures
+
+
+def test_sliders_say_what_the_policy_would_do(browser, finished, periods):  # noqa: F811
+    """The figures in the page, moved by keys, beside `core.cost` and `core.policy` on the same payments."""
+    policy = load_bundle(finished.root / "models/champion").manifest.policy
+    choices = {choice["name"]: choice for choice in finished.json("reports/bakeoff/what_if.json")["choices"]}
+    own = {name: getattr(policy, name) for name in Decision.model_fields}
+    with visit(browser, (finished.root / "reports/what_if.html").as_uri()) as seen:
+
+        def shown() -> dict[str, float]:
+            return seen.page.evaluate(
+                "Object.fromEntries([...document.querySelectorAll('[data-figure]')].map("
+                "(cell) => [cell.dataset.figure, cell.dataset.value === 'null' ? null : Number(cell.dataset.value)]))"
+            )
+
+        for moved in CHOICES:
+            seen.page.get_by_role("button", name="As served").click()
+            seen.until("document.getElementById('summary').textContent.startsWith('As served')")
+            decision = dict(own)
+            for name, steps in moved.items():
+                seen.page.locator(f"#{name}").focus()
+                for _ in range(abs(steps)):
+                    seen.page.keyboard.press("ArrowRight" if steps > 0 else "ArrowLeft")
+                choice = choices[name]
+                decision[name] = choice["values"][max(0, min(choice["own"] + steps, len(choice["values"]) - 1))]
+            assert shown() == pytest.approx(counted(periods, Decision(**decision)), rel=1e-6), moved
+        assert seen.page.evaluate("(policy) => whatIf.solve(policy)", own)["review_price"] == policy.review_price
+
+
+def what_if_site(folder: Path, tried: WhatIf) -> str:
+    """The page of sliders alone, of these payments; its address."""
+    frame = environment().get_template("frame.html")
+    text = frame.render(page="what_if", names=PAGES, champion=None, history=[], tried=what_if_page(tried))
+    (folder / "what_if.html").write_text(text, encoding="utf-8")
+    write_assets(folder / "assets")
+    return (folder / "what_if.html").as_uri()
+
+
+def test_the_script_finds_the_prices_that_python_finds(browser, tmp_path):  # noqa: F811
+    """Of many budgets, limits and costs, on payments that all stay single; and counts the same."""
+    rng = np.random.default_rng(19)
+    p = 1 / (1 + np.exp(6 - 2.5 * rng.normal(size=3000)))
+    y, amount = (rng.random(3000) < p).astype(np.int8), rng.lognormal(5, 1, 3000).round(2)
+    own = Policy(**Decision().model_dump(), review_price=7, block_price=70)
+    cells = payment_cells(p, amount, y, own, days=10)
+    tried = WhatIf(
+        version="v", policy=own, choices=choices(own), validation=cells, test=cells, served=outcome(cells, own)
+    )
+    with visit(browser, what_if_site(tmp_path, tried)) as seen:
+        for _ in range(40):
+            decision = Decision(
+                review_cost=rng.choice([0, 1, 5, 12.5]),
+                recovered_share=rng.choice([0, 0.3, 0.9, 1]),
+                block_cost=rng.choice([0, 20, 150]),
+                block_cost_share=rng.choice([0, 0.02]),
+                alert_budget=rng.choice([0, 0.002, 0.01, 1, 6, 500]),
+                max_false_block_rate=rng.choice([0, 0.001, 0.01, 1]),
+                least_review=rng.choice([0, 0, 100]),
+            )
+            policy = solve_prices(Payments(p, amount, 10, y), decision)
+            found = seen.page.evaluate("(policy) => whatIf.solve(policy)", {**asdict(own), **decision.model_dump()})
+            assert (found["review_price"], found["block_price"]) == (policy.review_price, policy.block_price), decision
+            counted_there = seen.page.evaluate("(policy) => whatIf.outcome(policy)", found)
+            taken = decide(p, amount, policy).decisions
+            assert counted_there["honest"] == [((taken == i) & (y == 0)).sum() for i in range(3)], decision
+            assert counted_there["cost"] == pytest.approx(expected_cost(y, amount, taken, decision), rel=1e-9), decision
+
+
+def test_what_the_page_of_sliders_says_without_a_script(finished):
+    """The figures as served, in the text of the page."""
+    text = (finished.root / "reports/what_if.html").read_text(encoding="utf-8")
+    metrics = load_bundle(finished.root / "models/champion").manifest.metrics
+    figures = dict(re.findall(r'data-figure="([\w.]+)" data-form="[^"]+">\s*([^<]+)<', text))
+    assert figures["saved"] == f"{metrics['money_saved']['value']:,.0f}"
+    assert figures["saved_share"] == f"{metrics['money_saved_share']['value']:.1%}"
+    assert figures["reviews"] == f"{metrics['reviews_per_day']:,.1f}"
+    assert len(text) < 700_000
 
 
 def test_pages_say_what_was_measured(finished):

@@ -190,8 +190,10 @@ def busiest() -> dict[str, bytes]:
     history, retention = History(), retention_of(Contract())
     for minute in range(60 * DAY // MINUTE):
         history.add(minute * MINUTE, (60, 60 * 500, 0, 0, 1, 0), retention)
+        history.seen(minute * MINUTE, None)
     history.seen(60 * DAY - 2, (48.2, 16.4))
     history.seen(60 * DAY - 1, (48.2, 16.4))
+    history.add(60 * DAY - 1, (0,) * 6, retention)  # forgets what the seconds before made old
     return {"account:busiest": pack_history(history)}
 
 

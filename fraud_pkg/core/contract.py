@@ -309,7 +309,8 @@ class Contract(ContractData):
 def _twice(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
-RESERVED = ("row", "step", "timestamp", "account", "tx_amount", "rule")  # columns of other tables and of sources
+# Columns of other tables and of sources.
+RESERVED = ("row", "step", "timestamp", "account", "tx_amount", "rule", "rules", "tags", "shadow_rules")
 
 def _check_names(contract: Contract) -> None:
     "Raises `ValueError` for a name that stands for two things."

@@ -52,11 +52,14 @@ def staging_file(
     final: Path,
     *,
     durable: bool = False,  # whether it must survive a power cut once the block has ended
+    private: bool = False,  # whether it is for its owner alone, since it names accounts
 ) -> Iterator[Path]:
     "A path to write to, and to close, that becomes `final` when the block ends, and vanishes when it fails."
     final = Path(final)
     new = final.with_name(f".{final.name}.{os.getpid()}.part")
     try:
+        if private:
+            os.close(os.open(new, os.O_WRONLY | os.O_CREAT, 0o600))
         yield new
         if durable:
             _flush_to_disk(new)

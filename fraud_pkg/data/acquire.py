@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REFUND', 'ASIDE', 'Rates', 'QUARANTINE_COLUMNS', 'FAR', 'SAMPLE', 'HINTS', 'check_names', 'read_rates', 'Batch',
            'check_batch', 'quarantine_table', 'count_reasons', 'Checked', 'plan_source', 'check_source', 'Staged',
-           'stage', 'settled', 'finish', 'write_raw', 'append_decisions', 'currency_note', 'acquire', 'Preview',
-           'preview']
+           'stage', 'settled', 'finish', 'write_raw', 'Appended', 'append_decisions', 'currency_note', 'acquire',
+           'Preview', 'preview']
 
 # %% ../../nbs/data/14_acquire.ipynb #9bab9229
 import contextlib
@@ -16,9 +16,10 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +28,19 @@ import pyarrow.parquet as pq
 
 from ..core.checks import arrow_schema, check_table
 from ..core.contract import DAY, HOUR, Contract, raw_columns
+from ..core.control import OUTCOMES_FILE
 from ..core.errors import FraudError, one_line
 from ..core.files import staging_dir
+from ..core.rules import normal_text
 from ..core.settings import Settings
 from fraud_pkg.data.columns import (
     Columns, Plan, check_settled, column_of, is_settled, moment_names, moment_text, monday_before, plan_columns,
     read_columns, settle_plan,
 )
 from .formats import check_span
-from .lake import newest_step, read_decisions, read_labels, training_columns
+from fraud_pkg.data.lake import (
+    OUTCOME_COLUMNS, lake_outcomes, newest_step, read_decisions, read_labels, training_columns,
+)
 from fraud_pkg.data.order import (
     ROW_GROUP, Chunks, Fingerprint, count_days, count_different, repeated_rows, sample_accounts, sort_file, usual_days,
 )
@@ -145,6 +150,31 @@ def _unreadable_text(columns: dict[str, pa.Array], contract: Contract) -> dict[s
             reasons[f"{name}: {reason}"] = np.asarray(pc.match_substring(text, sign).fill_null(False))
     return reasons
 
+# %% ../../nbs/data/14_acquire.ipynb #normtxt1
+_UNUSUAL = r"[^\x20-\x7e]"  # what `normal_text` may change, beside blanks around it, which readers take away
+
+def _normal_texts(
+    columns: dict[str, pa.Array], contract: Contract,
+) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
+    "Texts in the form in which they are compared, and masks by reason for those with a character that nobody sees."
+    normal, reasons = dict(columns), {}
+    for name in (column.name for column in raw_columns(contract) if column.is_text and column.name in columns):
+        text = columns[name].cast(pa.string())
+        if not pc.any(pc.match_substring_regex(text, _UNUSUAL)).as_py():
+            continue
+        forms = {word: _normal_or_none(word) for word in text.unique().to_pylist()}
+        normal[name] = pa.array([forms[word] for word in text.to_pylist()], pa.string())
+        unseen = pc.and_(text.is_valid(), normal[name].is_null())
+        named = pc.match_substring_regex(text, f"[\0{NOT_UTF8}]").fill_null(False)  # by a reason of its own
+        reasons[f"{name}: an invisible character"] = np.asarray(pc.and_not(unseen, named))
+    return normal, reasons
+
+def _normal_or_none(text: str | None) -> str | None:
+    try:
+        return None if text is None else normal_text(text)
+    except ValueError:
+        return None
+
 # %% ../../nbs/data/14_acquire.ipynb #79c8bb80
 @dataclass(frozen=True)
 class Batch:
@@ -183,7 +213,9 @@ def check_batch(
     for raw, column in plan.mapping.attributes.items():
         if column in ("sender", "receiver"):
             values[raw] = values[column]
-    reasons = columns.reasons | _unreadable_text(values, contract)
+    unreadable = _unreadable_text(values, contract)
+    values, invisible = _normal_texts(values, contract)
+    reasons = columns.reasons | invisible | unreadable
     if plan.dated:
         before = np.asarray(pc.less(values["time"], 0).fill_null(False))
         reasons[f"{plan.mapping.key}: before the epoch"] = before
@@ -562,25 +594,42 @@ def _labelled(live: pa.Table, frauds: pa.Array, contract: Contract, lake: str) -
     return table
 
 # %% ../../nbs/data/14_acquire.ipynb #f384bf4c
-def append_decisions(chunks: Chunks, settings: Settings) -> tuple[Chunks, dict | None]:
-    """The chunks, then the lake's payments that are old enough to be labelled; what was taken (None without a lake).
+class Appended(NamedTuple):
+    "The source's payments and those of the lake."
+    chunks: Chunks
+    taken: dict | None          # what was taken from the lake; None without one
+    outcomes: pa.Table | None   # transaction_id, weight, control of what does not count once; None: all count once
+
+def _weighed(rows: pa.Table, labels: Mapping[str, bool], most: float) -> pa.Table | None:
+    "Which decisions count more or less than once, and which are the control group; None without one."
+    outcomes = lake_outcomes(rows, labels, most)
+    weight, control = outcomes.weights(), outcomes.control > 0
+    if not control.any():
+        return None
+    table = pa.table({"transaction_id": rows["transaction_id"], "weight": weight, "control": control})
+    return table.filter(pa.array(control | (weight != 1)))
+
+def append_decisions(chunks: Chunks, settings: Settings) -> Appended:
+    """The chunks, then the lake's payments that are old enough to be labelled.
 
     From their first second on they replace the source's own."""
     lake, contract = settings.data.decisions, settings.contract
     if not lake:
-        return chunks, None
+        return Appended(chunks, None, None)
     folder = settings.root / lake
     end = newest_step(folder) - 24 * contract.label_delay + 1
     live = read_decisions(folder, ["transaction_id", "time", "cents"], end_step=end, contract=contract,
-                          optional=list(training_columns(contract).values()))
+                          optional=[*training_columns(contract).values(), *OUTCOME_COLUMNS])
     first = live["time"][0].as_py()
     known, replaced = np.zeros(len(live), bool), 0
     for chunk in chunks():
         kept = chunk.filter(pc.less(chunk["time"], first))
         replaced += len(chunk) - len(kept)
         known |= np.asarray(pc.is_in(live["transaction_id"], value_set=kept["transaction_id"].combine_chunks()))
-    frauds = pa.array([number for number, fraud in read_labels(folder).items() if fraud], pa.string())
-    labelled = _labelled(live.filter(pa.array(~known)), frauds, contract, lake)
+    labels, new = read_labels(folder), live.filter(pa.array(~known))
+    frauds = pa.array([number for number, fraud in labels.items() if fraud], pa.string())
+    labelled = _labelled(new, frauds, contract, lake)
+    outcomes = _weighed(new, labels, settings.decision.control_most)
 
     def longer() -> Iterator[pa.Table]:
         yield from (chunk.filter(pc.less(chunk["time"], first)) for chunk in chunks())
@@ -588,8 +637,8 @@ def append_decisions(chunks: Chunks, settings: Settings) -> tuple[Chunks, dict |
 
     taken = {"folder": lake, "first_step": first // HOUR, "last_step": live["time"][-1].as_py() // HOUR,
              "rows": len(labelled), "repeated": int(known.sum()), "frauds": pc.sum(labelled["is_fraud"]).as_py() or 0,
-             "replaced": replaced}
-    return longer, taken
+             "replaced": replaced, "control": pc.sum(outcomes["control"]).as_py() if outcomes else 0}
+    return Appended(longer, taken, outcomes)
 
 # %% ../../nbs/data/14_acquire.ipynb #4d2d63cc
 def currency_note(
@@ -640,7 +689,7 @@ def _replace_raw(
 ) -> dict:
     "Writes all three folders and puts them in their places."
     data, contract = settings.data_dir, settings.contract
-    chunks, live = append_decisions(chunks, settings)
+    chunks, live, outcomes = append_decisions(chunks, settings)
     chosen = sample_accounts(chunks, settings.data.sample_size)
     if chosen:
         longer = chunks
@@ -656,6 +705,8 @@ def _replace_raw(
         manifest |= {"source": recorded, "notes": notes, "sampled": chosen is not None}
         if live:
             manifest["decisions"] = live
+        if outcomes:
+            pq.write_table(outcomes, raw / OUTCOMES_FILE)
         pq.write_table(pq.read_table(staged.refused), quarantine / manifest["file"], compression="zstd")
         (raw / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _write_profile(profile_result(profile, different), report)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..core.contract import HOUR, Contract
-from ..core.settings import Simulate
+from ..core.sections import Simulate
 from fraud_pkg.data.accounts import (
     PRIME, account_entries, account_names, balances, from_quantiles, positive_cents, transaction_table,
 )

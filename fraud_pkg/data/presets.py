@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'SCENARIOS', 'DOUBLES', 'MIX', 'TYPES', 'CASH_IN', 'CASH_O
 from collections.abc import Iterator
 
 from ..core.errors import FraudError
-from ..core.settings import Simulate
+from ..core.sections import Simulate
 
 # %% ../../nbs/data/00_presets.ipynb #869a69af
 PRESETS = ("hard", "paysim")

@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 
 from ..core.checks import BLANK
 from ..core.errors import FraudError, one_line
-from ..core.settings import Data
+from ..core.sections import Data
 from fraud_pkg.data.unpack import (
-    BLOCK, NOT_UTF8, UNPACKED_FLOOR, Encoding, Part, Scratch, Unpacked, Utf8, encoded_text, find_encoding, is_zip,
+    BLOCK, NOT_UTF8, UNPACKED_RATIO, Encoding, Part, Scratch, Unpacked, Utf8, encoded_text, find_encoding, is_zip,
     unpack, utf8_blocks,
 )
 
@@ -119,6 +119,7 @@ class ReadOptions:
     header: str = ""     # the line with the names, 0 for none
     comment: str = ""
     member: str = ""     # glob of files in a folder or an archive, or the sheet of a workbook
+    unpacked_mb: int = 256  # mebibytes that may come out of a packed file whatever its size
 
     @classmethod
     def of(cls, data: Data) -> "ReadOptions":
@@ -709,6 +710,15 @@ def _empty_head(path: Path, kind: str) -> pa.Table:
     with pa.memory_map(str(path)) as file:
         return (pa.ipc.open_stream if kind == "Arrow stream" else pa.ipc.open_file)(file).schema.empty_table()
 
+def _check_expansion(part: Part, path: Path) -> None:
+    "Raises `FraudError` for a Parquet file that says to become far larger than it is."
+    held = pq.read_metadata(path)
+    groups = [held.row_group(i) for i in range(held.num_row_groups)]
+    expanded = max(sum(group.total_byte_size for group in groups), held.num_rows * held.num_columns)
+    if expanded > max(part.floor, UNPACKED_RATIO * path.stat().st_size):
+        raise FraudError(f"{part.name}: a Parquet file that becomes {expanded:,} bytes or more, over {UNPACKED_RATIO} "
+                         "times its size: set [data] unpacked_mb if that is right")
+
 def typed_rows(
     part: Part,
     path: Path,  # where it lies, unpacked
@@ -716,6 +726,8 @@ def typed_rows(
 ) -> FileRows:
     "A file with types; raises `FraudError` when it is damaged."
     try:
+        if kind == "Parquet":
+            _check_expansion(part, path)
         first = next(_record_batches(path, kind), None)
         typed = typed_columns(pa.Table.from_batches([first]) if first else _empty_head(path, kind))
     except BROKEN as error:
@@ -735,13 +747,14 @@ def _cell_text(value: object) -> str:
         return value.isoformat(" ")
     return value.isoformat() if isinstance(value, date | time) else str(value)
 
-def _sheet(path: Path, name: str, wanted: str) -> tuple[str, Callable[[], Iterator[list[str]]]]:
+def _sheet(path: Path, name: str, wanted: str, limit: int) -> tuple[str, Callable[[], Iterator[list[str]]]]:
     "The name of the sheet and its rows; raises `FraudError` for what cannot be read."
     from python_calamine import CalamineError, SheetTypeEnum, load_workbook
 
     with zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > UNPACKED_FLOOR:
-            raise FraudError(f"{name}: an Excel workbook of more than {UNPACKED_FLOOR:,} bytes: save the sheet as CSV")
+        if sum(info.file_size for info in archive.infolist()) > limit:
+            raise FraudError(f"{name}: an Excel workbook that unpacks to more than {limit:,} bytes: save the sheet as "
+                             "CSV, or set [data] unpacked_mb")
     try:
         workbook = load_workbook(str(path))
         names = [sheet.name for sheet in workbook.sheets_metadata if sheet.typ == SheetTypeEnum.WorkSheet]
@@ -770,7 +783,7 @@ def workbook_rows(
     options: ReadOptions,
 ) -> FileRows:
     "A sheet with every column as text; raises `FraudError` when it is empty or has no header."
-    sheet, rows = _sheet(path, part.name, options.member)
+    sheet, rows = _sheet(path, part.name, options.member, part.limit)
     head = [(line, row) for line, row in enumerate(itertools.islice(rows(), RECORDS), start=1) if any(row)]
     if not head:
         raise FraudError(f"{part.name}: sheet {sheet} is empty; name another in [data] member")
@@ -867,7 +880,7 @@ def open_source(
     scratch: Scratch | None = None,  # goes with the source, and what is in it
 ) -> Source:
     "What a path holds as one source; raises `FraudError` for what is missing, damaged or no table."
-    held = unpack(path, name, options.member, scratch)
+    held = unpack(path, name, options.member, scratch, options.unpacked_mb << 20)
     if not path.is_file() or held.parts[0].packing:
         options = replace(options, member="")  # it named files; of a workbook by itself it names the sheet
     files = [file_rows(part, held.scratch, options) for part in held.parts]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core.settings import Simulate
+from ..core.sections import Simulate
 from fraud_pkg.data.population import (
     CATEGORIES, CITIES, PER_DAY, POPULARITY, TIMES_LEVEL, Groups, Population, Transactions, draw_amounts,
     draw_customers, draw_destinations, draw_devices, draw_hours, draw_merchants, draw_newcomers, draw_strangers,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.contract import HOUR, SIMULATED, Contract
-from ..core.settings import Simulate
+from ..core.sections import Simulate
 from fraud_pkg.data.accounts import (
     AccountEntries, account_entries, account_names, balances, entry_balances, positive_cents, scattered,
     transaction_table,

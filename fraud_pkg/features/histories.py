@@ -79,11 +79,18 @@ class _Log(NamedTuple):
         "Where each entity begins, and the end: [k + 1]."
         return np.searchsorted(self.code, np.arange(len(self.keys) + 1))
 
+    @property
+    def previous(self) -> np.ndarray:
+        "The second latest time of each entity, NEVER where it has one payment: [k]."
+        last_row = self.begins[1:] - 1
+        return np.where(last_row > self.begins[:-1], self.time[last_row - 1], NEVER)
+
+# %% ../../nbs/features/10_histories.ipynb #0aef340a
 def _tiles(log: _Log, size: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
     "The kept tiles of one size, by entity, and how many each entity has: [t] TILE_TYPE and [k]."
-    newest = log.time[log.begins[1:] - 1] // size
+    settled = log.previous // size
     number = log.time // size
-    rows = np.flatnonzero(number > newest[log.code] - kept)
+    rows = np.flatnonzero(number > settled[log.code] - kept)
     code, number = log.code[rows], number[rows]
     starts = np.flatnonzero(np.concatenate(([True], (np.diff(code) != 0) | (np.diff(number) != 0))))
     totals = np.add.reduceat(log.counts[rows], starts)
@@ -110,12 +117,10 @@ def _places(log: _Log) -> tuple[np.ndarray, np.ndarray]:
 
 def _packed(log: _Log, retention: Retention, since: int) -> dict[str, bytes]:
     "The packed histories of entities that were last seen at `since` or later, by key."
-    last_row = log.begins[1:] - 1
-    previous = np.where(last_row > log.begins[:-1], log.time[last_row - 1], NEVER)
     parts = [_places(log), *(_tiles(log, size, kept) for size, kept in zip(TILES, retention, strict=False))]
     headers = _records(len(log.keys), HEADER_TYPE)
-    headers["format"], headers["places"], headers["previous"] = FORMAT, parts[0][1], previous
-    headers["last"] = log.time[last_row]
+    headers["format"], headers["places"], headers["previous"] = FORMAT, parts[0][1], log.previous
+    headers["last"] = log.time[log.begins[1:] - 1]
     headers["tiles"] = np.stack([counts for _, counts in parts[1:]], axis=1)
     blocks = [headers.tobytes(), *(values.tobytes() for values, _ in parts)]
     widths = [HEADER_TYPE.itemsize, PLACE_TYPE.itemsize, *[TILE_TYPE.itemsize] * 3]

@@ -7,12 +7,14 @@ __all__ = ['ENGINES', 'build_features']
 
 # %% ../../nbs/features/07_table.ipynb #8b96dda0
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from ..core.contract import Contract
+from ..core.control import OUTCOMES_FILE
 from ..core.errors import FraudError
 from ..core.files import staging_dir
 from ..core.settings import Settings
@@ -45,4 +47,6 @@ def build_features(settings: Settings) -> dict[str, Any]:
     with staging_dir(settings.data_dir / "features") as folder:
         ENGINES[settings.features.engine](raw_file, parts, folder, settings, contract)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+        if (raw_file.parent / OUTCOMES_FILE).is_file():
+            shutil.copyfile(raw_file.parent / OUTCOMES_FILE, folder / OUTCOMES_FILE)
     return manifest

@@ -21,13 +21,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ..core.calibration import Calibration, fit_calibration
-from ..core.cost import Payments, solve_prices
+from ..core.cost import Payments, solve_team_prices
 from ..core.errors import RegistryError
 from ..core.files import staging_dir, write_whole
 from ..core.policy import Policy, decide
 from ..core.settings import Settings
 from .bundle import MODEL, Bundle, Model, load_bundle, measured_version
 from .write import UnseenRows, sample_unseen, write_bundle
+from ..train.losses import loss_calibration
 from fraud_pkg.train.metrics import (
     average_precision, days_in, evaluate, paired_bootstrap, plot_precision_recall, thin_curve, workload,
 )
@@ -45,9 +46,28 @@ def _fit_decision(
     "Calibration and policy from the validation period."
     model = Model(trained.onnx, len(trained.names), settings.train.threads)
     p = model(validation.select(trained.names))
-    calibration = fit_calibration(p, validation.y)
-    payments = Payments(calibration.apply(p), validation.amount, days_in(validation.step), validation.y)
-    return calibration, solve_prices(payments, settings.decision)
+    calibration = fit_calibration(p, validation.y, validation.outcome)
+    labels = validation.y if validation.outcome is None else None  # of what was stopped some have none
+    segments = validation.segments(settings.decision.segment)
+    payments = Payments(calibration.apply(p), validation.amount, days_in(validation.step), labels, segments)
+    return calibration, solve_team_prices(payments, settings.decision, settings.cases.review_blocks)
+
+# %% ../../nbs/model/07_bakeoff.ipynb #measure1
+def _decisions(sample: Sample, p: np.ndarray, policy: Policy) -> np.ndarray:
+    return decide(p, sample.amount, policy, sample.segments(policy.segment)).decisions
+
+def _measure(bundle: Bundle, validation: Sample, test: Sample, settings: Settings) -> dict[str, Any]:
+    "Metrics on the test period: those of `evaluate`, calibration in money, prices, and what validation said."
+    names, policy = bundle.manifest.features, bundle.manifest.policy
+    p, known = bundle.probability(test.select(names)), bundle.probability(validation.select(names))
+    losses = loss_calibration(test, p, policy, settings.evaluate)
+    return {
+        **evaluate(test, p, _decisions(test, p, policy), settings),
+        "loss_ratio": losses.everything.model_dump(), "loss_ratio_in_reach": losses.in_reach.model_dump(),
+        "review_price": policy.review_price, "block_price": policy.block_price,
+        # The contender that meets the champion is chosen by this one: the test period must not choose.
+        "validation": {"average_precision": average_precision(validation.y, known, validation.outcome),
+                       **workload(_decisions(validation, known, policy), validation.step)}}
 
 # %% ../../nbs/model/07_bakeoff.ipynb #e25fae8b
 def _steps(samples: Sequence[Sample]) -> list[list[int]]:
@@ -76,17 +96,11 @@ def calibrate_and_write(
 
     with tempfile.TemporaryDirectory() as draft:
         bundle = write(Path(draft) / "bundle", {})
-        p = bundle.probability(test.select(trained.names))
-        known = bundle.probability(validation.select(trained.names))
-    decided = decide(p, test.amount, policy)
-    metrics = evaluate(test, p, decided.decisions, settings)
-    # The contender that meets the champion is chosen by this one: the test period must not choose.
-    metrics["validation"] = {"average_precision": average_precision(validation.y, known),
-                             **workload(decide(known, validation.amount, policy).decisions, validation.step)}
+        metrics = _measure(bundle, validation, test, settings)
     # Live traffic is watched by everything that the model did not learn from.
     held_out = concat([validation, *([] if gap is None else [gap]), test])
     held_out_p = bundle.probability(held_out.select(trained.names))
-    stopped = decide(held_out_p, held_out.amount, policy).stopped
+    stopped = decide(held_out_p, held_out.amount, policy, held_out.segments(policy.segment)).stopped
     unseen = sample_unseen(held_out, held_out_p, stopped, settings.monitor.reference_rows, settings.train.seed)
     return write(settings.models_dir / trained.name, metrics, unseen).folder, metrics
 

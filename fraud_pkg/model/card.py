@@ -7,7 +7,7 @@ __all__ = ['BUDGETS', 'NONE', 'ENOUGH', 'WORST', 'DecidedPeriod', 'decide_period
            'CostByDecision', 'cost_by_decision', 'BudgetPoint', 'budget_curve', 'OperatingPoint', 'operating_points',
            'ReliabilityBin', 'reliability', 'ExpectedLoss', 'expected_losses', 'fraud_groups', 'Share', 'Segment',
            'segments', 'Influence', 'explained_rows', 'feature_importance', 'Mistake', 'missed_frauds', 'false_alarms',
-           'has_learned', 'Card', 'champion_card', 'write_card']
+           'has_learned', 'Card', 'champion_card', 'measured_bundle', 'write_card']
 
 # %% ../../nbs/model/10_card.ipynb #4f355452
 import json
@@ -24,10 +24,12 @@ from ..core.calibration import loss_balance
 from ..core.cost import Payments, costs_of, money_saved, solve_prices
 from ..core.files import write_whole
 from ..core.policy import DECISIONS, Decided, decide
-from ..core.settings import Decision, Settings
+from ..core.sections import Decision
+from ..core.settings import Settings
 from .bakeoff import PrecisionRecall
 from .bundle import LEARNED, Bundle, load_bundle
 from .explain import ReasonCode, occlusion, reference_row, strongest
+from ..train.losses import LossCalibration, loss_calibration
 from ..train.metrics import bootstrap_intervals, calibration_curve, days_in, thin_curve, workload
 from ..train.samples import Sample
 
@@ -57,7 +59,8 @@ class DecidedPeriod:
 def decide_period(bundle: Bundle, test: Sample) -> DecidedPeriod:
     "The champion's decisions on the test period; raises `FraudError` when this data lacks a feature that it needs."
     p = bundle.probability(test.select(bundle.manifest.features, bundle.manifest.vocabulary))
-    return DecidedPeriod(test, p, decide(p, test.amount, bundle.manifest.policy))
+    policy = bundle.manifest.policy
+    return DecidedPeriod(test, p, decide(p, test.amount, policy, test.segments(policy.segment)))
 
 # %% ../../nbs/model/10_card.ipynb #59b51545
 class CardPart(BaseModel):
@@ -105,9 +108,9 @@ class BudgetPoint(CardPart):
 BUDGETS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 45, 70, 100, 150, 250, 400, 700, 1000, 2000, 5000, 10_000, 100_000)
 
 def _at_budget(period: DecidedPeriod, budget: int, decision: Decision) -> BudgetPoint:
-    "What the policy of a budget does with the period's payments."
+    "What the policy of a budget, without those of segments, does with the period's payments."
     s = period.sample
-    limited = decision.model_copy(update={"alert_budget": float(budget)})
+    limited = decision.model_copy(update={"alert_budget": float(budget), "segment": "", "segment_budgets": {}})
     policy = solve_prices(Payments(period.probability, s.amount, period.days), limited)
     taken = decide(period.probability, s.amount, policy).decisions
     work = workload(taken, s.step)
@@ -393,6 +396,7 @@ class Card(CardPart):
     points: list[OperatingPoint]
     budgets: list[BudgetPoint]
     losses: list[ExpectedLoss]
+    loss_calibration: LossCalibration
     reliability: list[ReliabilityBin]
     segments: list[Segment]
     influences: list[Influence]
@@ -416,12 +420,13 @@ def champion_card(
         worth=cost_by_decision(period, decision), curve=PrecisionRecall(**thin_curve(test.y, period.probability, 120)),
         points=operating_points(period, decision), budgets=budget_curve(period, decision),
         losses=expected_losses(period, settings),
+        loss_calibration=loss_calibration(test, period.probability, manifest.policy, settings.evaluate),
         reliability=reliability(period, settings), segments=segments(period, manifest.contract, settings),
         influences=feature_importance(bundle, period), missed=missed_frauds(bundle, period),
         false_alarms=false_alarms(bundle, period))
 
 # %% ../../nbs/model/10_card.ipynb #884eb55d
-def _measured_bundle(settings: Settings) -> Bundle:
+def measured_bundle(settings: Settings) -> Bundle:
     "The champion; of one that was trained once more the judged model, where it is still in models/<name>."
     champion = load_bundle(settings.models_dir / "champion", settings.train.threads)
     folder = settings.models_dir / champion.manifest.name
@@ -432,7 +437,7 @@ def _measured_bundle(settings: Settings) -> Bundle:
 
 def write_card(settings: Settings, test: Sample, features: Mapping[str, Any]) -> Card | None:
     "Writes reports/bakeoff/card.json about the champion; no file, and None, when the data lacks a feature it needs."
-    bundle = _measured_bundle(settings)
+    bundle = measured_bundle(settings)
     path = settings.reports_dir / "bakeoff/card.json"
     if test.lacking(bundle.manifest.features, bundle.manifest.vocabulary):
         path.unlink(missing_ok=True)

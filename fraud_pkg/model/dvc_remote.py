@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCAL_REMOTE', 'DATA_FOLDERS', 'RemoteError', 'remote_place', 'use_remote', 'check_remote', 'dvc', 'stage_key',
-           'read_lock', 'write_lock', 'push_artifacts', 'recall', 'data_outputs', 'restore_data']
+           'read_lock', 'write_lock', 'push_artifacts', 'recall', 'bring_stages', 'data_outputs', 'restore_data']
 
 # %% ../../nbs/model/05_dvc_remote.ipynb #9b732a09
 import contextlib
@@ -22,7 +22,9 @@ from typing import Any, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..core.errors import FraudError, SettingsError, one_line
+from ..core.listings import ListingError, check_entry, check_listing
 from ..core.settings import Settings
+from ..core.signatures import ANSWER, SIGNATURE_LIMIT, SignatureError, Verifier, load_signer, verifier
 
 if TYPE_CHECKING:
     from dvc.data_cloud import Remote
@@ -101,9 +103,9 @@ def check_remote(settings: Settings) -> None:
 def dvc(arguments: Sequence[str], settings: Settings) -> None:
     "Runs a command of DVC in the project; raises `RemoteError` with the error that it printed."
     process = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=settings.root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}, text=True,
-        encoding="utf-8", errors="replace")
+        [sys.executable, "-P", "-m", "dvc", *arguments], cwd=settings.root, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"})
     if process.returncode == 0:
         return
     lines = process.stdout.splitlines()
@@ -167,26 +169,67 @@ def write_lock(stages: Mapping[str, dict], settings: Settings) -> None:
 def _result_path(remote: "Remote", key: str) -> str:
     return remote.fs.join(remote.path, "stages", key[:2], f"{key}.json")
 
-def _find_result(remote: "Remote", key: str) -> dict | None:
-    "The entry of `dvc.lock` with this key; None where nobody has computed it, or the file is broken."
+def _signature_of(remote: "Remote", path: str) -> bytes | None:
+    "The signature of a result; None where there is none."
+    if not remote.fs.exists(path + ".sig"):
+        return None
+    with remote.fs.open(path + ".sig", "rb") as file:
+        return file.read(SIGNATURE_LIMIT + 1)
+
+def _verified(remote: "Remote", path: str, check: Verifier | None) -> bytes:
+    "The text of a result; raises `RemoteError` for one that nobody trusted has signed."
+    content = remote.fs.cat_file(path)
+    try:
+        if check:
+            check.verify(content, _signature_of(remote, path), path)
+    except SignatureError as error:
+        raise RemoteError(f"{error} (or do without: no --pull)") from error
+    return content
+
+def _find_result(remote: "Remote", key: str, check: Verifier | None) -> dict | None:
+    """The entry of `dvc.lock` with this key; None where nobody has computed it, or the file is broken.
+
+    Raises `RemoteError` for one that is not signed, or answers this question with more than DVC writes."""
     path = _result_path(remote, key)
     if not remote.fs.exists(path):
         return None
+    content = _verified(remote, path, check)
     try:
-        entry = json.loads(remote.fs.cat_file(path))
-        return entry if _key_of(entry) == key else None
+        entry = json.loads(content)
+        if _key_of(entry) != key:
+            return None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+    try:
+        check_entry(entry)
+    except ListingError as error:
+        raise RemoteError(f"{path}: {error}") from error
+    return entry
+
+# %% ../../nbs/model/05_dvc_remote.ipynb #anscode1
+def _is_answered(remote: "Remote", path: str, check: Verifier | None) -> bool:
+    "Whether a result is there, of somebody who is trusted."
+    try:
+        return remote.fs.exists(path) and bool(_verified(remote, path, check))
+    except RemoteError:
+        return False
 
 def push_artifacts(settings: Settings) -> None:
-    "Copies the outputs in `dvc.lock` to the remote, and then its entries."
+    "Copies the outputs in `dvc.lock` to the remote, and then its entries, signed where keys are trusted."
+    check, signer = verifier(settings, ANSWER), load_signer(os.environ)
+    if check and not signer:
+        raise RemoteError(f"{remote_place(settings)}: [trust] keys are set: expected FRAUD_SIGNING_KEY_FILE to sign "
+                          "results with, or pipeline.push=false")
     dvc(["push"], settings)
     with _remote(settings) as remote:
         for entry in read_lock(settings).values():
             path = _result_path(remote, _key_of(entry))
-            if not remote.fs.exists(path):
+            if not _is_answered(remote, path, check):
+                content = json.dumps(entry, indent=1).encode()
                 remote.fs.makedirs(remote.fs.parent(path), exist_ok=True)
-                remote.fs.pipe_file(path, json.dumps(entry, indent=1).encode())
+                if signer:
+                    remote.fs.pipe_file(path + ".sig", signer.sign(content, ANSWER))
+                remote.fs.pipe_file(path, content)
 
 # %% ../../nbs/model/05_dvc_remote.ipynb #62178e42
 def _param(params: Mapping[str, Any], name: str) -> Any:
@@ -214,7 +257,7 @@ def recall(
 ) -> list[str]:
     "Enters into `dvc.lock` what others have computed; returns the stages with a result. Outputs are not fetched."
     params = json.loads((settings.root / "params.json").read_text(encoding="utf-8"))
-    before = read_lock(settings)
+    before, check = read_lock(settings), verifier(settings, ANSWER)
     lock, known = dict(before), []
     outputs: dict[str, str | None] = {path: None for stage in plan for path in stage["outs"]}
     with _remote(settings) as remote:
@@ -225,7 +268,7 @@ def recall(
             values = {name: _param(params, name) for name in stage["params"]}
             key = stage_key(stage["cmd"], inputs, values, stage["outs"])
             own = lock.get(stage["name"])
-            entry = own if own and _key_of(own) == key else _find_result(remote, key)
+            entry = own if own and _key_of(own) == key else _find_result(remote, key, check)
             if entry:
                 lock[stage["name"]] = entry
                 outputs |= {out["path"]: out["md5"] for out in entry["outs"]}
@@ -233,6 +276,29 @@ def recall(
     if lock != before:  # a lock that is written anew is copied anew
         write_lock(lock, settings)
     return known
+
+# %% ../../nbs/model/05_dvc_remote.ipynb #brgcode1
+def _check_outputs(outs: Sequence[Mapping[str, Any]], folder: Path, settings: Settings) -> None:
+    "Raises `ListingError` unless all files of these outputs, which are in DVC's cache, belong below their paths."
+    from dvc.repo import Repo
+
+    with Repo(str(settings.root)) as repo:
+        for out in outs:
+            if out["md5"].endswith(".dir"):
+                listing = Path(repo.cache.local.oid_to_path(out["md5"]))
+                check_listing(listing, out["md5"].removesuffix(".dir"), folder / out["path"])
+
+def bring_stages(names: Sequence[str], settings: Settings) -> None:
+    "Fetches the outputs of stages in `dvc.lock` and writes them to their paths; raises `RemoteError`."
+    dvc(["fetch", *names], settings)
+    lock = read_lock(settings)
+    for name in names:
+        try:
+            _check_outputs(lock[name]["outs"], settings.root, settings)
+        except ListingError as error:
+            write_lock({other: entry for other, entry in lock.items() if other != name}, settings)
+            raise RemoteError(f"{remote_place(settings)}: stage {name}: {error}") from error
+    dvc(["checkout", "--force", *names], settings)
 
 # %% ../../nbs/model/05_dvc_remote.ipynb #4b422acf
 DATA_FOLDERS = ("raw", "features")  # folders of data/
@@ -260,6 +326,15 @@ def data_outputs(
     return outputs if trained_on else {}
 
 # %% ../../nbs/model/05_dvc_remote.ipynb #e2ca0bf1
+def _named_outputs(outputs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    "Outputs as DVC's files have them, under the names of their folders; the registry's word for them is data too."
+    outs = [{**out, "path": name} for name, out in outputs.items() if name in DATA_FOLDERS]
+    try:
+        check_entry({"cmd": "", "outs": outs})
+    except ListingError as error:
+        raise RemoteError(f"the registry's data of this version: {error}") from error
+    return outs
+
 def restore_data(
     outputs: Mapping[str, Mapping[str, Any]],  # of `data_outputs`
     folder: Path,                              # a new one
@@ -271,9 +346,15 @@ def restore_data(
     check_remote(settings)
     use_remote(settings)
     with tempfile.TemporaryDirectory(dir=settings.root, prefix=".recall-") as scratch:
-        for name, out in outputs.items():
-            stage = {"outs": [{**out, "path": name}]}
-            (Path(scratch) / f"{name}.dvc").write_text(json.dumps(stage), encoding="utf-8")
-        dvc(["pull", *(f"{scratch}/{name}.dvc" for name in outputs)], settings)
-        for name in outputs:  # copies: what DVC checks out may be its cache itself
+        outs = _named_outputs(outputs)
+        files = [f"{scratch}/{out['path']}.dvc" for out in outs]
+        for file, out in zip(files, outs):
+            Path(file).write_text(json.dumps({"outs": [out]}), encoding="utf-8")
+        dvc(["fetch", *files], settings)
+        try:
+            _check_outputs(outs, Path(scratch), settings)
+        except ListingError as error:
+            raise RemoteError(f"{remote_place(settings)}: {error}") from error
+        dvc(["checkout", *files], settings)
+        for name in (out["path"] for out in outs):  # copies: what DVC checks out may be its cache itself
             shutil.copytree(Path(scratch) / name, folder / name, copy_function=shutil.copyfile)

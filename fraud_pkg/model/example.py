@@ -75,6 +75,7 @@ def example_bundle(
     contract: Contract = EXAMPLE_CONTRACT,
     epoch: str | None = None,
     settings: Settings | None = None,  # whose names of the source it carries
+    control: float = 0,  # the share of what it stops that is let through, whatever the amount
 ) -> Bundle:
     "A bundle that reviews from a probability of 0.5 on and blocks from 0.9 on; needs onnx and pyarrow."
     sample = example_reference(contract)
@@ -82,7 +83,8 @@ def example_bundle(
     trained = Trained("line", onnx, sample.names, params={}, history=[], parity=0.0, seconds=1.0)
     data = {"fingerprint": "0" * 12, "rows": 50, "source": "example", "periods": {}, "epoch": epoch,
             "contract": contract.model_dump(mode="json")}
-    write_bundle(folder, trained, Calibration(1, 1, 0), example_policy(weight, bias),
+    policy = replace(example_policy(weight, bias), control_share=control, control_most=1e12)
+    write_bundle(folder, trained, Calibration(1, 1, 0), policy,
                  metrics={"average_precision": 0.5}, reference=sample, data=data,
                  settings=settings or Settings())
     return load_bundle(folder)

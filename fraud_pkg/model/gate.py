@@ -8,7 +8,7 @@ __all__ = ['GateCheck', 'Verdict', 'answers', 'same_model', 'check_promotion', '
 # %% ../../nbs/model/06_gate.ipynb #c0170747
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ..core.cost import Payments, costs_of, expected_cost, money_saved, reviews_in
+from ..core.cost import Payments, costs_of, reviews_in
 from ..core.errors import RegistryError
 from ..core.policy import Policy, decide
-from ..core.settings import Decision, Settings
+from ..core.sections import Decision
+from ..core.settings import Settings
 from .bundle import Bundle, Manifest, learned_until, load_bundle
-from ..train.metrics import average_precision, days_in, paired_bootstrap, paired_savings
+from ..train.losses import loss_calibration
+from ..train.metrics import average_precision, control_summary, days_in, paired_bootstrap, paired_savings
 from ..train.samples import Sample
 
 # %% ../../nbs/model/06_gate.ipynb #699a69e0
@@ -56,6 +58,10 @@ def _check_period(challenger: Manifest, test: Sample) -> GateCheck:
                      detail=f"trained and calibrated on steps up to {last}, tested from step {first} on")
 
 # %% ../../nbs/model/06_gate.ipynb #044aa644
+def _costs(test: Sample, decisions: np.ndarray, decision: Decision) -> np.ndarray:
+    "What each decision did cost [n], for all the payments that the row stands for."
+    return costs_of(test.y, test.amount, decisions, decision) * test.stands_for
+
 def _check_limits(
     decisions: np.ndarray,  # [n] index into DECISIONS
     test: Sample,
@@ -66,8 +72,8 @@ def _check_limits(
     honest = test.y == 0
     payments = Payments(test.y, test.amount, days_in(test.step))
     counts = {"reviews": (int((decisions == 1).sum()), reviews_in(decision, payments)),
-              "honest payments blocked": (int(((decisions == 2) & honest).sum()),
-                                          decision.max_false_block_rate * int(honest.sum()))}
+              "honest payments blocked": (round(float(test.stands_for[(decisions == 2) & honest].sum())),
+                                          decision.max_false_block_rate * float(test.stands_for[honest].sum()))}
     passed = all(count - 2 * math.sqrt(count) <= most * room for count, room in counts.values())
     found = " and ".join(f"{count:,} {what}, with room for {room:,.0f}" for what, (count, room) in counts.items())
     return GateCheck(check="limits", passed=passed, detail=f"{found}; {most:g} times as many are allowed, chance apart")
@@ -75,10 +81,10 @@ def _check_limits(
 def _check_floors(manifest: Manifest, test: Sample, probability: np.ndarray, settings: Settings) -> list[GateCheck]:
     "Average precision, money saved and parity against `[gate]`."
     gate, decision = settings.gate, settings.decision
-    precision = average_precision(test.y, probability)
-    lost = expected_cost(test.y, test.amount, np.zeros(len(test), np.int8), decision)
-    decisions = decide(probability, test.amount, manifest.policy).decisions
-    share = money_saved(test.y, test.amount, decisions, decision) / lost if lost else float("nan")
+    precision, policy = average_precision(test.y, probability, test.outcome), manifest.policy
+    decisions = decide(probability, test.amount, policy, test.segments(policy.segment)).decisions
+    lost, cost = (float(_costs(test, taken, decision).sum()) for taken in (np.zeros_like(decisions), decisions))
+    share = (lost - cost) / lost if lost else float("nan")
     return [
         GateCheck(check="average precision", passed=precision >= gate.min_average_precision, detail=(
             f"{precision:.4f} on {len(test):,} transactions with {int(test.y.sum()):,} frauds; "
@@ -90,10 +96,26 @@ def _check_floors(manifest: Manifest, test: Sample, probability: np.ndarray, set
             f"largest difference from the framework's own predictions {manifest.parity:.1e}; "
             f"at most {gate.max_parity_error:.1e} is allowed"))]
 
+# %% ../../nbs/model/06_gate.ipynb #losscheck
+def _state_losses(manifest: Manifest, test: Sample, probability: np.ndarray, settings: Settings) -> GateCheck:
+    "Actual against expected loss of the payments in reach of another decision; always passed."
+    found = loss_calibration(test, probability, manifest.policy, settings.evaluate).in_reach
+    if found.value is None or found.low is None or found.high is None:
+        detail = "no payment is in reach of another decision"
+    else:
+        detail = (f"{found.rows:,} payments in reach of another decision had {found.actual:,.0f} to lose where "
+                  f"{found.expected:,.0f} was expected: {found.value:.2f} times as much, 95 % interval "
+                  f"{found.low:.2f} to {found.high:.2f}{' without 1' if found.is_off else ''}; stated, not judged")
+    return GateCheck(check="calibration in money", passed=True, detail=detail)
+
 # %% ../../nbs/model/06_gate.ipynb #5ba842bf
 def answers(policy: Policy, decision: Decision) -> bool:
-    "Whether a policy was made for these costs and limits."
+    "Whether a policy was made for these costs and limits, and this control group."
     return all(getattr(policy, name) == value for name, value in decision.model_dump().items())
+
+def _same_control(policy: Policy, decision: Decision) -> Policy:
+    "The policy with another control group, which its prices do not depend on."
+    return replace(policy, control_share=decision.control_share, control_most=decision.control_most)
 
 def _compare(
     new: Manifest,
@@ -106,14 +128,15 @@ def _compare(
 ) -> GateCheck:
     "Whether the challenger's decisions cost less, with the confidence that `[gate]` asks for."
     resamples, needed = settings.evaluate.resamples, settings.gate.confidence
-    old_policy = old.policy if answers(old.policy, settings.decision) else new.policy
+    old_policy = old.policy if answers(_same_control(old.policy, settings.decision), settings.decision) else new.policy
 
     def costs(p: np.ndarray, policy: Policy) -> np.ndarray:
-        return costs_of(test.y, test.amount, decide(p, test.amount, policy).decisions, settings.decision)
+        decisions = decide(p, test.amount, policy, test.segments(policy.segment)).decisions
+        return _costs(test, decisions, settings.decision)
 
     result = paired_savings(costs(new_p, new.policy), costs(old_p, old_policy), test.account, resamples,
                             settings.evaluate.seed)
-    new_precision, old_precision = average_precision(test.y, new_p), average_precision(test.y, old_p)
+    new_precision, old_precision = (average_precision(test.y, p, test.outcome) for p in (new_p, old_p))
     return GateCheck(check="champion", passed=result["difference"] > 0 and result["confidence"] >= needed, detail=(
         f"its decisions save {result['difference']:+,.0f} against those of champion {old.version} ({old.name}), "
         f"95 % interval {result['low']:+,.0f} to {result['high']:+,.0f}; cheaper in {result['confidence']:.1%} of "
@@ -172,6 +195,12 @@ def _check_champion(
     return _compare(new, old, rows, settings, new_p=p[fresh], old_p=old_p)
 
 # %% ../../nbs/model/06_gate.ipynb #e88373d0
+def _control_group(test: Sample) -> list[GateCheck]:
+    "What the control group of the test period, if it has one, means for the figures."
+    if test.control is None or not test.control.any():
+        return []
+    return [GateCheck(check="control group", passed=True, detail=control_summary(test).sentence)]
+
 def check_promotion(
     challenger: Bundle,
     champion: Bundle | None,
@@ -182,7 +211,8 @@ def check_promotion(
     manifest = challenger.manifest
     p = challenger.probability(test.select(manifest.features, manifest.vocabulary))
     reasons = [_check_period(manifest, test), *_check_floors(manifest, test, p, settings),
-               _check_champion(challenger, champion, test, p, settings)]
+               _state_losses(manifest, test, p, settings),
+               _check_champion(challenger, champion, test, p, settings), *_control_group(test)]
     return Verdict(challenger=manifest.version, champion=champion.manifest.version if champion else None,
                    passed=all(r.passed for r in reasons), reasons=tuple(reasons),
                    at=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -203,7 +233,7 @@ class _Candidate(NamedTuple):
 def _candidate(folder: Path, validation: Sample, threads: int) -> _Candidate:
     bundle = load_bundle(folder, threads)
     p = bundle.probability(validation.select(bundle.manifest.features, bundle.manifest.vocabulary))
-    return _Candidate(folder, p, average_precision(validation.y, p))
+    return _Candidate(folder, p, average_precision(validation.y, p, validation.outcome))
 
 def _sentence(candidate: _Candidate, best: _Candidate, gap: dict[str, float]) -> str:
     "What validation says of a contender beside the best one."
@@ -224,8 +254,8 @@ def choose_challenger(
     candidates = [_candidate(folder, validation, settings.train.threads) for folder in folders]
     best = max(candidates, key=lambda candidate: candidate.precision)
     resamples, seed = settings.evaluate.resamples, settings.evaluate.seed
-    gaps = [paired_bootstrap(validation.y, best.probability, candidate.probability, validation.account, resamples, seed)
-            for candidate in candidates]
+    gaps = [paired_bootstrap(validation.y, best.probability, candidate.probability, validation.account, resamples, seed,
+                             validation.outcome) for candidate in candidates]
     chosen = next(candidate for candidate, gap in zip(candidates, gaps, strict=True) if gap["low"] <= 0)
     others = "; ".join(_sentence(candidate, best, gap) for candidate, gap in zip(candidates, gaps, strict=True))
     detail = (f"{chosen.folder.name} is the first that is not significantly worse than the best; "

@@ -16,7 +16,8 @@ import numpy as np
 from ..core.errors import FraudError
 from ..core.files import staging_dir
 from ..core.policy import decide
-from ..core.settings import BLEND, Settings
+from ..core.sections import BLEND
+from ..core.settings import Settings
 from fraud_pkg.model.bundle import (
     MANIFEST, MODEL, Bundle, Judged, Manifest, Model, manifest_hash, manifest_text, sha256_hex,
 )
@@ -91,8 +92,9 @@ def _write_refit(
         (new / MANIFEST).write_bytes(manifest_text(content))
 
 # %% ../../nbs/model/11_refit.ipynb #fe1ccc34
-def _decisions(manifest: Manifest, p: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    return decide(p, amount, manifest.policy).decisions
+def _decisions(manifest: Manifest, p: np.ndarray, test: Sample) -> np.ndarray:
+    policy = manifest.policy
+    return decide(p, test.amount, policy, test.segments(policy.segment)).decisions
 
 def _verdict(judged: Judged, trained: Trained, last: int, settings: Settings) -> tuple[bool, str]:
     "Whether a model that was trained once more may serve, and a sentence."
@@ -120,7 +122,7 @@ def refit(
     trained = _refitter(manifest.name)(known, held_out, manifest.features, manifest.params, settings)
     p = bundle.probability(x)
     new_p = manifest.calibration.apply(Model(trained.onnx, x.shape[1], settings.train.threads)(x))
-    differ = _decisions(manifest, p, test.amount) != _decisions(manifest, new_p, test.amount)
+    differ = _decisions(manifest, p, test) != _decisions(manifest, new_p, test)
     judged = Judged(version=manifest.version, score_drift=round(score_drift(p, new_p), 5),
                     decisions_differ=round(float(differ.mean()), 6))
     first, last = int(known.step.min()), int(known.step.max())

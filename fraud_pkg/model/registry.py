@@ -8,6 +8,7 @@ __all__ = ['Refitted', 'Refit', 'registry_agrees', 'champion_bundle', 'promote',
 
 # %% ../../nbs/model/09_registry.ipynb #a2491d49
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -20,7 +21,11 @@ from ..core.errors import RegistryError
 from ..core.files import staging_dir, write_whole
 from ..core.policy import Policy
 from ..core.settings import Settings
-from .bundle import MANIFEST, Bundle, BundleError, Judged, Manifest, load_bundle
+from ..core.signatures import CHAMPION, CONTENDER, load_signer, verifier
+from fraud_pkg.model.bundle import (
+    MANIFEST, SIGNATURE, Bundle, BundleError, Judged, Manifest, load_bundle, read_manifest, sign_bundle,
+    signed_sequence,
+)
 from .dvc_remote import restore_data
 from .gate import GateCheck, Verdict, check_promotion, same_model
 from fraud_pkg.model.tracking import (
@@ -60,7 +65,7 @@ def champion_bundle(settings: Settings) -> Path | None:
         champion = _champion(client, settings)
         if champion and _digest(folder) != champion.digest:
             with staging_dir(folder) as new:
-                fetch_version(client, champion, new)
+                fetch_version(client, champion, new, verifier(settings, CHAMPION, remembers=True))
         return folder if champion else None
 
 # %% ../../nbs/model/09_registry.ipynb #b82f042a
@@ -71,10 +76,20 @@ def _tag(client: "MlflowClient", settings: Settings, version: Version, **tags: s
     for key, value in tags.items():
         client.set_model_version_tag(settings.registry.model, str(version.number), key, value)
 
+def _sign_champion(client: "MlflowClient", settings: Settings, version: Version, folder: Path) -> None:
+    "Signs a bundle as the champion, where keys are trusted or a key is there, here and in the registry."
+    check, signer = verifier(settings, CHAMPION), load_signer(os.environ)
+    if signer:
+        sign_bundle(folder, CHAMPION, signer, after=signed_sequence(settings.models_dir / "champion"))
+    read_manifest(folder / MANIFEST, verifier=check)  # by a key that those who serve trust
+    if signer:
+        client.log_artifact(version.run_id, str(folder / SIGNATURE), "bundle")
+
 def _make_champion(client: "MlflowClient", settings: Settings, version: Version, **tags: str) -> None:
-    "Verify, tag, move the alias, and put the bundle into models/champion, in this order."
+    "Verify, sign, tag, move the alias, and put the bundle into models/champion, in this order."
     with staging_dir(settings.models_dir / "champion") as new:
-        fetch_version(client, version, new)
+        fetch_version(client, version, new, verifier(settings, CONTENDER, CHAMPION))
+        _sign_champion(client, settings, version, new)
         _tag(client, settings, version, **tags)
         client.set_registered_model_alias(settings.registry.model, "champion", str(version.number))
 
@@ -191,7 +206,7 @@ def set_shadow(
     with registry_client(settings) as client:
         version = find_version(client, settings, name)
         with staging_dir(settings.models_dir / "shadow") as new:
-            fetch_version(client, version, new)
+            fetch_version(client, version, new, verifier(settings, CONTENDER, CHAMPION))
         return version
 
 # %% ../../nbs/model/09_registry.ipynb #fb1b9ecf

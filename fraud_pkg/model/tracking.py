@@ -25,9 +25,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..core.errors import RegistryError, one_line
+from ..core.errors import RegistryError, one_line, without_password
 from ..core.settings import Settings
-from .bundle import MANIFEST, MODEL, Bundle, BundleError, Manifest, load_bundle
+from ..core.signatures import CHAMPION, CONTENDER, Verifier, load_signer, verifier
+from .bundle import MANIFEST, MODEL, SIGNATURE, Bundle, BundleError, Manifest, load_bundle, sign_bundle
 from .dvc_remote import data_outputs
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def _quiet_mlflow():
 
 # %% ../../nbs/model/08_tracking.ipynb #f127a518
 def _setting_place(settings: Settings) -> str:
-    "The setting, as messages name it; a password in it is not shown."
-    uri = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", tracking_uri(settings))
+    "The setting, as messages name it."
+    uri = without_password(tracking_uri(settings))
     return f"{settings.origins.get('registry.tracking_uri', 'settings')} [registry] tracking_uri = {uri}"
 
 def require_registry(settings: Settings) -> None:
@@ -268,7 +269,10 @@ def log_contender(
     extra_metrics: Mapping[str, Any] | None = None,  # besides those of the manifest
 ) -> Version:
     "The registered version of a bundle; logs run, model and bundle unless this very bundle is registered already."
-    bundle, model = load_bundle(folder), settings.registry.model
+    if (signer := load_signer(os.environ)) and not (folder / SIGNATURE).exists():
+        sign_bundle(folder, CONTENDER, signer)
+    bundle = load_bundle(folder, verifier=verifier(settings, CONTENDER, CHAMPION))
+    model = settings.registry.model
     digest = bundle.manifest.files[MANIFEST]
     training = TrainingRecord(history, figures or {}, extra_metrics or {})
     with registry_client(settings) as client:
@@ -283,12 +287,14 @@ def log_contender(
         return _version(client.create_model_version(model, source, run_id=run_id, tags=tags, model_id=model_id))
 
 # %% ../../nbs/model/08_tracking.ipynb #5f203030
-def fetch_version(client: "MlflowClient", version: Version, folder: Path) -> None:
+def fetch_version(
+    client: "MlflowClient", version: Version, folder: Path, check: Verifier | None = None,
+) -> None:
     "Brings the bundle of a version from the registry into `folder`; raises `BundleError` unless it is as registered."
     with tempfile.TemporaryDirectory() as download:
         source = Path(client.download_artifacts(version.run_id, "bundle", download))
         shutil.copytree(source, folder, dirs_exist_ok=True)
-    manifest = load_bundle(folder).manifest
+    manifest = load_bundle(folder, verifier=check).manifest
     if manifest.files[MANIFEST] != version.digest:
         raise BundleError(f"registry, version {version.number}: its bundle is {manifest.version} with another manifest "
                           "than the one that was registered")

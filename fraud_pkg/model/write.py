@@ -78,16 +78,17 @@ def _reference_table(
     score: np.ndarray,   # [n] calibrated
     policy: Policy,
 ) -> "pa.Table":
-    "Rows of a period: features, score, is_fraud, stopped (by the policy), period, step, account (a code) and weight."
+    "Rows of a period: features, score, is_fraud, stopped (by the policy), period, step, account (a code), weights."
     import pyarrow as pa
 
     x = sample.select(names)
     features = {name: pa.array(np.ascontiguousarray(x[:, j])) for j, name in enumerate(names)}
-    stopped = decide(score, sample.amount, policy).stopped
+    stopped = decide(score, sample.amount, policy, sample.segments(policy.segment)).stopped
     return pa.table({**features, "score": pa.array(score), "is_fraud": pa.array(sample.y, pa.int8()),
                      "stopped": pa.array(stopped),
                      "period": pa.repeat(period, len(sample)), "step": pa.array(sample.step, pa.int32()),
-                     "account": pa.array(sample.account), "weight": pa.array(weight)})
+                     "account": pa.array(sample.account), "weight": pa.array(weight),
+                     "stands_for": pa.array(sample.stands_for)})
 
 def _write_reference(
     path: Path, names: Sequence[str], seen: Sample, score: np.ndarray, policy: Policy, unseen: UnseenRows | None,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'CHECK_METRICS', 'PARITY_METRICS', 'ShadowSide', 'ShadowComparison', 'compare_shadow', 'label_problems',
-           'judge_newest', 'CheckRun', 'trained_until', 'with_parity', 'run_checks', 'write_check_run',
-           'check_run_metrics', 'push_figures', 'add_event', 'watch']
+           'WeighedShare', 'ControlFigures', 'control_figures', 'judge_newest', 'CheckRun', 'trained_until',
+           'with_parity', 'run_checks', 'write_check_run', 'check_run_metrics', 'push_figures', 'add_event', 'watch']
 
 # %% ../../nbs/monitor/03_check_run.ipynb #931589e4
 import json
@@ -18,16 +18,18 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from ..core.contract import HOUR
+from ..core.control import effective_size
 from ..core.errors import FraudError
 from ..core.files import staging_dir
-from ..core.settings import Monitor, Settings
+from ..core.sections import Monitor
+from ..core.settings import Settings
 from ..data.lake import NoDecisions, newest_step, read_decisions, read_labels
 from ..model.bundle import Bundle, learned_until, load_bundle
 from .drift import (
     MonitorRecord, drift_report, drift_table, feature_frame, performance_report, plot_drift)
-from fraud_pkg.monitor.live import (
-    CheckSummary, JudgedWindow, LiveVerdict, Reference, count_bad, decide_verdict, judge_window, load_window,
-    plot_windows)
+from .live import (
+    CheckSummary, DecisionWindow, JudgedWindow, LiveVerdict, Reference, count_bad, decide_verdict, judge_window,
+    load_window, plot_windows)
 from .parity import ParityRecord, check_parity
 from ..train.metrics import average_precision
 
@@ -119,6 +121,40 @@ def label_problems(
                         f"the reference lets us expect about {expected:.0f}: are labels arriving?")
     return problems
 
+# %% ../../nbs/monitor/03_check_run.ipynb #7657bc43
+class WeighedShare(MonitorRecord):
+    "A share by the weights of the control group."
+    value: float | None    # None without rows
+    without: float | None  # by labels alone
+    effective: float       # number of rows that the weighted ones are worth
+
+class ControlFigures(MonitorRecord):
+    "What the control group says over all labelled windows."
+    controls: int
+    used: bool  # whether it is large enough
+    recall: WeighedShare
+    precision: WeighedShare
+
+def _weighed_share(hit: np.ndarray, rows: np.ndarray, weight: np.ndarray) -> WeighedShare:
+    "The share of hits among these rows [n] bool."
+    own, total = weight[rows], float(weight[rows].sum())
+    value = round(float(own @ hit[rows]) / total, 5) if total else None
+    without = round(float(hit[rows].mean()), 5) if rows.any() else None
+    return WeighedShare(value=value, without=without, effective=round(effective_size(own), 1))
+
+def control_figures(
+    window: DecisionWindow,  # with labels
+    suspicious: float,       # the score from which on a fraud counts as found
+) -> tuple[ControlFigures, str]:
+    "The figures, and a sentence."
+    assert window.fraud is not None and window.stands_for is not None and window.control is not None
+    found, weight = window.probability >= suspicious, window.stands_for
+    figures = ControlFigures(
+        controls=window.control.controls, used=window.control.used,
+        recall=_weighed_share(found, window.fraud, weight),
+        precision=_weighed_share(window.fraud, window.stopped, weight))
+    return figures, f"control group: {window.control.sentence}"
+
 # %% ../../nbs/monitor/03_check_run.ipynb #87ae7748
 def _window_numbers(newest: int, label_delay: int, monitor: Monitor) -> tuple[list[int], int]:
     "The windows to judge, oldest first, and the first one that is too young for labels; newest and delay in hours."
@@ -162,6 +198,7 @@ class CheckRun(MonitorRecord):
     checks: list[CheckSummary] = []
     windows: list[JudgedWindow] = []
     shadow: ShadowComparison | None = None
+    control: ControlFigures | None = None  # None without a control group, or without labels
     parity: ParityRecord | None = None
     labels: int = 0
     labels_unknown: int = 0  # that name no transaction of the lake
@@ -221,6 +258,18 @@ def with_parity(
     return ("unknown", [parity.sentence, *reasons]) if parity.different else (verdict, [*reasons, parity.sentence])
 
 # %% ../../nbs/monitor/03_check_run.ipynb #492ead0e
+def _control(
+    folder: Path, windows: Sequence[JudgedWindow], reference: Reference, labels: Mapping[str, bool],
+) -> tuple[ControlFigures | None, list[str]]:
+    "What the control group says over the labelled windows, and that in a sentence; nothing without one."
+    labelled = [window for window in windows if window.labelled]
+    asked = reference.bundle.manifest.policy.control_share > 0 or any(window.controls for window in labelled)
+    if not labelled or not asked:
+        return None, []
+    window = load_window(folder, reference, labels, first_step=labelled[0].first_step, end_step=labelled[-1].end_step)
+    figures, sentence = control_figures(window, reference.suspicious)
+    return figures, [sentence]
+
 def run_checks(settings: Settings) -> CheckRun:
     "The verdict on the lake's last windows; raises `FraudError` for what keeps it from judging."
     bundle = _load_champion(settings)
@@ -240,10 +289,11 @@ def run_checks(settings: Settings) -> CheckRun:
     age = (newest - trained_until(bundle)) / 24
     parity, unchecked = _parity(settings, bundle, windows)
     verdict, reasons = with_parity(*decide_verdict(checks, age, [*problems, *unchecked], monitor), parity)
+    control, sentences = _control(folder, windows, reference, labels)
     return CheckRun(
-        verdict=verdict, reasons=reasons, champion=bundle.manifest.version, name=bundle.manifest.name,
+        verdict=verdict, reasons=[*reasons, *sentences], champion=bundle.manifest.version, name=bundle.manifest.name,
         period=[first_step, end_step - 1], newest_step=newest, age_days=round(age, 2), checks=checks, windows=windows,
-        shadow=shadow, parity=parity, labels=len(labels), labels_unknown=unknown,
+        shadow=shadow, control=control, parity=parity, labels=len(labels), labels_unknown=unknown,
         labels_used=sum(window.frauds for window in windows if window.labelled))
 
 # %% ../../nbs/monitor/03_check_run.ipynb #1a6f9e3f

@@ -374,7 +374,8 @@ def current_period(settings: Settings) -> Period:
 # %% ../../nbs/monitor/00_drift.ipynb #2bfe56ab
 def _performance(bundle: Bundle, test: Sample, p: np.ndarray) -> tuple["Snapshot", dict[str, float]]:
     "Evidently's report and the numbers, reviewed and blocked payments counted as flagged."
-    stopped = decide(p, test.amount, bundle.manifest.policy).stopped
+    policy = bundle.manifest.policy
+    stopped = decide(p, test.amount, policy, test.segments(policy.segment)).stopped
     report = performance_report(test.y, stopped)
     return report, {"rows": len(test), "frauds": int(test.y.sum()), "flagged": int(stopped.sum()),
                     "average_precision": average_precision(test.y, p), **performance_numbers(report)}

@@ -6,8 +6,8 @@
 __all__ = ['CALENDAR', 'DECILES', 'TOP_QUANTILES', 'MIN_WINDOWS', 'UNCHANGED', 'SUSPICIOUS', 'CheckName', 'TITLES', 'LiveVerdict',
            'Bins', 'mean_index', 'share_gap', 'share_margin', 'Statistic', 'StabilityIndex', 'HitShare',
            'split_windows', 'ReferenceWindows', 'CheckResult', 'LiveCheck', 'apply_check', 'read_reference',
-           'Reference', 'DecisionWindow', 'load_window', 'JudgedWindow', 'judge_window', 'chance', 'CheckSummary',
-           'count_bad', 'decide_verdict', 'plot_windows']
+           'Reference', 'DecisionWindow', 'segments_in', 'load_window', 'JudgedWindow', 'judge_window', 'chance',
+           'CheckSummary', 'count_bad', 'decide_verdict', 'plot_windows']
 
 # %% ../../nbs/monitor/01_live.ipynb #1bdc2191
 import functools
@@ -19,11 +19,13 @@ from typing import Any, ClassVar, Literal, Protocol, TYPE_CHECKING
 
 import numpy as np
 
+from ..core.control import ControlSummary, effective_size, usable_weights
 from ..core.errors import FraudError
 from ..core.policy import decide
-from ..core.settings import Monitor
-from ..data.lake import read_decisions
-from ..model.bundle import REFERENCE, Bundle
+from ..core.sections import Monitor
+from ..data.lake import OUTCOME_COLUMNS, lake_outcomes, read_decisions
+from ..features.vocabulary import FIRST, frequent
+from ..model.bundle import REFERENCE, Bundle, Manifest
 from .drift import LEAST_SHARE, MonitorRecord
 from ..train.metrics import average_precision
 
@@ -120,12 +122,13 @@ def share_gap(
 
 def share_margin(
     hit: np.ndarray,               # [n] bool
+    weight: np.ndarray,            # [n] how many payments each stands for
     blocks: Sequence[np.ndarray],  # positions in the reference, by window
     resamples: int,
     rate: float,
 ) -> float:
     "How far below the share of hits its own block bootstrap goes at this rate: 0 or negative."
-    hits, rows = np.array([[hit[block].sum(), len(block)] for block in blocks], float).T
+    hits, rows = np.array([[weight[block] @ hit[block], weight[block].sum()] for block in blocks], float).T
     drawn = np.random.default_rng(len(blocks)).integers(len(blocks), size=(resamples, len(blocks)))
     shares = hits[drawn].sum(axis=1) / rows[drawn].sum(axis=1)
     return min(0.0, float(np.quantile(shares, rate) - hits.sum() / rows.sum()))
@@ -181,14 +184,16 @@ class StabilityIndex:
 # %% ../../nbs/monitor/01_live.ipynb #074ad77a
 @dataclass(frozen=True)
 class HitShare:
-    "The share of hits. Every possible hit is in the reference itself, so weights do not matter."
-    hit: np.ndarray  # [n] bool
+    "The share of hits. Every possible hit is in the reference itself, so a weight is one of the control group."
+    hit: np.ndarray     # [n] bool
+    weight: np.ndarray  # [n] how many payments each stands for
     high_is_bad: ClassVar[bool] = False
     sampled: ClassVar[bool] = False
 
     def counts(self, rows: np.ndarray, weighted: bool) -> np.ndarray:
         "[2] hits and rows"
-        return np.array([self.hit[rows].sum(), len(rows)], np.float64)
+        weight = self.weight[rows] if weighted else np.ones(len(rows))
+        return np.array([weight @ self.hit[rows], weight.sum()], np.float64)
 
     def compare(self, window: np.ndarray, reference: np.ndarray) -> float:
         "`share_gap`"
@@ -196,7 +201,7 @@ class HitShare:
 
     def margin(self, blocks: Sequence[np.ndarray], resamples: int, rate: float) -> float:
         "`share_margin`"
-        return share_margin(self.hit, blocks, resamples, rate)
+        return share_margin(self.hit, self.weight, blocks, resamples, rate)
 
 # %% ../../nbs/monitor/01_live.ipynb #04c6c4d1
 MIN_WINDOWS = 5   # that a reference must have
@@ -311,6 +316,8 @@ def read_reference(bundle: Bundle) -> tuple["pd.DataFrame", "pd.DataFrame"]:
     if "stopped" not in table.column_names:
         raise FraudError(f"{path}: no column stopped: an older reference without decisions; train this model anew")
     rows = table.to_pandas()
+    if "stands_for" not in table.column_names:  # of a model from before there was a control group
+        rows["stands_for"] = 1.0
     return rows[rows.period == "train"], rows[rows.period == "test"]
 
 # %% ../../nbs/monitor/01_live.ipynb #67b29f45
@@ -364,12 +371,12 @@ def _suspicious_from(unseen: "pd.DataFrame") -> float:
 
 def _outcome_checks(unseen: "pd.DataFrame", suspicious: float, monitor: Monitor) -> tuple[LiveCheck, LiveCheck]:
     "Recall and precision, on the test period."
-    step, weight = unseen.step.to_numpy(), np.ones(len(unseen))
+    step, weight = unseen.step.to_numpy(), unseen.stands_for.to_numpy()
     fraud, found = unseen.is_fraud.to_numpy() == 1, unseen.score.to_numpy() >= suspicious
-    frauds = _CheckRows(step, weight, np.flatnonzero(fraud))
-    alerts = _CheckRows(step, weight, np.flatnonzero(unseen.stopped.to_numpy(bool)))
-    return (_make_check("recall", HitShare(found), frauds, monitor, min_rows=monitor.least_frauds),
-            _make_check("precision", HitShare(fraud), alerts, monitor, min_rows=monitor.least_frauds))
+    frauds = _CheckRows(step, weight, np.flatnonzero(fraud & (weight > 0)))
+    alerts = _CheckRows(step, weight, np.flatnonzero(unseen.stopped.to_numpy(bool) & (weight > 0)))
+    return (_make_check("recall", HitShare(found, weight), frauds, monitor, min_rows=monitor.least_frauds),
+            _make_check("precision", HitShare(fraud, weight), alerts, monitor, min_rows=monitor.least_frauds))
 
 # %% ../../nbs/monitor/01_live.ipynb #be358fe6
 class Reference:
@@ -405,7 +412,18 @@ class DecisionWindow:
     stopped: np.ndarray      # [n] bool, reviewed or blocked by the champion's policy, whatever rules say
     fraud: np.ndarray | None # [n] bool; None: too early to know
     others: int = 0          # decisions of other models, and those without history
+    stands_for: np.ndarray | None = None    # [n] how many payments each stands for; None: for itself
+    control: ControlSummary | None = None   # of the control group; None: too early to know
 
+def segments_in(x: np.ndarray, names: Sequence[str], manifest: Manifest) -> np.ndarray | None:
+    "The values of the attribute that has budgets of its own, from features [n, F]; None where no attribute has."
+    segment = manifest.policy.segment
+    if not segment:
+        return None
+    words = np.array([None] * FIRST + list(frequent(manifest.vocabulary[segment])), object)
+    return words[x[:, names.index(segment)].astype(np.int64)]
+
+# %% ../../nbs/monitor/01_live.ipynb #972e6cd5
 def load_window(
     folder: Path,  # of `[stream] sink`
     reference: Reference,
@@ -417,18 +435,20 @@ def load_window(
     "The champion's decisions with history; raises `FraudError` for decisions without its features."
     manifest = reference.bundle.manifest
     columns = ["transaction_id", "fraud_probability", "cents", "model", "history", *reference.names]
-    table = read_decisions(folder, columns, first_step, end_step)
+    table = read_decisions(folder, columns, first_step, end_step, contract=manifest.contract, optional=OUTCOME_COLUMNS)
     model = np.array(table["model"].to_pylist(), object)
     history = table["history"].to_numpy(zero_copy_only=False)
     own = np.flatnonzero((model == manifest.version) & history)
     x = np.stack([table[name].to_numpy()[own] for name in reference.names], axis=1).astype(np.float32)
-    fraud = None
+    fraud = weight = summary = None
     if labels is not None:
-        numbers = table["transaction_id"].take(own).to_pylist()
-        fraud = np.array([labels.get(number, False) for number in numbers], bool)
+        outcomes = lake_outcomes(table.take(own), labels, manifest.policy.control_most)
+        fraud = outcomes.fraud
+        weight, summary = usable_weights(outcomes.weights(), outcomes.control > 0, fraud)
     probability = table["fraud_probability"].to_numpy()[own]
-    stopped = decide(probability, table["cents"].to_numpy()[own] / 100, manifest.policy).stopped
-    return DecisionWindow(first_step, end_step, x, probability, stopped, fraud, len(table) - len(own))
+    segments = segments_in(x, reference.names, manifest)
+    stopped = decide(probability, table["cents"].to_numpy()[own] / 100, manifest.policy, segments).stopped
+    return DecisionWindow(first_step, end_step, x, probability, stopped, fraud, len(table) - len(own), weight, summary)
 
 # %% ../../nbs/monitor/01_live.ipynb #9344ac82
 CheckName = Literal["features", "score", "recall", "precision"]
@@ -443,6 +463,8 @@ class JudgedWindow(MonitorRecord):
     labelled: bool
     frauds: int = 0  # this and the next two with labels only
     found: int = 0   # frauds whose score was suspicious
+    controls: int = 0       # payments of the control group
+    weighted: bool = False  # whether they stand for what was stopped; else it counts by its labels alone
     average_precision: float | None = None
     features: CheckResult
     score: CheckResult
@@ -461,6 +483,11 @@ def _judge_sample(check: LiveCheck, x: np.ndarray, bins: Bins, seed: int) -> Che
     statistic = StabilityIndex(bins.codes(x[drawn]), bins.size, np.ones(len(drawn)))
     return apply_check(check, statistic.counts(np.arange(len(drawn)), weighted=False), len(drawn))
 
+def _hits(hit: np.ndarray, rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, int]:
+    "[2] hits and rows among these rows [n] bool by weight, and their effective number."
+    own = weight[rows]
+    return np.array([own @ hit[rows], own.sum()]), round(effective_size(own))
+
 def judge_window(window: DecisionWindow, reference: Reference) -> JudgedWindow:
     "All checks of a window; recall and precision only when its frauds are known."
     checks, seed, p = reference.checks, window.first_step, window.probability
@@ -471,14 +498,16 @@ def judge_window(window: DecisionWindow, reference: Reference) -> JudgedWindow:
         "score": _judge_sample(checks["score"], p[:, None], reference.score_bins, seed)}
     if window.fraud is None:
         return JudgedWindow(**about, recall=None, precision=None)
-    frauds, alerts = int(window.fraud.sum()), int(window.stopped.sum())
-    found = int((window.fraud & (p >= reference.suspicious)).sum())
-    hits = int((window.fraud & window.stopped).sum())
-    precision = average_precision(window.fraud.astype(np.int8), p) if 0 < frauds < len(p) else None
+    fraud, weight = window.fraud, np.ones(len(p)) if window.stands_for is None else window.stands_for
+    frauds, suspicious = int(fraud.sum()), p >= reference.suspicious
+    precision = average_precision(fraud.astype(np.int8), p, weight) if 0 < frauds < len(p) else None
+    if window.control:
+        about |= {"controls": window.control.controls, "weighted": window.control.used}
     return JudgedWindow(
-        **about, frauds=frauds, found=found, average_precision=precision and round(precision, 5),
-        recall=apply_check(checks["recall"], np.array([found, frauds], float), frauds),
-        precision=apply_check(checks["precision"], np.array([hits, alerts], float), alerts))
+        **about, frauds=frauds, found=int((fraud & suspicious).sum()),
+        average_precision=precision and round(precision, 5),
+        recall=apply_check(checks["recall"], *_hits(suspicious, fraud, weight)),
+        precision=apply_check(checks["precision"], *_hits(fraud, window.stopped, weight)))
 
 # %% ../../nbs/monitor/01_live.ipynb #9e33524b
 def chance(

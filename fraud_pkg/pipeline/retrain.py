@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import FraudError
 from ..core.settings import Settings
+from ..core.signatures import CHAMPION, verifier
 from ..data.lake import newest_step
 from ..model.bundle import load_bundle
 from ..model.gate import Verdict
@@ -100,7 +101,7 @@ def retrain(settings: Settings, tell: ProgressListener = lambda event: None) -> 
     run = run_pipeline(retraining_settings(settings), force=True, tell=tell)
     outcome = _outcome(run, before, learned_until, settings)
     if outcome.promoted and settings.serve.bundle.startswith("s3://"):
-        publish_bundle(settings.models_dir / "champion", settings.serve.bundle)
+        publish_bundle(settings.models_dir / "champion", settings.serve.bundle, verifier(settings, CHAMPION))
     add_event(outcome.model_dump(mode="json"), settings)
     return outcome
 

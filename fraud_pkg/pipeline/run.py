@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from ..core.errors import FraudError, SettingsError
 from ..core.settings import FREE_SECTIONS, Settings, values_in_force
-from ..model.dvc_remote import RemoteError, check_remote, dvc, push_artifacts, recall, use_remote
+from ..model.dvc_remote import RemoteError, bring_stages, check_remote, push_artifacts, recall, use_remote
 from .compile import compile_jobs, dvc_command, dvc_path, find_job, write_targets
 from .execute import LESS_MEMORY, JobError, Record, disk_full, exclusive, utc_now
 from .front_matter import Job
@@ -184,13 +184,14 @@ def _environment(settings: Settings) -> dict[str, str]:
         "FRAUD_SET": json.dumps(in_force),
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # no module is imported from the folder that a job runs in
         "PATH": os.pathsep.join([commands, os.environ.get("PATH", "")]),
     }
 
 def _start_dvc(arguments: Sequence[str], settings: Settings) -> subprocess.Popen[str]:
     "Starts a command of DVC in the project; both its outputs are one pipe."
     return subprocess.Popen(
-        [sys.executable, "-m", "dvc", *arguments], cwd=settings.root, env=_environment(settings),
+        [sys.executable, "-P", "-m", "dvc", *arguments], cwd=settings.root, env=_environment(settings),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, encoding="utf-8", errors="replace",
     )
@@ -321,8 +322,7 @@ def _take_over(jobs: Sequence[Job], settings: Settings, tell: ProgressListener) 
         if champion_bundle(settings) is None:
             known = [name for name in known if name not in _downstream("promote", jobs)]
     if known:
-        dvc(["fetch", *known], settings)
-        dvc(["checkout", "--force", *known], settings)
+        bring_stages(known, settings)
     names = ", ".join(known) or "nothing, this is new"
     tell(ProgressEvent(kind="line", text=f"taken over from {settings.pipeline.remote}: {names}"))
 
@@ -431,8 +431,8 @@ def _check_needed(needed: set[str], stages: Sequence[Job], settings: Settings) -
 # %% ../../nbs/pipeline/05_run.ipynb #72656c35
 def refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
-    from fraud_pkg.report.pages import build_report
-    build_report(settings)
+    from fraud_pkg.report.cases import build_site
+    build_site(settings)
     with _start_dvc(["commit", "--force", "--quiet", "report"], settings) as process:
         for _ in _lines(process):
             pass

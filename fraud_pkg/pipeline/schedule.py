@@ -29,7 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..core.errors import FraudError, one_line
 from ..core.files import staging_dir
-from ..core.settings import load_settings, project_root
+from ..core.settings import Settings, load_settings, project_root
 
 # %% ../../nbs/pipeline/00_schedule.ipynb #ad5f69bb
 CRON_BOUNDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6))  # minute, hour, day, month, day of week (0: Sunday)
@@ -283,14 +283,17 @@ def _run_forwarding_sigterm(words: Sequence[str], root: Path) -> int:
     return status if status >= 0 else 128 - status  # as a shell reports a signal
 
 # %% ../../nbs/pipeline/00_schedule.ipynb #77518919
-def _copy_bundle(champion: Path, url: str) -> None:
+def _copy_bundle(champion: Path, url: str, settings: Settings) -> None:
     "Copies a bundle that has been verified to a folder or a bucket, where it appears whole."
-    from fraud_pkg.model.bundle import load_bundle
+    from fraud_pkg.core.signatures import CHAMPION, verifier
+    from fraud_pkg.model.bundle import SIGNATURE, load_bundle
     from fraud_pkg.model.locations import publish_bundle
+    check = verifier(settings, CHAMPION)
     if "://" in url:
-        publish_bundle(champion, url)
+        publish_bundle(champion, url, check)
         return
-    names = sorted(load_bundle(champion).manifest.files)
+    names = sorted(load_bundle(champion, verifier=check).manifest.files)
+    names += [SIGNATURE] if (champion / SIGNATURE).exists() else []
     with staging_dir(Path(url)) as folder:
         for name in names:
             shutil.copyfile(champion / name, folder / name)
@@ -301,14 +304,16 @@ def deliver_champion(
     url: str,  # s3://BUCKET/PREFIX or a folder
 ) -> str | None:
     "Copies the champion to `url`, unless it has been copied there; returns its version if it is new."
-    manifest = load_settings(file=root / "settings.ini").models_dir / "champion/manifest.json"
+    settings = load_settings(file=root / "settings.ini")
+    manifest = settings.models_dir / "champion/manifest.json"
     marker = root / ".delivered"
     if not manifest.is_file():
         return None
-    state = f"{hashlib.sha256(manifest.read_bytes()).hexdigest()} {url}\n"
+    files = [file for file in (manifest, manifest.with_suffix(".sig")) if file.exists()]  # one may be signed anew
+    state = f"{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()} {url}\n"
     if marker.is_file() and marker.read_text(encoding="utf-8") == state:
         return None
-    _copy_bundle(manifest.parent, url)
+    _copy_bundle(manifest.parent, url, settings)
     marker.write_text(state, encoding="utf-8")
     return json.loads(manifest.read_text(encoding="utf-8"))["version"]
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NONE', 'UNIT_NAMES', 'ANSWERS', 'WIDTH', 'MARGIN_LEFT', 'MARGIN_RIGHT', 'MARGIN_TOP', 'MARGIN_BOTTOM', 'STYLES',
-           'FILTERS', 'number', 'interval', 'between', 'duration', 'plain', 'cell_text', 'moment', 'when', 'span',
-           'spaced', 'capitalised', 'label_in_sentence', 'Axis', 'linear', 'logarithmic', 'Point', 'Series', 'Rule',
-           'Table', 'Chart', 'PlacedPoint', 'PlacedSeries', 'Canvas', 'PlacedAxis', 'PlacedRule', 'Plot', 'plot', 'Bar',
-           'PlacedBar', 'bars', 'read_asset', 'write_assets', 'environment']
+           'SCRIPTS', 'FILTERS', 'number', 'interval', 'between', 'duration', 'plain', 'cell_text', 'moment', 'when',
+           'span', 'spaced', 'capitalised', 'label_in_sentence', 'Axis', 'linear', 'logarithmic', 'Point', 'Series',
+           'Rule', 'Table', 'Chart', 'PlacedPoint', 'PlacedSeries', 'Canvas', 'PlacedAxis', 'PlacedRule', 'Plot',
+           'plot', 'Bar', 'PlacedBar', 'bars', 'read_asset', 'write_assets', 'environment']
 
 # %% ../../nbs/report/00_charts.ipynb #5a939b92
 import functools
@@ -372,15 +372,17 @@ def bars(
 
 # %% ../../nbs/report/00_charts.ipynb #8e122c1a
 STYLES = ("colours.css", "page.css", "parts.css", "figures.css")
+SCRIPTS = ("site.js", "what_if.js")
 
 def read_asset(name: str) -> str:
     "A file of the report's assets."
     return (files("fraud_pkg.report") / "assets" / name).read_text(encoding="utf-8")
 
 def write_assets(folder: Path) -> None:
-    "Writes site.css and site.js, which the pages load."
+    "Writes site.css and the scripts, which the pages load."
     write_whole(folder / "site.css", "".join(read_asset(name) for name in STYLES))
-    write_whole(folder / "site.js", read_asset("site.js"))
+    for name in SCRIPTS:
+        write_whole(folder / name, read_asset(name))
 
 # %% ../../nbs/report/00_charts.ipynb #846a0a70
 FILTERS = {

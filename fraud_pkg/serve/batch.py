@@ -5,17 +5,19 @@ equal files as the result; each score says what it was made by and from."""
 
 # %% auto #0
 __all__ = ['RAW', 'REFUSED', 'SOURCE', 'RESULT', 'Batches', 'LakeFile', 'list_lake', 'settings_for_contract',
-           'settings_for_columns', 'quarantined_rows', 'check_file', 'repeated_ids', 'refuse_repeated',
-           'decide_with_rules', 'model_input', 'score_rows', 'Lineage', 'lineage_of', 'PartScorer', 'check_places',
-           'check_here', 'check_task', 'quarantine_of', 'ScorePlan', 'plan_scores', 'settings_for_bundle', 'score_lake']
+           'settings_for_columns', 'quarantined_rows', 'check_file', 'repeated_ids', 'refuse_repeated', 'raw_payments',
+           'BatchRules', 'control_rows', 'feature_numbers', 'model_input', 'score_rows', 'Lineage', 'lineage_of',
+           'PartScorer', 'check_places', 'check_here', 'check_task', 'quarantine_of', 'ScorePlan', 'batch_rules_of',
+           'plan_scores', 'settings_for_bundle', 'score_lake']
 
 # %% ../../nbs/serve/10_batch.ipynb #7cfd7a10
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -27,10 +29,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..core.contract import CORE, Contract, contract_lines
+from ..core.control import ControlGroup, Marked, control_key
 from ..core.errors import FraudError, one_line
+
+# %% ../../nbs/serve/10_batch.ipynb #a197d95d
 from ..core.files import code_revision, staging_dir
-from ..core.policy import DECISIONS, decide
-from ..core.settings import Rules, Settings
+from ..core.policy import DECISIONS, Decided, decide
+from ..core.rules import NO_RULING, Ruling
+from ..core.settings import Settings
+from ..core.signatures import CHAMPION, verifier
 from ..data.acquire import check_source, quarantine_table
 from ..data.readers import SourceTable, read_file
 from ..features.definitions import feature_names
@@ -41,8 +48,11 @@ from ..features.spark import spark_job, spark_parts
 from ..features.vocabulary import encode
 from ..model.bundle import MANIFEST, Bundle, Manifest, load_bundle
 from ..model.locations import copy_bundle
-from .rules import apply_rules
+from .rules import NO_BOOK, Book, Rulings, book_of
 from .scorer import ModelFailed, Ruled
+from .wire import parse_epoch
+from ..store.open import open_store
+from ..store.tiles import retention_of
 
 # %% ../../nbs/serve/10_batch.ipynb #77fe76f2
 @dataclass(frozen=True)
@@ -174,40 +184,96 @@ def refuse_repeated(files: Sequence[LakeFile], folder: Path) -> np.ndarray:
     return np.sort(table["time"].to_numpy()[~repeated])
 
 # %% ../../nbs/serve/10_batch.ipynb #455c9c3c
-def decide_with_rules(raw: pa.Table, decisions: np.ndarray, rules: Rules) -> list[tuple[int, str | None]]:
-    "The decisions [n] after the rules, and the rule that changed each."
-    if rules == Rules():
-        return [(decision, None) for decision in decisions.tolist()]
-    columns = (raw["sender"].to_pylist(), raw["receiver"].to_pylist(), to_cents(raw["amount"].to_numpy()).tolist())
-    return [apply_rules(rules, Payment("", 0, cents, {"sender": sender, "receiver": receiver}), int(decision))
-            for decision, sender, receiver, cents in zip(decisions, *columns, strict=True)]
+def raw_payments(raw: pa.Table, contract: Contract) -> list[Payment]:
+    "Payments of the raw table, as rules ask them."
+    texts = ("sender", "receiver", *contract.categories)
+    numbers = [attribute.name for attribute in contract.of_kind("number", "money", "flag")]
+    place = contract.places[0].stored if contract.places else ()
+    balances = ("sender_balance", "receiver_balance")
+    wanted = ("transaction_id", "time", *texts, *numbers, *place, *balances)
+    names = [name for name in wanted if name in raw.column_names]
+    columns = {name: raw[name].to_pylist() for name in names} | {"cents": to_cents(raw["amount"].to_numpy()).tolist()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [_raw_payment(row, texts, numbers, place) for row in rows]
+
+def _raw_payment(row: dict[str, Any], texts: Sequence[str], numbers: Sequence[str], place: Sequence[str]) -> Payment:
+    latitude, longitude = [_known(row.get(name)) for name in place] or (None, None)
+    return Payment(row["transaction_id"], row["time"], row["cents"], {name: row.get(name) or None for name in texts},
+                   _known(row.get("sender_balance")), _known(row.get("receiver_balance")),
+                   {name: _known(row.get(name)) for name in numbers},
+                   place=None if latitude is None or longitude is None else (latitude, longitude))
+
+def _known(number: float | None) -> float | None:
+    "None for what is missing, however it is written."
+    return None if number is None or number != number else number
+
+@dataclass(frozen=True)
+class BatchRules:
+    "Rules and lists for a run; travels to the workers of Spark."
+    book: Book = NO_BOOK
+    epoch: str = ""
+    now: float = 0.0  # seconds since 1970: when a payment was, where data have no dates
+
+    def rulings(self, raw: pa.Table, numbers: Mapping[str, np.ndarray], p: np.ndarray,
+                contract: Contract) -> list[Ruling]:
+        "What the rules say of n raw rows, their features by name [n] and their probabilities [n]."
+        if not self.book.rules:
+            return [NO_RULING] * len(raw)
+        asked = Rulings(self.book, contract, parse_epoch(self.epoch), lambda: self.now)
+        names = asked.values.features
+        features = np.stack([numbers[name] for name in names], axis=1).tolist() if names else [()] * len(raw)
+        return asked.of(raw_payments(raw, contract), features, p.tolist())
 
 # %% ../../nbs/serve/10_batch.ipynb #5679ad15
-def model_input(raw: pa.Table, histories: Histories, manifest: Manifest) -> np.ndarray:
+def control_rows(
+    bundle: Bundle,
+    raw: pa.Table,      # n raw rows
+    decided: Decided,   # n, by the policy
+    rulings: Sequence[Ruling],  # n, by rules
+    secret: bytes,
+) -> dict[int, Marked]:
+    "The control group among the rows, by position, as an endpoint chooses it."
+    policy, key = bundle.manifest.policy, control_key(secret, bundle.manifest.files[MANIFEST])
+    return ControlGroup.of_policy(policy, key).choose(
+        raw["transaction_id"].to_pylist() if policy.control_share else (), to_cents(raw["amount"].to_numpy()) / 100,
+        decided.decisions, [ruling.decision for ruling in rulings])
+
+def feature_numbers(raw: pa.Table, histories: Histories, contract: Contract) -> dict[str, np.ndarray]:
+    "All features of the contract that are no categories, by name: [n] float32."
+    names = feature_names(contract)[len(contract.categories):]
+    return dict(zip(names, number_columns(raw, histories, contract), strict=True))
+
+def model_input(raw: pa.Table, numbers: Mapping[str, np.ndarray], manifest: Manifest) -> np.ndarray:
     "The features of the bundle, in the order of its manifest: [n, F] float32."
-    contract, vocabulary = manifest.contract, manifest.vocabulary
-    numbers = dict(zip(feature_names(contract)[len(contract.categories):],
-                       number_columns(raw, histories, contract), strict=True))
+    vocabulary = manifest.vocabulary
     columns = [encode(raw[name], vocabulary[name]) if name in vocabulary else numbers[name]
                for name in manifest.features]
     return np.stack(columns, axis=1)
 
+# %% ../../nbs/serve/10_batch.ipynb #7ec915df
 def score_rows(
     bundle: Bundle,
     x: np.ndarray,  # [n, F] the bundle's features
     raw: pa.Table,  # n raw rows
-    rules: Rules,
+    numbers: Mapping[str, np.ndarray],  # all features that are no categories, [n] each
+    rules: BatchRules,
+    secret: bytes = b"",  # by which the control group is chosen; empty: by the bundle's hash
 ) -> dict[str, pa.Array]:
-    "Probability, decision, expected costs, limit and rule, as in an answer; raises `ModelFailed` for no probability."
+    "Probability, decision, costs, limit, rules, control group, as in an answer; raises `ModelFailed` without a number."
     p = bundle.probability(x)
     finite = np.isfinite(p)
     if not finite.all():
         name = raw["transaction_id"][int(np.argmin(finite))].as_py()
         raise ModelFailed(f"model {bundle.manifest.version}: no probability for transaction {name}")
-    decided = decide(p, to_cents(raw["amount"].to_numpy()) / 100, bundle.manifest.policy)
-    columns = Ruled(p, decided, decide_with_rules(raw, decided.decisions, rules)).columns()
-    texts = ("decision", "limit", "rule")
-    return {name: pa.array(values, pa.string() if name in texts else pa.float64()) for name, values in columns.items()}
+    policy = bundle.manifest.policy
+    segments = np.array(raw[policy.segment].to_pylist(), object) if policy.segment else None
+    decided = decide(p, to_cents(raw["amount"].to_numpy()) / 100, policy, segments)
+    rulings = rules.rulings(raw, numbers, p, bundle.manifest.contract)
+    control = control_rows(bundle, raw, decided, rulings, secret)
+    columns = Ruled(p, decided, rulings, rules.book.version, control).columns()
+    types = dict.fromkeys(("decision", "limit", "rule", "rules", "control_decision"), pa.string())
+    types |= dict.fromkeys(("tags", "shadow_rules"), pa.list_(pa.string()))
+    return {name: pa.array(values, types.get(name, pa.float64())) for name, values in columns.items()}
 
 # %% ../../nbs/serve/10_batch.ipynb #95947016
 @dataclass(frozen=True)
@@ -221,17 +287,20 @@ class Lineage:
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
-def lineage_of(bundle: Bundle, settings: Settings, files: Sequence[dict[str, Any]]) -> Lineage:
-    "The same for the same model, settings and files."
+def lineage_of(
+    bundle: Bundle, settings: Settings, files: Sequence[dict[str, Any]], rules: str = "0", secret: bytes = b"",
+) -> Lineage:
+    "The same for the same model, settings, files, rules and control group."
     manifest = bundle.manifest
     decides = {
         "columns": settings.section_dict("columns"),
-        "rules": settings.section_dict("rules"),
+        "rules": rules,
         "prefixes": [settings.data.sender_prefix, settings.data.receiver_prefix],
         "epoch": settings.data.epoch,
         "ignore": list(settings.data.ignore),
         "contract": manifest.contract.fingerprint,
         "features": manifest.features,
+        "control": hashlib.sha256(control_key(secret, manifest.files[MANIFEST])).hexdigest()[:12],
     }
     run = [manifest.files[MANIFEST], decides, [[file["file"], file["sha256"]] for file in files]]
     return Lineage(manifest.version, manifest.data["fingerprint"][:12], _digest(decides), _digest(run))
@@ -247,14 +316,17 @@ class PartScorer:
     "Scores the parts of a run; travels to the workers of Spark."
     model: str             # folder of the bundle
     sha256: str            # of its manifest
-    rules: Rules
+    rules: BatchRules
     lineage: Lineage
     files: tuple[str, ...] # names, by `source_file`
+    secret: bytes = field(default=b"", repr=False)  # by which the control group is chosen; empty: by the bundle's hash
 
     def __call__(self, raw: pa.Table, histories: Histories) -> pa.Table:
         "Scores of raw rows [n] and their histories: what a task of the engine writes."
         bundle = _cached_bundle(self.model, self.sha256)
-        scores = score_rows(bundle, model_input(raw, histories, bundle.manifest), raw, self.rules)
+        numbers = feature_numbers(raw, histories, bundle.manifest.contract)
+        x = model_input(raw, numbers, bundle.manifest)
+        scores = score_rows(bundle, x, raw, numbers, self.rules, self.secret)
         keys = {name: raw[name] for name in ("transaction_id", "time", "sender", "receiver", "amount")}
         lineage = {name: pa.repeat(value, len(raw)) for name, value in vars(self.lineage).items()}
         names = pa.DictionaryArray.from_arrays(raw["source_file"].combine_chunks(), pa.array(self.files))
@@ -330,20 +402,29 @@ class ScorePlan:
     score: PartScorer
     manifest: dict[str, Any]  # as far as it is known before scoring
 
+def batch_rules_of(settings: Settings, contract: Contract) -> BatchRules:
+    "Rules and lists as they hold now; raises `FraudError`."
+    store = open_store(settings.store.url, retention_of(contract), settings.store.timeout, settings.changes_file)
+    book = book_of(settings.rules, settings.rules_place, store, contract)
+    return BatchRules(book, settings.data.epoch, time.time())
+
+# %% ../../nbs/serve/10_batch.ipynb #1ee645de
 def plan_scores(
     files: Sequence[LakeFile],
     checks: Sequence[dict[str, Any]],  # of `check_file`
     folder: Path,
     bundle: Bundle,
     settings: Settings,
+    secret: bytes = b"",  # of the control group
 ) -> ScorePlan:
     "Writes the quarantine; raises `FraudError` when there is too much in it."
     times = refuse_repeated(files, folder)
     quarantine, reasons = quarantine_of(folder, files, settings)
     pq.write_table(quarantine, folder / "_quarantine.parquet")
-    lineage = lineage_of(bundle, settings, checks)
+    rules = batch_rules_of(settings, bundle.manifest.contract)
+    lineage = lineage_of(bundle, settings, checks, rules.book.version, secret)
     names = tuple(file.name for file in files)
-    score = PartScorer(str(bundle.folder), bundle.manifest.files[MANIFEST], settings.rules, lineage, names)
+    score = PartScorer(str(bundle.folder), bundle.manifest.files[MANIFEST], rules, lineage, names, secret)
     parts = plan_parts(times, PART_ROWS)
     manifest = vars(lineage) | {
         "scored_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -363,29 +444,38 @@ def settings_for_bundle(settings: Settings, bundle: Bundle) -> Settings:
     data = settings.data.model_copy(update={"epoch": bundle.manifest.epoch or settings.serve.epoch})
     return settings_for_contract(settings.model_copy(update={"data": data}), bundle.manifest.contract)
 
-def _run(files: Sequence[LakeFile], folder: Path, bundle: Bundle, settings: Settings) -> dict[str, Any]:
+def _run(
+    files: Sequence[LakeFile], folder: Path, bundle: Bundle, settings: Settings, secret: bytes,
+) -> dict[str, Any]:
     "Writes the parts, by the engine of the settings; returns the manifest so far."
     contract = bundle.manifest.contract
     columns = [*needed_columns(contract), *SOURCE]
     if settings.features.engine == "local":
-        plan = plan_scores(files, check_here(files, folder, settings), folder, bundle, settings)
+        plan = plan_scores(files, check_here(files, folder, settings), folder, bundle, settings, secret)
         run_local(folder / RAW, plan.parts, folder, settings, contract, plan.score, columns)
         return plan.manifest
     with spark_job(settings) as spark:
-        plan = plan_scores(files, _check_on(spark, files, folder, settings), folder, bundle, settings)
+        plan = plan_scores(files, _check_on(spark, files, folder, settings), folder, bundle, settings, secret)
         spark_parts(spark, folder / RAW, plan.parts, folder, settings, contract, plan.score, columns)
     return plan.manifest
 
-def score_lake(source: Path, output: Path, settings: Settings) -> dict[str, Any]:
+# %% ../../nbs/serve/10_batch.ipynb #338f906a
+def score_lake(
+    source: Path,
+    output: Path,
+    settings: Settings,
+    secret: bytes = b"",  # by which the control group is chosen; empty: by the bundle's hash
+) -> dict[str, Any]:
     "Scores the Parquet files of `source` into the folder `output`, whole or not at all; returns its manifest."
     output = output.resolve()  # workers have folders of their own
     check_places(source, output)
     files = list_lake(source)
     with staging_dir(output) as folder:
-        bundle = copy_bundle(settings.bundle_place, folder / "_model", settings.serve.bundle_sha256)
+        bundle = copy_bundle(settings.bundle_place, folder / "_model", settings.serve.bundle_sha256,
+                             verifier(settings, CHAMPION, remembers=True))
         for name in (RAW, REFUSED):
             (folder / name).mkdir()
-        manifest = _run(files, folder, bundle, settings_for_bundle(settings, bundle))
+        manifest = _run(files, folder, bundle, settings_for_bundle(settings, bundle), secret)
         for name in (RAW, REFUSED):
             shutil.rmtree(folder / name)
         parts = [pq.read_table(folder / part["file"], columns=["decision"]) for part in manifest["parts"]]

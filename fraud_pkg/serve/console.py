@@ -35,7 +35,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.contract import CORE, DAY, LONGEST_CATEGORY, TILES, Contract, duration_text, tile_of
 from ..features.definitions import EntityPlan
-from ..features.labels import RULE_LABELS, feature_label
+from ..features.labels import feature_label
 from ..features.payment import SEPARATOR, OnlinePayments, Payment
 from ..features.vocabulary import frequent
 from .scorer import Scored, Scorer
@@ -335,16 +335,17 @@ def _described_model(scorer: Scorer) -> dict[str, Any]:
                      for entity in contract.entities],
     }
 
-def greeting(service: Service, may_write: bool, boot: str) -> bytes:
+def greeting(service: Service, may_write: bool, boot: str, queue: Mapping[str, Any] | None = None) -> bytes:
     "The data of `hello`: what serves, what the key may, the model that decides and its features' labels."
     scorer = service.scorer
     content: dict[str, Any] = {
         "boot": boot, "host": socket.gethostname(), "keys": bool(service.access.keys), "may_write": may_write,
         "explain": service.serve.explain, "model": None,
+        "cases": queue,  # whose they are, and whether the key may work on them; None: this service has none
     }
     if scorer is not None:
         content["model"] = _described_model(scorer)
-        names = [*scorer.manifest.features, *RULE_LABELS]
+        names = scorer.manifest.features
         content["feature_labels"] = {name: feature_label(name, scorer.contract) for name in names}
     return to_json(content)
 
@@ -456,6 +457,8 @@ ASSETS = {
     "/": ("index.html", "text/html"),
     "/console/console.css": ("console.css", "text/css"),
     "/console/console.js": ("console.js", "text/javascript"),
+    "/console/cases.css": ("cases.css", "text/css"),
+    "/console/cases.js": ("cases.js", "text/javascript"),
     "/console/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 

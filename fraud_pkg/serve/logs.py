@@ -54,6 +54,8 @@ def request_fields(
         fields["decisions"] = dict(Counter(decision["decision"] for decision in decisions))
         if limits := Counter(decision["limit"] for decision in decisions if decision["limit"]):
             fields["limits"] = dict(limits)
+        if control := Counter(decision["control"]["decision"] for decision in decisions if decision["control"]):
+            fields["control"] = dict(control)
         fields["history"] = answer.scored.with_history
         fields["model"] = decisions[0]["model"]
     return fields
@@ -63,7 +65,7 @@ def cloudwatch(
     fields: Mapping[str, Any],
     moment: float,  # seconds since 1970
 ) -> dict[str, Any]:
-    "The fields of a request with its metrics: requests, errors, latency; decisions by kind, limit and lack of history."
+    "The fields of a request with its metrics: requests, errors, latency; decisions by kind, and what was special."
     counts = fields.get("decisions", {})
     values = {
         "requests": 1,
@@ -73,6 +75,7 @@ def cloudwatch(
     }
     if counts:
         values["turned_away"] = fields.get("limits", {}).get("review_budget", 0)
+        values["control_group"] = sum(fields.get("control", {}).values())
     if "history" in fields:
         values["degraded"] = 0 if fields["history"] else sum(counts.values())
     metrics = [{"Name": name, "Unit": "Milliseconds" if name == "latency" else "Count"} for name in values]

@@ -13,39 +13,48 @@ from pathlib import Path
 
 from ..core.errors import FraudError
 from ..core.settings import Settings
+from ..core.signatures import CHAMPION, CONTENDER, verifier
 from ..model.bundle import Bundle, Unreachable
-from ..model.locations import bundle_mark, fetch_bundle
-from .auth import load_keys
+from ..model.locations import Retries, bundle_mark, fetch_bundle
+from .auth import load_control_key, load_keys
+from .rules import ActiveRules, RulesWatcher
 from .scorer import Scorer
 from .service import Service, log
 from ..store.open import open_store
 from ..store.tiles import retention_of
 
 # %% ../../nbs/serve/05_reload.ipynb #e827d86d
-def new_scorer(bundle: Bundle, settings: Settings) -> Scorer:
+def new_scorer(bundle: Bundle, settings: Settings, rules: ActiveRules, control_secret: bytes = b"") -> Scorer:
     "The bundle's scorer; requests may also carry the attributes of the settings."
-    return Scorer(bundle, settings.serve, settings.rules, settings.contract)
+    scorer = Scorer(bundle, settings.serve, rules, settings.contract)
+    scorer.control_secret = control_secret
+    return scorer
 
 class ShadowWatcher:
     "Keeps a service's shadow model the one of `[serve] shadow`."
 
     def __init__(self, service: Service, settings: Settings):
         self.service, self.settings = service, settings
+        self._verifier = verifier(settings, CONTENDER, CHAMPION)
         self._mark: tuple | None = None
+        self._retries = Retries(settings.serve.reload_seconds)
 
     def check(self) -> None:
         "Takes the shadow model that is there now; what is wrong with it is logged, and no reason to stop deciding."
         place = self.settings.shadow_place
-        shadow = None
+        shadow, mark = None, None
         try:
             mark = bundle_mark(place)
-            if mark == self._mark:
+            if mark == self._mark or not self._retries.due(mark):
                 return
-            self._mark = mark
             if mark is not None:
-                shadow = new_scorer(fetch_bundle(place, deciding=True), self.settings)
+                bundle = fetch_bundle(place, deciding=True, verifier=self._verifier)
+                shadow = new_scorer(bundle, self.settings, ActiveRules())
+            self._mark = mark
         except FraudError as error:
-            log.error("no shadow model: %s", error)
+            self._mark = None
+            self._retries.fail(mark)
+            log.error("no shadow model, and tried again later: %s", error)
         self.service.use_shadow(shadow)
         if shadow and self.service.scorer and self.service.scorer.shadow is None:
             log.error("shadow model %s is not used: its contract is not the champion's",
@@ -63,12 +72,16 @@ def _current_mark(place: Path | str) -> tuple | None:
 
 # %% ../../nbs/serve/05_reload.ipynb #d9dd6d49
 class BundleFinder:
-    "Finds the newest good bundle of `[serve] bundle`; refuses a bad one once."
+    "Finds the newest good bundle of `[serve] bundle`; tries a bad one again, after pauses that grow."
 
-    def __init__(self, service: Service, settings: Settings):
-        self.service, self.settings = service, settings
+    def __init__(self, service: Service, settings: Settings, control_secret: bytes = b""):
+        self.service, self.settings, self.control_secret = service, settings, control_secret
         self.refused: Callable[[], None] = lambda: None  # called for every bundle that was refused
-        self._mark: tuple | None = None
+        self.retried: Callable[[], None] = lambda: None  # called each time that such a bundle is tried again
+        self.rules = ActiveRules(settings.rules)
+        self._verifier = verifier(settings, CHAMPION, remembers=True)  # a former champion does not come back
+        self._mark: tuple | None = None  # of the one that was taken
+        self._retries = Retries(settings.serve.reload_seconds)
         self._complaint = ""
 
     def newest(self) -> Scorer | None:
@@ -76,17 +89,16 @@ class BundleFinder:
         place, serve, mark = self.settings.bundle_place, self.settings.serve, None
         try:
             mark = bundle_mark(place)
-            if mark is None or mark == self._mark:
+            if mark is None or mark == self._mark or not self._retries.due(mark):
                 return None
-            bundle = fetch_bundle(place, sha256=serve.bundle_sha256, deciding=True)
-            scorer = new_scorer(bundle, self.settings)
+            bundle = fetch_bundle(place, sha256=serve.bundle_sha256, deciding=True, verifier=self._verifier)
+            scorer = new_scorer(bundle, self.settings, self.rules, self.control_secret)
         except Unreachable as error:
             self._complain(error)
             return None
         except FraudError as error:
             if mark == _current_mark(place):  # otherwise replaced while it was read; the next check finds it whole
-                self._mark = mark
-                self.refused()
+                (self.refused if self._retries.fail(mark) else self.retried)()
                 self._complain(error)
             return None
         self._mark, self._complaint = mark, ""
@@ -97,33 +109,39 @@ class BundleFinder:
         if str(error) != self._complaint:
             self._complaint = str(error)
             in_use = self.service.scorer.manifest.version if self.service.scorer else "none"
-            log.error("bundle refused, %s stays: %s", in_use, error)
+            log.error("bundle refused, %s stays, and it is tried again later: %s", in_use, error)
 
 # %% ../../nbs/serve/05_reload.ipynb #7c15bae8
 class Watcher(BundleFinder):
-    "Keeps a service on the newest good bundle of a place, and its shadow model too."
+    "Keeps a service on the newest good bundle of a place, on its rules, and on its shadow model."
 
-    def __init__(self, service: Service, settings: Settings):
-        super().__init__(service, settings)
+    def __init__(self, service: Service, settings: Settings, control_secret: bytes = b""):
+        super().__init__(service, settings, control_secret)
         self.taken: Callable[[Bundle], None] = lambda bundle: None  # called with every bundle that decides from now on
         self._shadow = ShadowWatcher(service, settings)
+        self._rules = RulesWatcher(self.rules, settings.rules_place, service.store)
+        self._waiting: Scorer | None = None  # for rules: without those of the settings nothing is decided
         self._checked = -math.inf
+        self.seconds = min(settings.serve.reload_seconds, settings.rules.reload_seconds)
 
     def check(self) -> bool:
         "Takes the bundle that is there if it is a new and good one, and says whether it did."
         self._checked = time.monotonic()
-        scorer = self.newest()
-        if scorer:
+        scorer = self._waiting = self.newest() or self._waiting
+        if current := scorer or self.service.scorer:
+            self._rules.check(current.contract)
+        if scorer and self.rules.ready:
+            self._waiting = None
             self.service.use(scorer)
             self.taken(scorer.bundle)
             log.info("champion %s (%s)", scorer.manifest.version, scorer.manifest.name)
         if self.settings.serve.shadow:
             self._shadow.check()
-        return scorer is not None
+        return scorer is not None and self._waiting is None
 
     def check_if_due(self) -> None:
-        "Checks when `[serve] reload_seconds` have passed: for an endpoint that sleeps between requests."
-        if time.monotonic() - self._checked >= self.settings.serve.reload_seconds:
+        "Checks when `reload_seconds` have passed: for an endpoint that sleeps between requests."
+        if time.monotonic() - self._checked >= self.seconds:
             self.check()
 
 # %% ../../nbs/serve/05_reload.ipynb #dc0683eb
@@ -133,6 +151,7 @@ def open_service(settings: Settings, environ: Mapping[str, str], public: bool) -
     if public and not keys:
         raise FraudError("expected API keys for an address that others reach; set FRAUD_API_KEYS=name:key, "
                          "FRAUD_API_KEYS_FILE or FRAUD_API_KEYS_SSM")
-    store = open_store(settings.store.url, retention_of(settings.contract), settings.store.timeout)
+    retention = retention_of(settings.contract)
+    store = open_store(settings.store.url, retention, settings.store.timeout, settings.changes_file)
     service = Service(settings.serve, store, keys)
-    return service, Watcher(service, settings)
+    return service, Watcher(service, settings, load_control_key(environ))

@@ -6,10 +6,12 @@
 __all__ = ['EXACT', 'Name', 'OptionalName', 'OptionalCategory', 'Moment', 'TIMES', 'ONE_TIME', 'EXAMPLE', 'LONGEST_DERIVED',
            'EXPECTED', 'Flag', 'Money', 'Seconds', 'DEGREES', 'MAX_PROBLEMS', 'LONGEST_FIELD', 'LATER', 'MEANT',
            'AHEAD', 'SECOND', 'TransactionRequest', 'attribute_types', 'request_model', 'accepted_names', 'Refused',
-           'refused_field', 'parse_problems', 'parse_epoch', 'seconds_since', 'time_of', 'RequestReader', 'Wire',
-           'Label', 'Problem', 'Problems']
+           'refused_field', 'parse_problems', 'parse_epoch', 'seconds_since', 'time_of', 'refuse_repeated_names',
+           'RequestReader', 'Wire', 'Label', 'Problem', 'Problems']
 
 # %% ../../nbs/serve/00_wire.ipynb #5cfb6782
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,8 +28,9 @@ from fraud_pkg.core.contract import (
 )
 from ..core.errors import FraudError
 from ..core.record import field_name
+from ..core.rules import normal_text
 from ..core.names import name_score
-from ..features.payment import SEPARATOR, Payment
+from ..features.payment import Payment
 
 # %% ../../nbs/serve/00_wire.ipynb #863ff7bf
 _BY_NAME = {column.name: column for column in CORE}
@@ -46,9 +49,9 @@ def _whole_cents(amount: float) -> float:
 EXACT = 2**53  # the largest float up to which every whole number is one
 
 def _as_text(value: Any) -> Any:
-    "A whole number as its text, `40.0` as `40`; raises `ValueError` for what separates values in a store's keys."
-    if isinstance(value, str) and SEPARATOR in value:
-        raise ValueError("expected no character U+001F")
+    "A text as it is compared, a whole number as its text, `40.0` as `40`; raises `ValueError` for what nobody can see."
+    if isinstance(value, str):
+        return normal_text(value)
     whole = type(value) is int or (type(value) is float and value.is_integer() and abs(value) <= EXACT)
     return str(int(value)) if whole else value
 
@@ -314,6 +317,21 @@ def time_of(request: TransactionRequest, epoch: datetime | None) -> int:
         raise refused_field(422, "timestamp", f"before {epoch:%Y-%m-%dT%H:%M}, the model's time 0")
     return time
 
+# %% ../../nbs/serve/00_wire.ipynb #c1fe7c3a
+def _names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "The object; raises `Refused` for a name that is there twice."
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise refused_field(422, name[:LONGEST_FIELD] or "body", "is there twice")
+    return content
+
+_distinct_names = json.JSONDecoder(object_pairs_hook=_names_once, parse_int=str, parse_float=str)  # numbers as they are
+
+def refuse_repeated_names(body: bytes) -> None:
+    "Raises `Refused` for JSON, which is known to be that, in which an object has a name twice."
+    _distinct_names.decode(body.decode())
+
 # %% ../../nbs/serve/00_wire.ipynb #339348c7
 class RequestReader:
     "Reads the requests of one contract."
@@ -332,9 +350,11 @@ class RequestReader:
     def parse(self, body: bytes) -> TransactionRequest:
         "The request in a JSON body; raises `Refused`."
         try:
-            return self.model.model_validate_json(body)
+            request = self.model.model_validate_json(body)
         except ValidationError as error:
             raise self.refusal(error) from error
+        refuse_repeated_names(body)
+        return request
 
     def refusal(self, error: ValidationError, inside: str = "") -> Refused:
         "What is wrong with a request, field by field."

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.live_price import KEPT_HOURS, Demand
 from .memory import MemoryState, MemoryStore, load_state, save_snapshot
 from fraud_pkg.store.outbox import (
     OffsetAdvance, PartitionProgress, duplicate_conflict, offset_conflict,
@@ -43,9 +44,11 @@ def _lock_folder(folder: Path) -> int:
     return lock
 
 # %% ../../nbs/store/05_journal.ipynb #bec4146a
-JOURNAL_FORMAT = 2  # format version
+JOURNAL_FORMAT = 3  # format version
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS steps (number INTEGER PRIMARY KEY, events TEXT NOT NULL, labels TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS steps (
+  number INTEGER PRIMARY KEY, events TEXT NOT NULL, labels TEXT NOT NULL, demand TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS prices (hour INTEGER, name TEXT, price TEXT NOT NULL, PRIMARY KEY (hour, name));
 CREATE TABLE IF NOT EXISTS partitions (name TEXT PRIMARY KEY, position INTEGER NOT NULL, outputs BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS snapshot (
   only INTEGER PRIMARY KEY CHECK (only = 1), file TEXT NOT NULL, number INTEGER NOT NULL);
@@ -63,6 +66,7 @@ class _JournalFile:
             self._lock = _lock_folder(folder)
         with _journal_errors(folder):
             file = folder / "journal.sqlite"
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # it names accounts; SQLite's others are as this
             self._database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
             self._check_format()
             self._database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; "
@@ -105,6 +109,16 @@ class _StoreJournal(_JournalFile):
             with self.transaction():
                 self.execute("INSERT OR REPLACE INTO retention VALUES (1, ?)", (json.dumps(retention),))
 
+    def prices(self) -> list[tuple[int, str, str]]:
+        "(hour, name, price) of the prices that are kept."
+        return self.execute("SELECT hour, name, price FROM prices").fetchall()
+
+    def keep_price(self, hour: int, name: str, price: str) -> None:
+        "Notes the price of an hour unless it has one, and forgets those of hours that nobody counts any more."
+        with self.transaction():
+            self.execute("INSERT OR IGNORE INTO prices VALUES (?, ?, ?)", (hour, name, price))
+            self.execute("DELETE FROM prices WHERE hour < ?", (hour - KEPT_HOURS,))
+
     def snapshot(self) -> tuple[str, int] | None:
         "The name of the snapshot's file, and the number of the last commit that it covers."
         return self.execute("SELECT file, number FROM snapshot").fetchone()
@@ -129,7 +143,7 @@ class Journal(_StoreJournal):
             return {name: PartitionProgress(position, outputs) for name, position, outputs in rows if name in wanted}
 
     def append(self, number: int, transactions: Sequence[Transaction], labels: Mapping[str, bool],
-               advances: Mapping[str, OffsetAdvance]) -> None:
+               advances: Mapping[str, OffsetAdvance], demand: Sequence[Demand] = ()) -> None:
         "Commit `number`, on the disk afterwards; raises `ConflictError` when a partition is elsewhere."
         with self.transaction():
             known = self.progress(advances)
@@ -139,13 +153,15 @@ class Journal(_StoreJournal):
                     raise offset_conflict(name, advance, position)
                 self.execute("INSERT OR REPLACE INTO partitions VALUES (?, ?, ?)",
                              (name, advance.position, advance.outputs))
-            self.execute("INSERT INTO steps VALUES (?, ?, ?)",
-                         (number, json.dumps(list(map(transaction_row, transactions))), json.dumps(labels)))
+            rows = list(map(transaction_row, transactions))
+            self.execute("INSERT INTO steps VALUES (?, ?, ?, ?)",
+                         (number, json.dumps(rows), json.dumps(labels), json.dumps(demand)))
 
-    def commits(self) -> Iterator[tuple[int, list[Transaction], dict[str, bool]]]:
-        "(number, transactions, labels) since the snapshot, in order."
-        for number, transactions, labels in self.execute("SELECT number, events, labels FROM steps ORDER BY number"):
-            yield number, list(map(transaction_from_row, json.loads(transactions))), json.loads(labels)
+    def commits(self) -> Iterator[tuple[int, list[Transaction], dict[str, bool], list[Demand]]]:
+        "(number, transactions, labels, demand) since the snapshot, in order."
+        for number, rows, labels, demand in self.execute("SELECT * FROM steps ORDER BY number"):
+            transactions = list(map(transaction_from_row, json.loads(rows)))
+            yield number, transactions, json.loads(labels), [Demand(*one) for one in json.loads(demand)]
 
 # %% ../../nbs/store/05_journal.ipynb #03c30937
 def _recover(
@@ -158,10 +174,13 @@ def _recover(
     file = journal.folder / named[0] if named else seed
     store = MemoryStore(retention, load_state(file, retention) if file else None)
     last, transactions_journaled = named[1] if named else 0, 0
-    for number, transactions, labels in journal.commits():
+    for number, transactions, labels, demand in journal.commits():
         store.record(transactions)
+        store.count(demand)
         store.label(labels)
         last, transactions_journaled = number, transactions_journaled + len(transactions)
+    for hour, name, price in journal.prices():
+        store.keep_price(hour, name, price.encode())
     return store.state, last, transactions_journaled
 
 def _remove_snapshots(folder: Path, keep: str | None) -> None:
@@ -217,15 +236,16 @@ class JournaledStore(_SnapshotStore):
         return self._journal.progress(names)
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
-               advances: Mapping[str, OffsetAdvance]) -> None:
+               advances: Mapping[str, OffsetAdvance], demand: Sequence[Demand] = ()) -> None:
         for transaction in transactions:
             if transaction.transaction_id in self.state.transactions:
                 raise duplicate_conflict(transaction.transaction_id)
         with _journal_errors(self.folder):
             self._journal.keep(self.retention)
-        self._journal.append(self._number + 1, transactions, labels, advances)
+        self._journal.append(self._number + 1, transactions, labels, advances, demand)
         self._number += 1
         self.record(transactions)
+        self.count(demand)
         self.label(labels)
         self._journaled += len(transactions)
         if self._journaled > max(SNAPSHOT_LEAST, len(self.state.transactions) // 2):
@@ -234,6 +254,11 @@ class JournaledStore(_SnapshotStore):
             except (StoreError, OSError) as error:  # the journal has everything; the next one may find room
                 log.error("no snapshot of the store: %s", error)
                 self._journaled = 0
+
+    def keep_price(self, hour: int, name: str, packed: bytes) -> bytes:
+        holds = super().keep_price(hour, name, packed)
+        self._journal.keep_price(hour, name, holds.decode())
+        return holds
 
     def load(self, histories: Mapping[str, bytes], pairs: Mapping[str, bytes], transactions: Sequence[Transaction],
              frauds: Collection[str], chunk: str) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .journal import JournaledStore
-from .open import REDIS_SCHEMES
+from .memory import ChangeFile
+from .open import REDIS_SCHEMES, refuse_unfit
 from .outbox import OutboxStore
+from .redis import without_password
 from .redis_outbox import RedisOutboxStore
 from .tiles import Retention, StoreError
 
@@ -21,14 +23,20 @@ def open_outbox_store(
     retention: Retention,  # what to remember: `retention_of` the contract
     timeout: float,        # seconds that a server may take
     folder: Path,          # of the journal
+    changes: Path | None = None,  # where a store in memory keeps changes of rules and lists; None: in memory too
 ) -> OutboxStore:
     "The store at `url` for a stream; raises `StoreError` for an address that is none, or not for a stream."
     parts = urlsplit(url)
     if parts.scheme == "memory" and not parts.netloc:
-        return JournaledStore(folder, retention, Path(parts.path) if parts.path else None)
+        store = JournaledStore(folder, retention, Path(parts.path) if parts.path else None)
+        store.changes = ChangeFile(changes)
+        return store
     if parts.scheme in REDIS_SCHEMES:
-        return RedisOutboxStore(url, retention, timeout)
+        store = RedisOutboxStore(url, retention, timeout)
+        refuse_unfit(store)
+        return store
     if parts.scheme == "dynamodb":
         raise StoreError(f"[store] url = {url}: a batch and its position cannot be stored at once in DynamoDB; "
                          "let the service that has this store decide: [stream] via = URL")
-    raise StoreError(f"[store] url = {url}: expected memory://, memory:///FOLDER/FILE.npz or redis://HOST:PORT/DB")
+    raise StoreError(f"[store] url = {without_password(url)}: expected memory://, memory:///FOLDER/FILE.npz or "
+                     "redis://HOST:PORT/DB")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from ..core.errors import FraudError
+from ..core.live_price import Demand
 from .tiles import OnlineStore, Transaction
 
 # %% ../../nbs/store/04_outbox.ipynb #267ca6b7
@@ -46,8 +47,8 @@ class OutboxStore(OnlineStore, Protocol):
         "Of the partitions that have any; raises `StoreError`."
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
-               advances: Mapping[str, OffsetAdvance]) -> None:
-        """All of it or nothing; labels of transactions that nobody recorded are left out.
+               advances: Mapping[str, OffsetAdvance], demand: Sequence[Demand] = ()) -> None:
+        """All of it or nothing, `demand` added to its hours; labels of transactions that nobody recorded are left out.
 
         Raises `ConflictError` when a partition is elsewhere or one of the transactions is recorded already, and
         `StoreError` when it is not known whether it happened.

@@ -9,8 +9,9 @@ __all__ = ['COMMIT_SCRIPT', 'partition_key', 'RedisOutboxStore']
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..core.live_price import KEPT_SECONDS, REVIEWS, Demand, counts_of
 from .outbox import OffsetAdvance, PartitionProgress, duplicate_conflict, offset_conflict
-from .redis import NEWEST, SCRIPTS_LUA, RedisStore, expiry_of, transaction_keys
+from .redis import NEWEST, SCRIPTS_LUA, RedisStore, expiry_of, hour_key, transaction_keys
 from .tiles import Retention, Transaction, pack_transaction
 
 # %% ../../nbs/store/06_redis_outbox.ipynb #8293f4e3
@@ -42,6 +43,10 @@ for i = 0, advances - 1 do
   redis.call('HSET', KEYS[2 + i], 'position', ARGV[10 + 3 * i], 'outputs', ARGV[11 + 3 * i])
 end
 advance_newest(KEYS[1], newest, seconds)
+for i = a + count + labels, #ARGV, 3 do
+  count_in_hour(KEYS[k], ARGV[i], ARGV[i + 1], ARGV[i + 2])
+  k = k + 1
+end
 return {-1, ''}
 """
 
@@ -54,6 +59,7 @@ def _commit_arguments(
     labels: Sequence[tuple[Transaction, bool]],  # recorded transactions, and whether they were fraud
     advances: Mapping[str, OffsetAdvance],
     retention: Retention,
+    demand: Sequence[Demand] = (),
 ) -> tuple[list[str], list[Any]]:
     "Keys and arguments of COMMIT_SCRIPT."
     keys = [NEWEST, *map(partition_key, advances)]
@@ -63,7 +69,12 @@ def _commit_arguments(
     for transaction in [*transactions, *(transaction for transaction, _ in labels)]:
         keys += transaction_keys(transaction)
     arguments += map(pack_transaction, transactions)
-    return keys, [*arguments, *(int(fraud) for _, fraud in labels)]
+    arguments += [int(fraud) for _, fraud in labels]
+    for hour, counts in counts_of(demand).items():
+        for step, count in counts.items():
+            keys.append(hour_key(hour))
+            arguments += ["reviews" if step == REVIEWS else step, count, KEPT_SECONDS]
+    return keys, arguments
 
 # %% ../../nbs/store/06_redis_outbox.ipynb #7ec36619
 class RedisOutboxStore(RedisStore):
@@ -87,12 +98,12 @@ class RedisOutboxStore(RedisStore):
                 for name, fields in zip(names, self._ask(fields_of), strict=True) if fields}
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
-               advances: Mapping[str, OffsetAdvance]) -> None:
+               advances: Mapping[str, OffsetAdvance], demand: Sequence[Demand] = ()) -> None:
         known = {t.transaction_id: t for t in reversed(transactions)}  # of two with one id the first counts
         if labels:
             known |= self.read([], [], labels).recorded
         known_labels = [(known[i], fraud) for i, fraud in labels.items() if i in known]
-        keys, arguments = _commit_arguments(transactions, known_labels, advances, self.retention)
+        keys, arguments = _commit_arguments(transactions, known_labels, advances, self.retention, demand)
         refused, position = self._ask(lambda _: self._commit_script(keys=keys, args=arguments))
         if refused == len(advances):
             raise duplicate_conflict(transactions[int(position)].transaction_id)

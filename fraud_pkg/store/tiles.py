@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LATE', 'COUNTERS', 'Tile', 'NEVER', 'Sighting', 'FORMAT', 'HEADER', 'PLACE', 'TILE', 'NO_HISTORY', 'PAIR',
            'Histories', 'Retention', 'retention_of', 'History', 'adjust', 'pack_history', 'check_history',
-           'unpack_history', 'StoreError', 'last_in', 'is_known', 'count_payment', 'Posting', 'Transaction',
-           'transaction_row', 'transaction_from_row', 'pack_transaction', 'unpack_transaction', 'Pair', 'meet',
-           'pack_pair', 'unpack_pair', 'counts_of', 'post', 'label_counts', 'relabel', 'withdraw', 'merge_histories',
-           'merge_packed', 'merge_pairs', 'StoreSnapshot', 'OnlineStore', 'LoadableStore', 'read_for']
+           'unpack_history', 'StoreError', 'StoreUnfit', 'last_in', 'is_known', 'count_payment', 'Posting',
+           'Transaction', 'transaction_row', 'transaction_from_row', 'pack_transaction', 'unpack_transaction', 'Pair',
+           'meet', 'pack_pair', 'unpack_pair', 'counts_of', 'post', 'label_counts', 'relabel', 'withdraw',
+           'merge_histories', 'merge_packed', 'merge_pairs', 'StoreSnapshot', 'ChangeLog', 'OnlineStore',
+           'LoadableStore', 'read_for']
 
 # %% ../../nbs/store/00_tiles.ipynb #2227a5ec
 import json
@@ -19,6 +20,7 @@ from typing import NamedTuple, Protocol
 
 from ..core.contract import DAY, HOUR, MINUTE, TILES, Contract, tile_of
 from ..core.errors import FraudError
+from ..core.live_price import Counts, Demand
 
 # %% ../../nbs/store/00_tiles.ipynb #7d06ce17
 LATE = HOUR  # seconds that a payment may come late and still find its windows whole
@@ -73,20 +75,21 @@ class History:
 
     def add(self, time: int, counts: Sequence[int], retention: Retention) -> None:
         "Adds counts, in the order of COUNTERS, to the tiles of `time` that are kept; forgets older tiles."
-        newest = max(self.last, time)
+        settled = _settled(self.last, self.previous, time)
         minutes, hours, days = self.tiles
-        _add_to_tile(minutes, time // MINUTE, counts, newest // MINUTE - retention.minutes)
-        _add_to_tile(hours, time // HOUR, counts, newest // HOUR - retention.hours)
-        _add_to_tile(days, time // DAY, counts, newest // DAY - retention.days)
+        _add_to_tile(minutes, time // MINUTE, counts, settled // MINUTE - retention.minutes)
+        _add_to_tile(hours, time // HOUR, counts, settled // HOUR - retention.hours)
+        _add_to_tile(days, time // DAY, counts, settled // DAY - retention.days)
 
     def seen(self, time: int, place: tuple[float, float] | None) -> None:
         "A payment at this time, and perhaps place."
-        if time >= self.last:
-            self.last, self.previous = time, self.last
-        else:
-            self.previous = max(time, self.previous)
+        self.last, self.previous = max(self.last, time), _settled(self.last, self.previous, time)
         if place is not None:
             self.places = tuple(sorted([(time, *place), *self.places], key=_by_time, reverse=True)[:2])
+
+def _settled(last: int, previous: int, time: int) -> int:
+    "The second latest time once there is a payment at `time`: what is older than it needs may go."
+    return last if time >= last else max(time, previous)
 
 def _by_time(sighting: Sighting) -> int:
     return sighting[0]
@@ -157,6 +160,9 @@ NO_HISTORY = pack_history(History())  # of an entity that was never seen
 class StoreError(FraudError):
     "The store does not answer, its address is wrong, or what it holds is nothing that this version wrote."
 
+class StoreUnfit(StoreError):
+    "The store answers, and is set up so that it would lose histories or refuse payments; waiting does not mend it."
+
 # %% ../../nbs/store/00_tiles.ipynb #4b9d0c27
 def last_in(packed: bytes) -> int:
     "The `last` of a packed history."
@@ -201,16 +207,15 @@ def count_payment(packed: bytes, time: int, counts: Sequence[int], place: tuple[
     first = HEADER.size + known * PLACE.size
     second = first + minutes * TILE.size
     third = second + hours * TILE.size
-    newest = max(last, time)
-    by_minute = _counted(packed[first:second], time // MINUTE, counts, newest // MINUTE - retention.minutes)
-    by_hour = _counted(packed[second:third], time // HOUR, counts, newest // HOUR - retention.hours)
-    by_day = _counted(packed[third:], time // DAY, counts, newest // DAY - retention.days)
+    settled = _settled(last, previous, time)
+    by_minute = _counted(packed[first:second], time // MINUTE, counts, settled // MINUTE - retention.minutes)
+    by_hour = _counted(packed[second:third], time // HOUR, counts, settled // HOUR - retention.hours)
+    by_day = _counted(packed[third:], time // DAY, counts, settled // DAY - retention.days)
     places = packed[HEADER.size:first]
     if place is not None:
         places = _placed(places, time, place)
-    previous = last if time >= last else max(time, previous)
     header = HEADER.pack(FORMAT, len(places) // PLACE.size, len(by_minute) // TILE.size, len(by_hour) // TILE.size,
-                         len(by_day) // TILE.size, newest, previous)
+                         len(by_day) // TILE.size, max(last, time), settled)
     return b"".join((header, places, by_minute, by_hour, by_day))
 
 # %% ../../nbs/store/00_tiles.ipynb #3ac69f83
@@ -353,7 +358,7 @@ def merge_histories(one: History, other: History, retention: Retention) -> Histo
     merged.last, merged.previous = times[:2]
     merged.places = tuple(sorted([*other.places, *one.places], key=_by_time, reverse=True)[:2])
     for tiles, size, kept, mine, others in zip(merged.tiles, TILES, retention, one.tiles, other.tiles, strict=False):
-        tiles.extend(_merged_tiles(mine, others, merged.last // size - kept))
+        tiles.extend(_merged_tiles(mine, others, merged.previous // size - kept))
     return merged
 
 def merge_packed(one: bytes, other: bytes, retention: Retention) -> bytes:
@@ -383,21 +388,39 @@ class StoreSnapshot(NamedTuple):
     recorded: dict[str, Transaction]  # those of the transactions asked for that were recorded before
     frauds: frozenset[str] = frozenset()  # those of them that were confirmed as fraud
     newest: int | None = None         # the latest time that was recorded; None where nothing depends on it
+    changes: int = 0                  # of rules and lists, so far
 
     def history(self, key: str) -> History:
         "One of the histories, unpacked."
         return unpack_history(self.histories[key])
 
-class OnlineStore(Protocol):
-    "Histories of entities, by key."
+class ChangeLog(Protocol):
+    "Changes that are appended and never replaced; they are numbered from 1."
+
+    def changes_after(self, number: int) -> list[bytes]:
+        "All changes after that one, in order; raises `StoreError`."
+
+    def append_change(self, packed: bytes, after: int) -> bool:
+        "Appends change `after` + 1; False, and nothing is changed, where somebody else was first; raises `StoreError`."
+
+# %% ../../nbs/store/00_tiles.ipynb #bbf69dd9
+class OnlineStore(ChangeLog, Protocol):
+    "Histories of entities, by key; and what people decided."
     retention: Retention
     remote: bool  # a call waits for a server
 
     def read(self, keys: Iterable[str], pairs: Iterable[str], transaction_ids: Iterable[str]) -> StoreSnapshot:
         "What is known of these; raises `StoreError`."
 
-    def record(self, transactions: Sequence[Transaction]) -> list[bool]:
-        "Counts each payment unless it was counted before; returns which were new; raises `StoreError`."
+    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
+        """Counts each payment unless it was counted before, and with it, where `demand` is given, what it adds to its
+        hour; returns which were new; raises `StoreError`."""
+
+    def price_or_demand(self, hour: int, name: str) -> bytes | dict[int, Counts]:
+        "The price of this name that an hour has, else the counts of the `KEPT_HOURS` before it; raises `StoreError`."
+
+    def keep_price(self, hour: int, name: str, packed: bytes) -> bytes:
+        "Keeps a price of this name unless there is one; returns the one that holds; raises `StoreError`."
 
     def label(self, labels: Mapping[str, bool]) -> list[str]:
         "Sets whether these payments were fraud; returns the ids that nobody recorded; raises `StoreError`."

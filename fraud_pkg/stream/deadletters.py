@@ -15,7 +15,7 @@ from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 
 from ..core.settings import Settings
 from .kafka import broker_errors, make_topics, open_consumer, producer_of, sendable
-from .messages import HEADER_PREFIX, REDRIVEN, Output, topics_of
+from .messages import HEADER_PREFIX, REDRIVEN, Output, log, topics_of
 from .replay import Sender
 
 # %% ../../nbs/stream/07_deadletters.ipynb #25e90818
@@ -73,7 +73,10 @@ def redrive_letters(
     letters = []
     for letter in read_dead_letters(consumer, dead):
         letters.append(replace(letter, value=None))
-        if sender:
+        if sender and letter.why("cut"):
+            log.error("%s/%s offset %s was too large and is cut: the whole message is in %s/%s at offset %s", dead,
+                      letter.partition, letter.offset, *map(letter.why, ("topic", "partition", "offset")))
+        elif sender:
             output = letter.output(home)
             sender.send(home, output.key, output.value, output.headers)
     if letters and sender:

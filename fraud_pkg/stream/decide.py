@@ -88,12 +88,15 @@ def _accepted(
     return new
 
 def _decided(
-    scorer: Scorer, found: list[Candidate], snapshot: StoreSnapshot, topics: Topics, result: BatchResult,
+    scorer: Scorer, found: list[Candidate], snapshot: StoreSnapshot, store: OnlineStore, topics: Topics,
+    result: BatchResult,
 ) -> tuple[list[Candidate], Scored | None]:
     "The candidates for which the model has a probability, and their decisions; None when there are none."
     unseen = StoreSnapshot(snapshot.histories, snapshot.pairs, {}, newest=snapshot.newest)
     while found:
-        scored = scorer.decide([c.payment for c in found], [c.transaction for c in found], unseen)
+        payments = [candidate.payment for candidate in found]
+        hours = scorer.hours(payments, store)
+        scored = scorer.decide(payments, [candidate.transaction for candidate in found], unseen, hours)
         lost = set(np.flatnonzero(~np.isfinite(scored.probability)).tolist())
         if not lost:
             return found, scored
@@ -122,8 +125,9 @@ def decide_batch(
     if not found:
         return
     snapshot = read_for(store, [candidate.transaction for candidate in found])
+    scorer.rules.follow(store, snapshot.changes)
     accepted = _accepted(scorer, found, snapshot, topics, result)
-    decided, scored = _decided(scorer, accepted, snapshot, topics, result)
+    decided, scored = _decided(scorer, accepted, snapshot, store, topics, result)
     if scored is None:
         return
     result.transactions += scored.transactions
@@ -178,11 +182,11 @@ def label_batch(store: OnlineStore, messages: Sequence[Received], topics: Topics
 
 # %% ../../nbs/stream/04_decide.ipynb #54147774
 def open_pool(key: str | None, timeout: float) -> Any:
-    "Connections that try three times, a little later each time."
+    "Connections that try three times, a little later each time, and follow no redirect."
     import urllib3
 
     retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=(502, 503, 504), allowed_methods=None,
-                            raise_on_status=False)
+                            raise_on_status=False, redirect=False)
     headers = {"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {})
     return urllib3.PoolManager(retries=retries, timeout=timeout, headers=headers)
 
@@ -200,10 +204,14 @@ class ServiceClient:
         "Status and content; raises `Unavailable` where a later try may go well, `FraudError` for a wrong address."
         try:
             answer = self._pool.request(method, f"{self.url}{path}", body=body)
-            content = json.loads(answer.data)
+            redirected = 300 <= answer.status < 400
+            content = {} if redirected else json.loads(answer.data)
         except (self._failure, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise Unavailable(f"{self.url}{path}: {one_line(reason, 200)}") from error
+        if redirected:  # the key and the payments are for the service that was named
+            raise FraudError(f"[stream] via = {self.url}: redirects elsewhere ({answer.status}); expected the address "
+                             "of the service itself")
         text = answer.data[:200].decode(errors="replace")
         if answer.status >= 500 or answer.status in (408, 429):
             raise Unavailable(f"{self.url}{path}: {answer.status} {text}")

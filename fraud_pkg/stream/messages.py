@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'Model', 'log', 'INVALID_KINDS', 'AVRO_TYPES', 'MAGIC', 'HEAD', 'Formats', 'LABEL_FORMAT', 'LABEL_FORMATS',
            'KNOWN', 'TRANSACTION_FORMATS', 'DECISION_FORMATS', 'START_FORMAT', 'HEADER_PREFIX', 'REDRIVEN',
-           'as_message', 'InvalidMessage', 'invalid_message', 'avro_schema', 'AvroFormat', 'format_of',
+           'CORRECTION', 'as_message', 'InvalidMessage', 'invalid_message', 'avro_schema', 'AvroFormat', 'format_of',
            'transaction_schema', 'decision_schema', 'ContractMessages', 'messages_of', 'validation_errors',
            'read_transaction', 'read_label', 'payment_fields', 'Received', 'scored_record', 'write_record',
            'read_record', 'read_source', 'read_scored_record', 'Output', 'pack', 'unpack', 'dead_letter', 'Topics',
@@ -32,13 +32,16 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ..core.contract import Contract
 from ..core.errors import FraudError
+from ..core.live_price import Demand
 from ..core.record import Kind, ScoredRecord, field_kinds, record_model
-from ..core.settings import Stream
+from ..core.sections import Stream
 from ..features.definitions import feature_names
 from ..features.payment import Payment
 from ..serve.scorer import Scored
 from ..serve.service import to_json
-from ..serve.wire import Label, RequestReader, TransactionRequest, parse_problems, request_model
+from fraud_pkg.serve.wire import (
+    Label, Refused, RequestReader, TransactionRequest, parse_problems, refuse_repeated_names, request_model,
+)
 from ..store.tiles import Transaction
 
 # %% ../../nbs/stream/00_messages.ipynb #2c66406b
@@ -197,15 +200,23 @@ def validation_errors(accepted: Mapping[str, str] | None = None) -> Iterator[Non
         yield
     except ValidationError as error:
         raise _from_validation(error, accepted) from error
+    except Refused as refused:
+        raise InvalidMessage("contract", refused.problems) from refused
 
 # %% ../../nbs/stream/00_messages.ipynb #aa86a68b
+def _distinct(model: type[Model], value: bytes) -> Model:
+    "The message; raises `ValidationError`, and `Refused` for a name that is there twice."
+    message = model.model_validate_json(value)
+    refuse_repeated_names(value)
+    return message
+
 def read_transaction(value: bytes | None, reader: RequestReader) -> TransactionRequest:
     "A transaction as a request; raises `InvalidMessage`."
     if not value:
         raise invalid_message("empty", "body", "empty")
     with validation_errors(reader.accepted):
         if not value.startswith(MAGIC):
-            return as_message(reader.model).model_validate_json(value)
+            return _distinct(as_message(reader.model), value)
         record = format_of(value, TRANSACTION_FORMATS).read(value)
         return reader.model.model_validate({name: said for name, said in record.items() if name in reader.accepted})
 
@@ -215,7 +226,7 @@ def read_label(value: bytes | None) -> Label:
         raise invalid_message("empty", "body", "empty")
     with validation_errors():
         if not value.startswith(MAGIC):
-            return as_message(Label).model_validate_json(value)
+            return _distinct(as_message(Label), value)
         return Label.model_validate(format_of(value, LABEL_FORMATS).read(value))
 
 # %% ../../nbs/stream/00_messages.ipynb #bb0f1bfd
@@ -348,6 +359,7 @@ def unpack(packed: bytes) -> list[Output]:
 # %% ../../nbs/stream/00_messages.ipynb #7b54cca7
 HEADER_PREFIX = "fraud-"  # of our own headers
 REDRIVEN = f"{HEADER_PREFIX}redriven"
+CORRECTION = (f"{HEADER_PREFIX}correction", b"1")  # of what was sent, and is decided again since the store lost it
 
 def dead_letter(topic: str, received: Received, invalid: InvalidMessage) -> Output:
     "The output for a message that cannot be used."
@@ -386,10 +398,18 @@ class BatchResult:
     outputs: dict[TopicPartition, list[Output]] = field(default_factory=dict)  # by the partition that they came from
     scored: list[Scored] = field(default_factory=list)  # for metrics
     outcomes: Tally = field(default_factory=Tally)      # decided, duplicate, label, or the kind of a dead letter
+    corrected: Mapping[TopicPartition, int] = field(default_factory=dict)  # up to where there are outputs already
+
+    @property
+    def demand(self) -> list[Demand]:
+        "What the transactions add to the counts of their hours."
+        return [adds for scored in self.scored for adds in scored.demand]
 
     def add(self, received: Received, output: Output, outcome: str) -> None:
         "An output for a message."
         partition = TopicPartition(received.topic, received.partition)
+        if received.offset < self.corrected.get(partition, 0):
+            output = output._replace(headers=(*output.headers, CORRECTION))
         self.outputs.setdefault(partition, []).append(output)
         self.outcomes[outcome] += 1
 

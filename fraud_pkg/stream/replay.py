@@ -21,7 +21,8 @@ from kafka import KafkaProducer
 
 from ..core.contract import DAY, Contract, raw_columns
 from ..core.errors import FraudError
-from ..core.settings import Settings, Stream
+from ..core.sections import Stream
+from ..core.settings import Settings
 from ..data.acquire import check_source
 from ..data.sources import read_source
 from ..serve.service import to_json

@@ -29,11 +29,13 @@ from ..core.record import LabelRecord, ScoredRecord
 from ..core.settings import Settings
 from ..data.lake import decision_table, label_table
 from ..model.bundle import BundleError, Unreachable
-from ..model.locations import bundle_mark, fetch_bundle
+from ..model.locations import Retries, bundle_mark, fetch_bundle
 from ..store.outbox import ConflictError, PartitionProgress
-from .consumer import ConsumerLoop, Reader, Subscription, commit_offsets, parse_partition, show_lag
+from fraud_pkg.stream.consumer import (
+    ConsumerLoop, Reader, Subscription, TopicGuard, commit_offsets, parse_partition, show_lag,
+)
 from .health import StreamMetrics, serve_health
-from .kafka import Unavailable, make_topics
+from .kafka import Unavailable, make_topics, open_topic_watch
 from fraud_pkg.stream.messages import (
     KNOWN, InvalidMessage, Received, log, messages_of, read_label, read_scored_record, topics_of,
 )
@@ -127,7 +129,7 @@ class LakeWriter(LakePositions):
                 raise ConflictError(f"{self.folder}: {partition.topic}/{partition.partition} is written to offset "
                                     f"{files[-1].last}; expected to go on at {rows.first}; another sink writes here")
             path.parent.mkdir(exist_ok=True)
-            with staging_file(path, durable=True) as part:
+            with staging_file(path, durable=True, private=True) as part:
                 pq.write_table(table, part, compression="zstd")
         return path
 
@@ -140,7 +142,7 @@ def set_aside(lake: LakePositions, partition: TopicPartition, offset: int, value
         return None
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
-        with staging_file(path, durable=True) as part:
+        with staging_file(path, durable=True, private=True) as part:
             part.write_bytes(value)
     return path
 
@@ -158,6 +160,7 @@ class DecisionReader:
     def __init__(self, place: Path | str):  # of the champion
         self._place = place
         self._mark: tuple | None = None
+        self._retries = Retries(1)
 
     def read(self, value: bytes | None) -> ScoredRecord:
         "The scored record; raises `InvalidMessage`, and `Unavailable` while the bundle's place does not answer."
@@ -172,13 +175,15 @@ class DecisionReader:
         "Knows the contract of the bundle that is there; False for one that was looked at before."
         try:
             mark = bundle_mark(self._place)
-            if mark is None or mark == self._mark:
+            if mark is None or mark == self._mark or not self._retries.due(mark):
                 return False
             messages_of(fetch_bundle(self._place, deciding=True).manifest.contract)
         except Unreachable as error:
             raise Unavailable(str(error)) from error
         except BundleError as error:
             log.error("no contract from the champion: %s", error)
+            self._retries.fail(mark)
+            return False
         self._mark = mark
         return True
 
@@ -351,7 +356,7 @@ class Sink(_Intake):
             self.reader.close()
 
     def turn(self) -> bool:
-        polled = self.reader.consumer.poll(timeout_ms=500)
+        polled = self.reader.poll(timeout_ms=500)
         if self.reader.uncertain:
             self._take_over()
         else:
@@ -385,8 +390,11 @@ def open_sink(settings: Settings, environ: Mapping[str, str]) -> Iterator[Sink]:
     lake = LakeWriter(settings.root / stream.sink, topics.labels)
     subscription = Subscription(stream, environ, (topics.decisions, topics.labels), f"{stream.group}-sink")
     messages_of(settings.contract)
-    sink = Sink(Reader(subscription, lake, metrics), lake, DecisionReader(settings.bundle_place))
-    with serve_health(sink.health, stream.host, stream.port) as port:
+    watch = open_topic_watch(stream, environ)
+    guard = TopicGuard(watch, subscription.group, subscription.topics, None)
+    reader = Reader(subscription, lake, metrics, guard=guard)
+    sink = Sink(reader, lake, DecisionReader(settings.bundle_place))
+    with contextlib.closing(watch), serve_health(sink.health, stream.host, stream.port) as port:
         where = f"; metrics on http://{stream.host}:{port}/metrics" if port else ""
         log.info("decisions go to %s%s", lake.folder, where)
         yield sink

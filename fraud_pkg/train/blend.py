@@ -17,7 +17,8 @@ from onnx import helper, numpy_helper
 from onnx.compose import add_prefix
 
 from ..core.errors import FraudError
-from ..core.settings import BLEND, Evaluate, Settings
+from ..core.sections import BLEND, Evaluate
+from ..core.settings import Settings
 from .metrics import paired_bootstrap
 from .onnx import onnx_probability, parity_rows, tidy_onnx
 from .samples import Sample, Trained

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Ranking', 'rank', 'average_precision', 'roc_auc', 'precision_recall_curve', 'daily_alerts', 'per_scenario_recall',
            'calibration_curve', 'brier', 'bootstrap_weights', 'bootstrap_intervals', 'paired_bootstrap',
-           'paired_savings', 'days_in', 'workload', 'evaluate', 'plot_precision_recall', 'plot_calibration',
-           'thin_curve']
+           'paired_savings', 'days_in', 'workload', 'control_summary', 'evaluate', 'plot_precision_recall',
+           'plot_calibration', 'thin_curve']
 
 # %% ../../nbs/train/01_metrics.ipynb #de0379ee
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.control import ControlSummary, effective_size
 from ..core.errors import FraudError
 from ..core.policy import DECISIONS, decision_costs
 from ..core.settings import Settings
@@ -145,9 +146,10 @@ def calibration_curve(
 def brier(
     y: np.ndarray,  # [n] 1 for fraud
     probability: np.ndarray,  # [n]
+    weight: np.ndarray | None = None,  # [n] how often each row counts
 ) -> float:
     "Mean squared distance of the probability from what happened (Brier 1950); lower is better."
-    return float(np.mean((np.asarray(probability, np.float64) - y) ** 2))
+    return float(np.average((np.asarray(probability, np.float64) - y) ** 2, weights=weight))
 
 # %% ../../nbs/train/01_metrics.ipynb #818361ad
 def bootstrap_weights(
@@ -194,12 +196,13 @@ def paired_bootstrap(
     account: np.ndarray,  # [n] codes of the originating account
     resamples: int = 200,
     seed: int = 7,
+    weight: np.ndarray | None = None,  # [n] how many payments each stands for; None: for itself
 ) -> dict[str, float]:  # difference (a - b), its 95 % interval (low, high), confidence that a is better
     "Average precision of `a` less that of `b` on the same resamples; confidence: the share with a > b, ties half."
-    first, second = rank(y, a), rank(y, b)
-    draws = np.array([first.average_precision(w) - second.average_precision(w)
+    first, second, count = rank(y, a), rank(y, b), np.ones(len(y)) if weight is None else weight
+    draws = np.array([first.average_precision(w * count) - second.average_precision(w * count)
                       for w in bootstrap_weights(account, resamples, seed)])
-    return _paired(first.average_precision() - second.average_precision(), draws)
+    return _paired(first.average_precision(count) - second.average_precision(count), draws)
 
 # %% ../../nbs/train/01_metrics.ipynb #5b9225a8
 def paired_savings(
@@ -235,6 +238,7 @@ def _weighted_metrics(
     columns = columns[:, rows]
 
     def statistic(weight: np.ndarray) -> dict[str, float]:
+        weight = weight * sample.stands_for
         totals = (columns * weight[rows]).sum(axis=1).tolist()
         hits, alerted, frauds, allowed, cost, caught, stops, wrong = totals
         return {"average_precision": ranking.average_precision(weight), "roc_auc": ranking.roc_auc(weight),
@@ -272,6 +276,13 @@ def workload(
     return {"reviews_per_day": float(reviews.sum() / days), "most_reviews": int(reviews.max(initial=0)),
             "blocks_per_day": float(np.count_nonzero(decisions == 2) / days)}
 
+def control_summary(sample: Sample) -> ControlSummary:
+    "Whether the weights of a sample's control group count, and how many payments the weighted frauds are worth."
+    controls = 0 if sample.control is None else int(np.count_nonzero(sample.control))
+    frauds = sample.stands_for[sample.y == 1]
+    return ControlSummary(controls, sample.outcome is not None, effective_size(frauds))
+
+# %% ../../nbs/train/01_metrics.ipynb #d724ac7c
 def evaluate(
     sample: Sample,
     probability: np.ndarray,  # [n] calibrated; 0 or 1 for a contender without a probability
@@ -291,10 +302,11 @@ def evaluate(
         "rows": len(sample), "frauds": int(y.sum()),
         "alert_budget": settings.decision.alert_budget, "alerts": int(alerts.sum()),
         **_with_intervals(_weighted_metrics(sample, p, alerts, decisions, costs), sample.account, settings),
-        "brier": brier(y, p), **workload(decisions, sample.step),
+        "brier": brier(y, p, sample.outcome), **workload(decisions, sample.step),
         "scenarios": {n: {"frauds": s["frauds"], "recall_at_budget": s["recall"], "stopped": stopped[n]["recall"]}
                       for n, s in scenarios.items()},
         "decisions": {name: int((decisions == i).sum()) for i, name in enumerate(DECISIONS)},
+        **({} if sample.control is None else {"control": control_summary(sample)._asdict()}),
     }
 
 # %% ../../nbs/train/01_metrics.ipynb #0d32ee2b

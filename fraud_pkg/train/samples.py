@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.contract import Contract
+from ..core.control import OUTCOMES_FILE, usable_weights
 from ..core.errors import FraudError
-from ..core.settings import Settings, Split
+from ..core.sections import Split
+from ..core.settings import Settings
 from ..features.manifest import MANIFEST_FILE, feature_manifest
 from ..features.vocabulary import FIRST, MISSING, encode, frequent, learn_vocabulary
 
@@ -56,9 +58,16 @@ class Sample:
     rule: np.ndarray  # [n] bool, the baseline: amount == sender_balance
     vocabulary: Words = field(default_factory=dict)  # of the features that are categories
     weight: np.ndarray | None = None  # [n] float32, how much each counts in training; None: all alike
+    outcome: np.ndarray | None = None  # [n] float64, how many payments each stands for; None: for itself
+    control: np.ndarray | None = None  # [n] bool, of the control group; None: nobody is
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def stands_for(self) -> np.ndarray:
+        "How many payments each stands for: [n] float64."
+        return np.ones(len(self)) if self.outcome is None else self.outcome
 
     def take(self, rows: np.ndarray | slice) -> "Sample":
         "These rows (positions, a mask or a slice)."
@@ -82,6 +91,10 @@ class Sample:
         known = np.array([None] * FIRST + list(frequent(self.vocabulary[name])), object)
         return known[self.x[:, self.names.index(name)].astype(np.int64)]
 
+    def segments(self, attribute: str) -> np.ndarray | None:
+        "What `decide` needs of an attribute whose values have budgets of their own: its words; None for no attribute."
+        return self.words(attribute) if attribute else None
+
 # %% ../../nbs/train/00_samples.ipynb #0e287268
 def concat(
     samples: Sequence[Sample],  # with the same features and vocabulary
@@ -95,18 +108,22 @@ def concat(
     columns = {c: np.concatenate([getattr(s, c) for s in samples])
                for c in ("x", "y", "amount", "step", "transaction_id", "scenario", "rule")}
     account = np.concatenate([s.account + shift for s, shift in zip(samples, shifts[:-1], strict=True)])
-    return replace(samples[0], **columns, account=account)
+    weighed, controlled = (any(getattr(s, c) is not None for s in samples) for c in ("outcome", "control"))
+    outcome = np.concatenate([s.stands_for for s in samples]) if weighed else None
+    groups = [np.zeros(len(s), bool) if s.control is None else s.control for s in samples]
+    control = np.concatenate(groups) if controlled else None
+    return replace(samples[0], **columns, account=account, outcome=outcome, control=control)
 
 # %% ../../nbs/train/00_samples.ipynb #db348da8
 def weigh_recent(
     sample: Sample,
     half_life: int,  # days; 0: all count alike
 ) -> Sample:
-    "The sample with weights that halve every `half_life` days before its newest row; their mean is 1."
-    if not half_life:
+    "The sample with weights that halve every `half_life` days before its newest row, times `outcome`; their mean is 1."
+    if not half_life and sample.outcome is None:
         return sample
-    age = (sample.step.max() - sample.step) / (24 * half_life)
-    weight = 0.5**age
+    age = (sample.step.max() - sample.step) / (24 * half_life) if half_life else np.zeros(len(sample))
+    weight = 0.5**age * sample.stands_for
     return replace(sample, weight=(weight / weight.mean()).astype(np.float32))
 
 # %% ../../nbs/train/00_samples.ipynb #a2c90d75
@@ -242,6 +259,19 @@ def _to_sample(x: np.ndarray, names: tuple[str, ...], keys: pa.Table | None, voc
         account=account.astype(np.int64), scenario=column("scenario", object), rule=column("rule", bool),
         vocabulary=vocabulary)
 
+def _with_outcomes(sample: Sample, folder: Path) -> Sample:
+    "The sample with its control group, whose weights count where it is large enough."
+    file = folder / OUTCOMES_FILE
+    if not file.is_file():
+        return sample
+    table = pq.read_table(file)
+    place = {name: i for i, name in enumerate(table["transaction_id"].to_pylist())}
+    rows = np.array([place.get(name, -1) for name in sample.transaction_id], np.int64)
+    control = (rows >= 0) & table["control"].to_numpy(zero_copy_only=False)[rows]
+    weight, summary = usable_weights(np.where(rows >= 0, table["weight"].to_numpy()[rows], 1.0), control, sample.y == 1)
+    return replace(sample, outcome=weight if summary.used else None, control=control)
+
+# %% ../../nbs/train/00_samples.ipynb #dfc72632
 def load_sample(
     folder: Path,  # data/features: part-*.parquet and manifest.json
     period: Period,
@@ -265,7 +295,8 @@ def load_sample(
                 block[:, j] = batch[name].to_numpy(zero_copy_only=False)
             keys.append(batch.select(SAMPLE_COLUMNS))
             row += len(batch)
-    return _to_sample(x, tuple(names), pa.Table.from_batches(keys).combine_chunks() if keys else None, words)
+    sample = _to_sample(x, tuple(names), pa.Table.from_batches(keys).combine_chunks() if keys else None, words)
+    return _with_outcomes(sample, Path(folder))
 
 # %% ../../nbs/train/00_samples.ipynb #d24cd2ce
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ import tensorflow as tf
 from keras import layers, ops
 
 from ..core.errors import FraudError
-from ..core.settings import Settings, Tensorflow
+from ..core.sections import Tensorflow
+from ..core.settings import Settings
 from ..features.vocabulary import FIRST, MISSING, RARE, UNKNOWN, frequent
 from .onnx import parity, parity_rows, tidy_onnx
 from .samples import Sample, Trained, Words

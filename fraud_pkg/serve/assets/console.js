@@ -68,8 +68,14 @@ const LIMIT_TEXT = {
   least_review: "Worth a review by its costs, but below the amount that people look at.",
 };
 
-function labelOf(feature) {
-  const [text, kind] = hello?.feature_labels?.[feature] ?? [feature, "number"];
+const CONTROL_TEXT = { review: "sent for review", block: "blocked" };
+const controlText = ({ decision, chance }) =>
+  `Control group: would have been ${CONTROL_TEXT[decision]}, let through by a chance of ${percent(chance)}.`;
+
+// A case keeps the words of its own time.
+function labelOf(feature, row) {
+  if (feature.startsWith("rule:")) return { text: `Rule: ${feature.slice(5).replaceAll("_", " ")}`, kind: "number" };
+  const [text, kind] = row?.feature_labels?.[feature] ?? hello?.feature_labels?.[feature] ?? [feature, "number"];
   return { text, kind };
 }
 
@@ -93,7 +99,7 @@ function amountOf(value, kind) {
 
 const doubt = (row) =>
   !row.history ? "Decided without history" : row.known_entities ? "" : "Nobody knows any of its entities";
-const strongest = (row) => (row.reasons.length ? labelOf(row.reasons[0].feature).text : doubt(row));
+const strongest = (row) => (row.reasons.length ? labelOf(row.reasons[0].feature, row).text : doubt(row));
 const verdict = (fraud) => (fraud ? "fraud" : "honest");
 
 // ---------------------------------------------------------------- elements
@@ -237,6 +243,79 @@ function keep(rows) {
   stale = true;
 }
 
+// ---------------------------------------------------------------- the address
+
+// Which view is shown and what it is filtered by stand behind the #, where no server and no log sees them.
+function address() {
+  const [view, query = ""] = location.hash.slice(1).split("?");
+  return { view: view === "cases" && hello?.cases ? "cases" : "live", wanted: view, params: new URLSearchParams(query) };
+}
+
+function remember(view, entries, push = false) {
+  const query = new URLSearchParams(entries.filter(([, value]) => value)).toString();
+  const hash = `#${view}${query ? `?${query}` : ""}`;
+  if (hash !== location.hash) window.history[push ? "pushState" : "replaceState"](null, "", hash);
+}
+
+const linkTo = (view, entries) => `#${view}?${new URLSearchParams(entries)}`;
+
+function showView() {
+  const { view } = address();
+  $("live").hidden = view !== "live";
+  $("queue").hidden = view !== "cases";
+  $("views").hidden = !hello?.cases;
+  for (const name of ["live", "cases"]) {
+    if (name === view) $(`view-${name}`).setAttribute("aria-current", "page");
+    else $(`view-${name}`).removeAttribute("aria-current");
+  }
+  if (view === "live") readFilter();
+  document.dispatchEvent(new CustomEvent("view", { detail: view }));
+  stale = true;
+}
+
+function readFilter() {
+  const { wanted, params } = address();
+  if (wanted !== "live") return;
+  const kinds = params.getAll("decision");
+  for (const box of filterForm.querySelectorAll("[name=decision]"))
+    box.checked = !kinds.length || kinds.includes(box.value);
+  for (const name of ["type", "account", "attribute", "value", "least", "text"])
+    filterForm.elements[name].value = params.get(name) ?? "";
+}
+
+function keepFilter() {
+  const form = new FormData(filterForm);
+  const kinds = form.getAll("decision");
+  const entries = [...form].filter(([name]) => name !== "decision" || kinds.length < KINDS.length);
+  remember("live", entries);
+}
+
+function only(kind) {
+  const boxes = [...filterForm.querySelectorAll("[name=decision]")];
+  const alone = boxes.every((box) => box.checked === (box.value === kind));
+  for (const box of boxes) box.checked = alone || box.value === kind;
+  changed();
+}
+
+function changed() {
+  keepFilter();
+  for (const button of document.querySelectorAll("[data-only]")) {
+    const kinds = new FormData(filterForm).getAll("decision");
+    button.setAttribute("aria-pressed", kinds.length === 1 && kinds[0] === button.dataset.only);
+  }
+  grid.scrollTop = 0;
+  stale = true;
+}
+
+for (const button of document.querySelectorAll("[data-only]"))
+  button.addEventListener("click", () => only(button.dataset.only));
+addEventListener("hashchange", showView);
+
+// An account as a link to what the live view has of it.
+function accountLink(name, settings = {}) {
+  return el("a", { href: linkTo("live", [["account", name]]), title: name, ...settings }, name);
+}
+
 function introduce() {
   const { model, host, may_write: mayWrite } = hello;
   state(paused ? "Paused" : model ? "Live" : "Live; no model yet", "live");
@@ -247,7 +326,7 @@ function introduce() {
   $("review-price").textContent = model ? money.format(model.policy.review_price) : "–";
   $("block-price").textContent = model ? money.format(model.policy.block_price) : "–";
   $("host").textContent = host;
-  $("access").textContent = mayWrite ? "Key: may write" : "Read only";
+  $("access").textContent = mayWrite ? "Key: may write" : hello.cases?.may_work ? "Key: cases" : "Read only";
   $("access").title = mayWrite ? "Change or forget the key" : readOnly();
   $("hand-send").disabled = !mayWrite;
   $("hand-problem").textContent = mayWrite ? "" : readOnly();
@@ -261,6 +340,7 @@ function introduce() {
   );
   $("types").replaceChildren(...(model?.types ?? []).map((type) => el("option", { value: type })));
   attributeFields(model?.attributes ?? []);
+  showView();
   stale = true;
   if (opened) drawMarking();
 }
@@ -277,15 +357,21 @@ const reasonOf = async (answer) => {
   }
 };
 
-async function post(path, body) {
-  const answer = await fetch(path, {
-    method: "POST",
-    headers: { "Content-Type": "application/json", ...(key && { "X-API-Key": key }) },
-    body: JSON.stringify(body),
-  });
+async function ask(path, settings = {}) {
+  const headers = { ...settings.headers, ...(key && { "X-API-Key": key }) };
+  const answer = await fetch(path, { ...settings, headers, cache: "no-store" });
   if (!answer.ok) throw new Error(await reasonOf(answer));
-  return answer.json();
+  return answer;
 }
+
+const post = async (path, body) =>
+  (
+    await ask(path, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    })
+  ).json();
 
 // ---------------------------------------------------------------- the key
 
@@ -302,6 +388,7 @@ function askForKey(why) {
 }
 
 function forget() {
+  document.dispatchEvent(new CustomEvent("forgotten"));
   key = lastId = "";
   hello = opened = null;
   all = [];
@@ -406,8 +493,8 @@ function rowElement() {
     cell("to"),
     cell("why"),
   );
-  element.addEventListener("click", () => {
-    open(element.shows);
+  element.addEventListener("click", (event) => {
+    if (!event.target.closest("a")) open(element.shows);
   });
   return element;
 }
@@ -423,9 +510,10 @@ function fill(element, row) {
   p.lastChild.style.setProperty("--share", (row.odds + RANGE) / (2 * RANGE));
   amount.textContent = money.format(row.amount);
   type.textContent = typeWord(row.type);
-  from.textContent = row.sender;
-  to.textContent = row.receiver ?? "";
+  from.replaceChildren(accountLink(row.sender, { tabindex: "-1" }));
+  to.replaceChildren(row.receiver ? accountLink(row.receiver, { tabindex: "-1" }) : "");
   why.textContent = strongest(row);
+  why.title = strongest(row);
   if (marks.has(row.transaction_id))
     why.prepend(
       el("span", { class: `tag ${verdict(marks.get(row.transaction_id))}` }, verdict(marks.get(row.transaction_id))),
@@ -499,16 +587,8 @@ grid.addEventListener("scroll", () =>
     $("newest").hidden = grid.scrollTop <= rowHeight();
   }),
 );
-filterForm.addEventListener("input", () => {
-  grid.scrollTop = 0;
-  stale = true;
-});
-filterForm.addEventListener("reset", () =>
-  setTimeout(() => {
-    grid.scrollTop = 0;
-    stale = true;
-  }),
-);
+filterForm.addEventListener("input", changed);
+filterForm.addEventListener("reset", () => setTimeout(changed));
 filterForm.addEventListener("submit", (event) => event.preventDefault());
 $("newest").addEventListener("click", () => {
   grid.scrollTop = 0;
@@ -715,9 +795,9 @@ function drawDetail() {
       pairs(
         ["Amount", `${money.format(row.amount)} ${row.currency ?? ""}`, "amount"],
         ["Type", typeWord(row.type)],
-        ["From", row.sender],
+        ["From", accountLink(row.sender)],
         ["Sender’s balance", balance(row.sender_balance)],
-        ["To", row.receiver ?? "nobody"],
+        ["To", row.receiver ? accountLink(row.receiver) : "nobody"],
         ["Receiver’s balance", balance(row.receiver_balance)],
         ...(hello?.model?.attributes ?? []).map((one) => [one.text, attributeText(row, one)]),
       ),
@@ -747,6 +827,7 @@ function costs(row) {
     el("h3", {}, "Expected costs"),
     pairs(...KINDS.map((kind) => [KIND_WORD[kind], text(kind)])),
     ...(row.limit ? [el("p", { class: "note" }, LIMIT_TEXT[row.limit])] : []),
+    ...(row.control ? [el("p", { class: "note" }, controlText(row.control))] : []),
   );
 }
 
@@ -763,7 +844,7 @@ function reasons(row) {
     ];
   const most = Math.max(...row.reasons.map((reason) => Math.abs(reason.contribution ?? 0)), 1e-9);
   const list = row.reasons.map(({ feature, value, contribution }) => {
-    const { text, kind } = labelOf(feature);
+    const { text, kind } = labelOf(feature, row);
     const item = el("li", {}, el("div", { class: "what" }, el("span", {}, text), el("b", {}, amountOf(value, kind))));
     if (contribution !== null) {
       const bar = el("i");
@@ -889,13 +970,17 @@ async function mark(fraud) {
 
 // ---------------------------------------------------------------- histories
 
+async function histories(row) {
+  const texts = Object.entries(row.attributes).filter(([, value]) => typeof value === "string");
+  const core = { sender: row.sender, receiver: row.receiver, type: row.type, currency: row.currency };
+  const answer = await post("/history", { values: { ...core, ...Object.fromEntries(texts) }, time: row.time });
+  return answer.entities.map(entityView);
+}
+
 async function history(row) {
   let content;
   try {
-    const texts = Object.entries(row.attributes).filter(([, value]) => typeof value === "string");
-    const core = { sender: row.sender, receiver: row.receiver, type: row.type, currency: row.currency };
-    const answer = await post("/history", { values: { ...core, ...Object.fromEntries(texts) }, time: row.time });
-    content = answer.entities.map(entityView);
+    content = await histories(row);
   } catch (error) {
     content = [el("p", { class: "problem" }, `The store was not read: ${error.message}`)];
   }
@@ -1183,3 +1268,30 @@ handForm.addEventListener("submit", async (event) => {
 
 addEventListener("pagehide", () => aborter?.abort());
 connect();
+
+export {
+  $,
+  accountLink,
+  address,
+  amountOf,
+  ask,
+  attributeText,
+  costs,
+  duration,
+  el,
+  hello,
+  histories,
+  linkTo,
+  moment,
+  money,
+  pairs,
+  percent,
+  pill,
+  post,
+  pressed,
+  reasons,
+  remember,
+  typeWord,
+  when,
+  whole,
+};
