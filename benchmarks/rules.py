@@ -124,7 +124,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     began = machine()
-    began = machine()
     payments, rounds = (200, 3) if arguments.quick else (2000, 15)
     rules, lists, contract = fifty_rules(), ten_lists(), Settings().contract
     asked = Rulings(Book(RuleSet(rules), Held(1, lists, "", "")), contract, None)

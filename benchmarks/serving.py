@@ -451,12 +451,13 @@ def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
         FRAUD_ROOT=str(root),
         FRAUD_SERVE_PORT=str(ports["ours"]),
         FRAUD_SERVE_BUNDLE=str(world.bundle),
+        FRAUD_CASES_URL="",
         FRAUD_SERVE_FILL="no",
         FRAUD_SET=json.dumps(DECLARED[PAYSIM]),
         FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}",
     )  # a copy: the service writes it when it ends
     commands = {
-        "ours": ["-m", "fraud_pkg.serve.api"],
+        "ours": ["-m", "fraud_pkg.serve.server"],
         **{
             name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)]
             for name in ("constant", "typed", "sklearn")

@@ -184,6 +184,7 @@ def throughput(world: World, address: str, redis: str, count: int, rounds: int) 
         FRAUD_ROOT=str(world.root),
         FRAUD_SERVE_PORT=str(servers.free_port()),
         FRAUD_SERVE_BUNDLE=str(world.bundle),
+        FRAUD_CASES_URL="",
         FRAUD_SERVE_FILL="no",
         FRAUD_SET=json.dumps(DECLARED[PAYSIM]),
         FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}",
@@ -192,7 +193,7 @@ def throughput(world: World, address: str, redis: str, count: int, rounds: int) 
     contract = world.settings.contract
     found: dict[str, list[float]] = {"memory store": [], "Redis store": [], "copy": [], "http": []}
     with servers.running(
-        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        [sys.executable, "-m", "fraud_pkg.serve.server"],
         servers.answers(int(port)),
         world.root / "api.log",
         seconds=60,

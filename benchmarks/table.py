@@ -1,9 +1,11 @@
 """The results of several benchmarks as one: benchmarks/results.json for programs, benchmarks/results.md for people.
 
 `python benchmarks/table.py FILE...` takes what the benchmarks wrote with --json; a file that is not there was not
-measured, and says so.
+measured, and says so. With --keep the tables that are there stay, where nothing new of their title came: every table
+is of one run, with its peers and its day, and all are of one machine.
 """
 
+import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -24,22 +26,37 @@ def read(file: Path) -> dict:
     return content
 
 
-def together(files: Sequence[Path]) -> dict:
-    """All tables of one machine; each note says the load at its benchmark's start."""
-    found = [read(file) for file in files if file.is_file()]
+def system_apart(of: dict) -> dict:
+    """A machine without its system's name, which an update changes."""
+    return {name: value for name, value in of.items() if name != "system"}
+
+
+def day(file: Path) -> str:
+    """When a benchmark was done."""
+    return datetime.date.fromtimestamp(file.stat().st_mtime).isoformat()
+
+
+def together(files: Sequence[Path], before: dict | None = None) -> dict:
+    """All tables of one machine, also those of `before` whose title is not there anew; each note says the day, and the
+    load at its benchmark's start.
+    """
+    found = {file: read(file) for file in files if file.is_file()}
     if not found:
         sys.exit("error: nothing was measured")
-    machines = [{key: value for key, value in one["machine"].items() if key != "load"} for one in found]
+    machines = [{key: value for key, value in one["machine"].items() if key != "load"} for one in found.values()]
     if any(one != machines[0] for one in machines):
-        sys.exit(
-            "error: these results are of different machines: "
-            + ", ".join(file.name for file in files if file.is_file())
-        )
+        sys.exit(f"error: these results are of different machines: {', '.join(file.name for file in found)}")
     tables = [
-        table | {"note": f"{table['note']} Load at the start: {one['machine']['load']}."}
-        for one in found
+        table | {"note": f"{table['note']} Load at the start: {one['machine']['load']}. {day(file)}."}
+        for file, one in found.items()
         for table in one["tables"]
     ]
+    if before:
+        if system_apart(before["machine"]) != system_apart(machines[0]):
+            sys.exit("error: the tables that are there are of another machine; expected a whole run, without --keep")
+        new = {table["title"]: table for table in tables}
+        old = [new.pop(table["title"], table) for table in before["tables"]]
+        tables = [*old, *new.values()]
     return {"machine": machines[0], "tables": tables}
 
 
@@ -64,6 +81,12 @@ OTHERS = (
     ("", "Features of", "engine `local`", {"Polars": "Polars", "DuckDB": "DuckDB"}),
     ("the same on Spark", "Features of", "engine `spark`", {"the common Spark script, without history": "the common"}),
     ("", "Training on", "ours", {"`XGBClassifier.fit`": "`XGB"}),
+    (
+        "fifty rules with ten look-ups, added to a decision",
+        "50 rules",
+        "here",
+        {"`eval` of the same in Python": "eval", "cel-python": "cel-python"},
+    ),
 )
 
 
@@ -73,9 +96,11 @@ def first(cell: str) -> str:
 
 
 def figure(table: dict, start: str) -> str:
-    """What the row that begins like this says: transactions a second, or seconds and memory."""
+    """What the row that begins like this says: transactions a second, microseconds, or seconds and memory."""
     row = next(row for row in table["rows"] if row[0].startswith(start))
-    return f"{first(row[1])}/s" if table["title"] == "The stream" else f"{first(row[1])} s, {row[3]} GiB"
+    if table["title"] == "The stream":
+        return f"{first(row[1])}/s"
+    return f"{first(row[1])} us" if len(row) == 3 else f"{first(row[1])} s, {row[3]} GiB"
 
 
 def headlines(results: dict) -> str:
@@ -101,11 +126,12 @@ def headlines(results: dict) -> str:
 
 
 def main() -> None:
-    files = [Path(name) for name in sys.argv[1:]]
+    keep = "--keep" in sys.argv
+    files = [Path(name) for name in sys.argv[1:] if name != "--keep"]
     for file in files:
         if not file.is_file():
             print(f"{file.stem}: not measured", file=sys.stderr)
-    results = together(files)
+    results = together(files, json.loads((HERE / "results.json").read_text(encoding="utf-8")) if keep else None)
     of = results["machine"]
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     head = f"{of['processor']}, {of['cores']} cores, {of['memory_gib']} GiB, Python {of['python']}."

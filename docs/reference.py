@@ -11,7 +11,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs/reference"
-WINGS = ("core", "store", "features", "data", "train", "model", "serve", "stream", "monitor", "report", "pipeline")
+WINGS = (
+    "core",
+    "store",
+    "features",
+    "data",
+    "train",
+    "model",
+    "serve",
+    "stream",
+    "monitor",
+    "report",
+    "pipeline",
+    "cli",
+)
 
 
 def exported(notebook: Path) -> tuple[str | None, str, list[str]]:
@@ -21,16 +34,8 @@ def exported(notebook: Path) -> tuple[str | None, str, list[str]]:
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     ]
     name = next((text.split()[2] for _, text in cells if text.startswith("#| default_exp")), None)
-    summary = next(
-        (
-            line[1:].strip()
-            for kind, text in cells
-            if kind == "markdown"
-            for line in text.splitlines()
-            if line.startswith(">")
-        ),
-        "",
-    )
+    head = next((text for kind, text in cells if kind == "markdown"), "")
+    summary = " ".join(line[1:].strip() for line in head.splitlines() if line.startswith(">"))
     return (
         name,
         summary,
@@ -112,7 +117,7 @@ def main() -> None:
         (ROOT / "nbs").rglob("*.ipynb"), key=lambda path: (order.get(path.parent.name, len(order)), path.name)
     ):
         name, summary, cells = exported(notebook)
-        if name and cells:
+        if name and cells and not name.endswith("__"):  # a package's own files define nothing
             pages[f"{name}.md"] = page(name, summary, notebook, cells)
             rows.append(f"| [{name}]({name}.md) | {summary.replace('|', chr(92) + '|')} |")
     head = (

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The service and the stream in Minikube, with the champion of the last run: builds the image, brings the champion, applies the overlay, waits, and sends a first transaction.
+# The service, the stream and the queue of cases in Minikube, with the champion of the last run: builds the image, brings the champion, applies the overlay, waits, and sends a first transaction.
 # `make minikube` calls this. Doing it again brings what has changed; keys, the store and what is in Kafka stay as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -62,7 +62,7 @@ apply() {
 }
 
 wait_until_ready() {
-    for name in statefulset/fraud-redis statefulset/fraud-kafka deployment/fraud-api deployment/fraud-stream deployment/fraud-stream-labels; do
+    for name in statefulset/fraud-redis statefulset/fraud-kafka statefulset/fraud-postgres deployment/fraud-api deployment/fraud-stream deployment/fraud-stream-labels deployment/fraud-stream-cases; do
         kube rollout status "$name" --timeout=300s || fail "$name is not ready after five minutes; see why with: kubectl --context $profile --namespace fraud get pods,events"
     done
 }
@@ -95,9 +95,11 @@ say "champion $champion"
 bring
 say "namespace, Secrets, overlay"
 kube apply --filename k8s/base/namespace.yaml
-secret fraud-api-keys "api-keys: 'minikube:$(random)'"
+secret fraud-api-keys "api-keys: 'minikube@write:$(random)'"
 password=$(random)
 secret fraud-store "password: '$password'" "url: 'redis://:$password@fraud-redis:6379/0'"
+password=$(random)
+secret fraud-cases "password: '$password'" "url: 'postgresql+psycopg://fraud@fraud-postgres:5432/fraud'"
 apply
 wait_until_ready
 say "a first transaction"

@@ -39,9 +39,12 @@ FIRST = (
     "finished",
     "test_stream.py",
     "team",
+    "test_control.py",
     "test_loop.py",
-    "test_real_data.py",
+    "test_cases.py",
     "test_parity.py",
+    "test_real_data.py",
+    "test_workflows.py",
     "test_bad_input.py",
 )
 
@@ -180,6 +183,14 @@ def team(workspace, tmp_path_factory):
 
     with storage.opened(tmp_path_factory.mktemp("team"), workspace) as team:
         yield team
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Data come in without a picture of them, which takes longer than a small log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fraud_pkg.data.acquire._write_profile", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,6 @@ if [ "${1:-}" = --long ]; then
     exit
 fi
 # The longest begin. The jobs' notebooks are run by papermill, end to end; exploration is left to make test-long.
-part "notebooks" notebooks train pipeline model features monitor serve store stream core data report cli.ipynb index.ipynb
+part "notebooks" notebooks train pipeline model features monitor serve store stream core data report cli index.ipynb
 echo "left to make test-long: the notebooks of nbs/explore"
 part "end to end" pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 tests

@@ -120,12 +120,13 @@ def running(
 def service(
     folder: Path, ready: bool = True, variables: Mapping[str, str] | None = None, port: int | None = None, **overrides
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`python -m fraud_pkg.serve.api`; yields its URL and its process. Without `ready` it need only be alive."""
+    """`python -m fraud_pkg.serve.server`; yields its URL and its process. Without `ready` it need only be alive."""
     port = port or free_port()
     url = f"http://{HOST}:{port}"
-    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2} | named(overrides)
+    given = {"serve.port": port, "serve.bundle": folder / "champion", "serve.reload_seconds": 0.2}
+    given |= {"cases.url": ""} | named(overrides)  # a test that wants cases names a place for them
     with running(
-        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        [sys.executable, "-m", "fraud_pkg.serve.server"],
         lambda: status(f"{url}/{'readyz' if ready else 'healthz'}") == 200,
         folder / "api.log",
         env=environment(given, PROJECT, **(variables or {})),
@@ -378,7 +379,7 @@ def kafka(
             timeout=120,
         )
         assert done.returncode == 0, f"kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-    with running([*command, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=60):
+    with running([*command, "kafka.Kafka", str(configuration)], answers(port), folder / "kafka.log", seconds=180):
         yield f"{HOST}:{port}"
 
 

@@ -142,12 +142,26 @@ def test_tables_come_together(tmp_path, monkeypatch):
     measure.write_json(files[1], measure.machine() | {"cores": 999}, [one])
     with pytest.raises(SystemExit, match="different machines"):
         table.together(files)
+    before = {"machine": found["machine"], "tables": [one | {"rows": []}, one | {"title": "Other"}]}
+    assert [kept["title"] for kept in table.together(files[:1], before)["tables"]] == ["T", "Other"]
+    assert table.together(files[:1], before)["tables"][0]["rows"] == one["rows"]
+    with pytest.raises(SystemExit, match="another machine"):
+        table.together(files[:1], before | {"machine": {"cores": 999}})
 
 
 def test_the_readme_has_the_latest_figures():
     results = json.loads((PROJECT / "benchmarks/results.json").read_text(encoding="utf-8"))
     assert table.headlines(results) in (PROJECT / "README.md").read_text(encoding="utf-8"), (
         "put this into nbs/index.ipynb, and run make export:\n" + table.headlines(results)
+    )
+    rows = [
+        ["here: 50 rules", "57.0", "55.1 to 60.2"],
+        ["eval of", "18.0", "17 to 19"],
+        ["cel-python", "40000.0", "1 to 2"],
+    ]
+    rules = {"title": "50 rules with 10 look-ups", "rows": rows}
+    assert "| 57.0 us | `eval` of the same in Python: 18.0 us; cel-python: 40000.0 us |" in table.headlines(
+        {"tables": [rules]}
     )
     some = [one for one in results["tables"] if one["title"].startswith("Training")]
     assert len(table.headlines({"tables": some}).splitlines()) == 3  # what was not measured is not in it

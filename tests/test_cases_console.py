@@ -86,6 +86,17 @@ def test_from_a_review_to_an_outcome(queue, browser, look):  # noqa: F811
         page.locator("#case-work", has_text="Closed as fraud by anna").wait_for()
         page.locator("#case-events", has_text="Label fraud: told").wait_for()
         assert f"entity=M{look}" in page.url and "case=" in page.url
+        page.fill("#case-note", f"he called back{HOSTILE}")
+        assert made.violations() == []
+        made.screenshot(f"cases-{look}-closed")
+        page.click("#case-reopen")
+        page.locator("#case-work", has_text="Open. Opened again").wait_for()
+        page.locator(".events", has_text="Opened again by anna").wait_for()
+        page.locator(".events q", has_text=f"he called back{HOSTILE}").wait_for()
+        page.locator("#case-rows", has_text="opened again").wait_for()
+        page.click("#case-honest")
+        page.locator("#case-work", has_text="Closed as honest by anna").wait_for()
+        page.locator("#case-events", has_text="Label honest: told").wait_for()
         page.keyboard.press("Escape")
         page.click("#case-detail .close")
         assert page.locator("#case-detail").is_hidden()
@@ -156,6 +167,22 @@ def test_keyboard_bulk_export_and_address(queue, browser, tmp_path):  # noqa: F8
         rows = list(csv.DictReader((tmp_path / "cases.csv").open(encoding="utf-8", newline="")))
         assert [row["transaction_id"] for row in rows] == [f"'{name}" for name in reversed(names)]
         assert {row["note"] for row in rows if row["outcome"] == "unclear"} == {"the same shop"}
+        page.locator("#case-rows tr").nth(1).focus()
+        page.keyboard.press("Enter")
+        page.locator("#case-title", has_text="=key2").wait_for()
+        page.keyboard.press("o")  # without a reason
+        page.locator("#case-said", has_text="expected why the case is opened again").wait_for()
+        made.expect_fault("422")
+        page.fill("#case-note", "=one more look")
+        page.click("#case-reopen")
+        page.locator("#case-work", has_text="Open. Opened again").wait_for()
+        with page.expect_download() as download:
+            page.click("#case-export")
+        download.value.save_as(tmp_path / "again.csv")
+        rows = list(csv.DictReader((tmp_path / "again.csv").open(encoding="utf-8", newline="")))
+        again = next(row for row in rows if row["transaction_id"] == "'=key2")
+        assert [again[name] for name in ("state", "reopened_by", "reopened_why")] == ["open", "anna", "'=one more look"]
+        page.keyboard.press("Escape")
         address = page.url
         page.reload()
         unlock(made, ANNA)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,12 @@ import servers
 import sqlalchemy as sa
 from conftest import PROJECT
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from test_cases import cases_of, opened, payment
+from case_workers import opened
+from test_cases import cases_of, payment
 
 from fraud_pkg.model.example import example_bundle
-from fraud_pkg.serve.case_tables import CASES
+from fraud_pkg.serve.case_store import CaseLabels
+from fraud_pkg.serve.case_tables import CASES, LABELS_OUT
 from fraud_pkg.stream.messages import read_record
 
 PAYMENTS = 400
@@ -173,3 +176,76 @@ def test_labels_go_back_once(stream, tmp_path):
     labels = pq.read_table(stream.folder / "data/decisions/labels")
     found = dict(zip(labels["transaction_id"].to_pylist(), labels["is_fraud"].to_pylist(), strict=True))
     assert {name: bool(fraud) for name, fraud in found.items()} == told
+
+
+OUTCOMES = {"fraud": True, "honest": False, "unclear": None}
+
+
+def close_what_opens(url: str, stopping: threading.Event) -> None:
+    """A person who never sleeps."""
+    store = opened(url, lambda: round(time.time() * 1000))
+    query = sa.select(CASES.c.id).where(CASES.c.state == "open").order_by(CASES.c.id).limit(10)
+    while not stopping.wait(0.02):
+        with store.reading() as connection:
+            waiting = connection.execute(query).scalars().all()
+        for case_id in waiting:
+            store.take(case_id, "anna")
+            store.finish(case_id, "anna", list(OUTCOMES)[case_id % 3])
+    store.close()
+
+
+def test_the_broker_is_killed(tmp_path):
+    """kill -9 of the broker, twice, while payments are decided, decisions followed, labels sent; then it is started on
+    what it had: each payment that is reviewed or blocked has one case, each that was closed with an answer one label.
+    """
+    port, numbers, kills = servers.free_port(), iter(range(150)), [50, 100]
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    stopping, life = threading.Event(), contextlib.ExitStack()
+    with contextlib.ExitStack() as stack:
+        stack.callback(life.close)
+        broker = life.enter_context(servers.kafka(tmp_path, port))
+        made = Stream(folder, broker)
+        stack.enter_context(made.running("stream", "score"))
+        stack.enter_context(made.running("cases", "follow"))
+        person = threading.Thread(target=close_what_opens, args=(made.url, stopping))
+        person.start()
+        stack.callback(person.join)
+        stack.callback(stopping.set)
+        producer = KafkaProducer(bootstrap_servers=broker)
+        for number in numbers:
+            sent = payment(f"p{number}", (10.0, 4000.0, 9000.0)[number % 3], sender=f"C{number}", receiver="M1")
+            producer.send(made.settings["stream.transactions"], json.dumps(sent).encode()).get(timeout=30)
+            time.sleep(0.01)
+            if number in kills:  # what was just sent is on its way through three processes
+                servers.until(lambda number=number: len(cases_of(made.url)) > number // 3, 60, made.log)
+                life.close()
+                producer.close(timeout=0)
+                time.sleep(1)
+                assert life.enter_context(servers.kafka(tmp_path, port)) == broker
+                producer = KafkaProducer(bootstrap_servers=broker)
+        producer.close()
+        reviewed = {f"p{number}" for number in range(150) if number % 3}
+        servers.until(lambda: set(cases_of(made.url)) == reviewed, 90, made.log)
+        store = opened(made.url)
+
+        def told() -> bool:
+            with store.reading() as connection:
+                count = sa.select(sa.func.count()).where(CASES.c.state != "closed")
+                return connection.execute(count).scalar() == 0 and not CaseLabels(store).waiting()
+
+        servers.until(told, 60, made.log)
+        messages, decided = (
+            made.read("labels"),
+            {read_record(m.value)["transaction_id"] for m in made.read("decisions")},
+        )
+        with store.reading() as connection:
+            outcomes = dict(connection.execute(sa.select(CASES.c.transaction_id, CASES.c.outcome)).all())
+            labels = connection.execute(sa.select(LABELS_OUT)).all()
+        store.close()
+    assert sorted(cases_of(made.url)) == sorted(reviewed) and len(decided) == 150
+    wanted = {name: OUTCOMES[outcome] for name, outcome in outcomes.items() if OUTCOMES.get(outcome) is not None}
+    assert len(wanted) > 20 and {label.transaction_id: label.is_fraud for label in labels} == wanted
+    sent_labels = {(m.key.decode(), json.loads(m.value)["is_fraud"], m.timestamp) for m in messages}
+    assert sent_labels == {(label.transaction_id, label.is_fraud, label.known_at) for label in labels}
+    assert "waiting for the" in made.whole_log()  # the follower met a broker that was away

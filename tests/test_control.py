@@ -90,6 +90,7 @@ def decide_all(settings: Settings, bundle: Bundle, lake: Path) -> pa.Table:
     scorer = Scorer(bundle, settings.serve, ActiveRules())
     scorer.control_secret = b"the same choice in each run"  # the bundle's hash changes with the code's revision
     store, contract = MemoryStore(scorer.retention), scorer.contract
+    fingerprint = contract.fingerprint  # of all rows alike
     sent = [name for name in raw.column_names if name in scorer.wire.model.model_fields and name != "step"]
 
     def requests(table: pa.Table) -> list:
@@ -110,7 +111,7 @@ def decide_all(settings: Settings, bundle: Bundle, lake: Path) -> pa.Table:
         ):
             message = SimpleNamespace(topic="transactions", partition=0, offset=offset)
             fields = payment_fields(request, payment, contract)
-            record = scored_record(decision, payment.time, fields, contract.fingerprint, features, message)
+            record = scored_record(decision, payment.time, fields, fingerprint, features, message)
             del record["schema"]
             records.setdefault(payment.time // DAY, []).append(record_model(contract).model_validate(record))
             offset += 1
@@ -137,7 +138,7 @@ def write_labels(lake: Path, fraud: dict[str, bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory):
+def stream(tmp_path_factory, no_pictures):
     """A project with a champion, a lake of its decisions, and what really was fraud."""
     folder = tmp_path_factory.mktemp("control")
     settings = world(folder, **{"split.test_hours": 24 * (DAYS - LIVE)})

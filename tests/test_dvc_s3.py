@@ -124,6 +124,7 @@ def test_bad_remote(team, tmp_path, what, remote, environ, expected):
 def test_bucket_lost_after_the_work(team):
     """A copy that fails says so, the results stay, and the next run copies."""
     space = team.machine()
+    space.overrides["simulate.rows"] = 2_000
     space.fraud("run", "--job", "acquire", pipeline__push="false")
     (space.root / ".dvc/config.local").write_text(
         "['remote \"away\"']\n    url = s3://team-data/fraud\n"

@@ -23,6 +23,7 @@ import httpx
 import pytest
 import servers
 import yaml
+from sqlalchemy.engine import make_url
 
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.wire import EXAMPLE
@@ -207,9 +208,12 @@ class Pod:
 
     def environ(self) -> dict[str, str]:
         references = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in self.container["env"] if "valueFrom" in e}
-        declared = {e["name"]: e["value"] for e in self.container["env"] if "value" in e} | {
-            name: self.secrets[ref["name"]][ref["key"]] for name, ref in references.items()
+        given = {
+            name: self.secrets[ref["name"]][ref["key"]]
+            for name, ref in references.items()
+            if ref["name"] in self.secrets or not ref.get("optional")
         }
+        declared = {e["name"]: e["value"] for e in self.container["env"] if "value" in e} | given
         port = next(p["containerPort"] for p in self.container["ports"] if p["name"] == "http")
         assert declared["FRAUD_SERVE_PORT"] == str(port)  # the port that the Service and the probes mean
         return declared | {"FRAUD_SERVE_PORT": str(self.port)}
@@ -338,7 +342,7 @@ def test_image_as_docker_sees_it(image):
     facts = inspect(image)
     assert (
         facts["User"] == "10001:10001"
-        and facts["Config"]["Cmd"] == ["python", "-m", "fraud_pkg.serve.api"]
+        and facts["Config"]["Cmd"] == ["python", "-m", "fraud_pkg.serve.server"]
         and not facts["Config"].get("Entrypoint")
     )
     assert (
@@ -377,13 +381,20 @@ def test_what_was_trimmed_is_not_missed(image):
 
 def test_without_keys_it_does_not_start(image):
     code, said = output(*podman_run("--read-only", image))
-    assert code == 1 and said.startswith("error: expected API keys") and said.count("\n") == 1
+    *log, error, _ = said.split("\n")
+    assert code == 1 and error.startswith("error: expected API keys") and "Traceback" not in said
+    assert all(json.loads(line)["level"] == "INFO" for line in log), log
 
 
 # Docker Compose
 
 
-CONSUMERS = {"stream": [], "stream-labels": ["labels"]}  # and what their command has more
+# By service, what is started after python -m.
+CONSUMERS = {
+    "stream": ["fraud_pkg.stream.worker"],
+    "stream-labels": ["fraud_pkg.stream.worker", "labels"],
+    "stream-cases": ["fraud_pkg.stream.case_follow"],
+}
 
 
 def compose() -> dict:
@@ -443,13 +454,18 @@ def test_compose_consumers_find_what_they_need(name):
         for key in environ
     )
     assert (
-        service["command"] == ["python", "-m", "fraud_pkg.stream.worker", *CONSUMERS[name]]
+        service["command"] == ["python", "-m", *CONSUMERS[name]]
         and "./settings.ini:/app/settings.ini:ro" in service["volumes"]
     )
-    assert (
-        settings.store.url == services["api"]["environment"]["FRAUD_STORE_URL"]
-        and client_options(settings.stream, environ)["security_protocol"] == "PLAINTEXT"
-    )
+    api = services["api"]["environment"]
+    if name == "stream-cases":
+        assert settings.cases.url == api["FRAUD_CASES_URL"] and "FRAUD_STORE_URL" not in environ
+        assert settings.cases.labels == api["FRAUD_CASES_LABELS"] == "topic"
+        asked = "postgres"
+    else:
+        assert settings.store.url == api["FRAUD_STORE_URL"]
+        asked = "redis"
+    assert client_options(settings.stream, environ)["security_protocol"] == "PLAINTEXT"
     [broker] = settings.stream.bootstrap_servers
     assert (
         broker
@@ -457,10 +473,10 @@ def test_compose_consumers_find_what_they_need(name):
             "INSIDE"
         ]
     )
-    for server in ("redis", "kafka", "prometheus"):
+    for server in (asked, "kafka", "prometheus"):
         assert set(service["networks"]) & set(services[server]["networks"]), server
     assert service["depends_on"] == {
-        "redis": {"condition": "service_healthy"},
+        asked: {"condition": "service_healthy"},
         "kafka": {"condition": "service_healthy"},
     }
     assert settings.stream.host == "0.0.0.0" and not service.get("ports")  # for the networks, not for this machine
@@ -468,7 +484,28 @@ def test_compose_consumers_find_what_they_need(name):
     assert address == (str(settings.stream.port), "/healthz") and Health(StreamMetrics()).answer(address[1])[0] == 200
     assert int(service["stop_grace_period"].removesuffix("s")) >= LAST_WAIT + 20
     folders = [volume["target"] for volume in service["volumes"] if isinstance(volume, dict)]
-    assert [str(Path(settings.serve.bundle).parent)] == folders if name == "stream" else not folders
+    assert [str(Path(settings.serve.bundle).parent)] == folders if name != "stream-labels" else not folders
+
+
+def test_compose_database_of_cases():
+    """The API and the follower name the database that is there, share its network with nobody else, and the API's
+    outbox is on a volume.
+    """
+    services = compose()
+    postgres, address = services["postgres"], make_url(services["api"]["environment"]["FRAUD_CASES_URL"])
+    environ = postgres["environment"]
+    assert (environ["POSTGRES_USER"], environ["POSTGRES_DB"]) == (address.username, address.database)
+    assert address.host == "postgres" and postgres["networks"] == ["cases"] and not postgres.get("ports")
+    assert {name for name, service in services.items() if "cases" in service["networks"]} == {
+        "api",
+        "stream-cases",
+        "postgres",
+    }
+    assert services["api"]["depends_on"]["postgres"] == {"condition": "service_healthy"}
+    dockerfile = (PROJECT / "Dockerfile").read_text(encoding="utf-8")
+    [outbox] = re.findall(r"FRAUD_CASES_OUTBOX=(\S+)", dockerfile)
+    assert f"outbox:{Path(outbox).parent}" in services["api"]["volumes"]
+    assert re.search(rf"install --directory --owner=fraud .* {Path(outbox).parent} ", dockerfile)
 
 
 def test_compose_prometheus_asks_everybody():

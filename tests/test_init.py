@@ -381,6 +381,7 @@ OTHER_SUMS = {
 
 @pytest.mark.external
 @pytest.mark.skipif(not OWN.is_dir(), reason=f"{OWN} is not there")
+@pytest.mark.usefixtures("no_pictures")
 def test_own_data(project):
     """Every file of the collection by `init --yes` alone: read with the right number of rows and frauds, or refused."""
     wrong = {}

@@ -23,6 +23,8 @@ import pytest
 import servers
 import yaml
 from kafka import KafkaProducer
+from sqlalchemy.engine import make_url
+from test_cases import cases_of
 from tools import environment
 
 from fraud_pkg.store.open import open_store
@@ -50,11 +52,21 @@ RENDERED = [(name, ()) for name in OVERLAYS] + [(name, OPTIONAL) for name in WIT
 every_overlay = pytest.mark.parametrize(
     "overlay, components", RENDERED, ids=[" ".join((name, *more)) for name, more in RENDERED]
 )
-# What the Secrets hold, by name: `k8s/minikube.sh` makes the first two, docs/kubernetes.md says how.
-MINIKUBE_SECRETS = {"fraud-api-keys": {"api-keys"}, "fraud-store": {"url", "password"}}
-SECRETS = MINIKUBE_SECRETS | {"fraud-kafka": {"user", "password"}, "fraud-signing-key": {"pem"}}
-CONSUMERS = {"fraud-stream", "fraud-stream-labels"}
-SERVERS = {"fraud-redis", "fraud-kafka", "fraud-pushgateway"}
+# What the Secrets hold, by name: `k8s/minikube.sh` makes the first three, docs/kubernetes.md says how.
+MINIKUBE_SECRETS = {
+    "fraud-api-keys": {"api-keys"},
+    "fraud-store": {"url", "password"},
+    "fraud-cases": {"url", "password"},
+}
+SECRETS = MINIKUBE_SECRETS | {
+    "fraud-cases": {"url", "password", "check-key"},
+    "fraud-kafka": {"user", "password"},
+    "fraud-signing-key": {"pem"},
+}
+STORING = {"fraud-stream", "fraud-stream-labels"}  # consumers that ask the store
+FOLLOWER = "fraud-stream-cases"
+CONSUMERS = STORING | {FOLLOWER}
+SERVERS = {"fraud-redis", "fraud-kafka", "fraud-postgres", "fraud-pushgateway"}
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +119,16 @@ def container(template: dict) -> dict:
 
 def selected(selector: dict, objects) -> set[str]:
     """The workloads whose pods carry these labels."""
-    assert selector.keys() <= {"matchLabels"}
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
     wanted = selector.get("matchLabels", {}).items()
-    return {name for name, template in workloads(objects).items() if wanted <= template["metadata"]["labels"].items()}
+    among = {expression["key"]: expression["values"] for expression in selector.get("matchExpressions", [])}
+    assert all(expression["operator"] == "In" for expression in selector.get("matchExpressions", []))
+    labels = {name: template["metadata"]["labels"] for name, template in workloads(objects).items()}
+    return {
+        name
+        for name, own in labels.items()
+        if wanted <= own.items() and all(own.get(key) in values for key, values in among.items())
+    }
 
 
 def port_names(names: set[str], objects) -> list[set[str]]:
@@ -344,9 +363,9 @@ def test_network_is_closed_but_for_what_is_needed(render, overlay, components):
     between, from_outside, to_outside = open_ways(policies, objects)
     decided, outside = {("ingress-nginx", pod, "http") for pod in tracks}, {(pod, 53) for pod in tracks | streaming}
     if overlay.endswith("minikube"):
-        assert between == {(pod, "fraud-redis", "redis") for pod in tracks | streaming} | {
+        assert between == {(pod, "fraud-redis", "redis") for pod in tracks | STORING} | {
             (pod, "fraud-kafka", "kafka") for pod in streaming
-        }
+        } | {(pod, "fraud-postgres", "postgres") for pod in tracks | {FOLLOWER}}
         assert (
             from_outside == decided | ({("keda", "fraud-kafka", "kafka")} if components else set())
             and to_outside == outside
@@ -355,8 +374,9 @@ def test_network_is_closed_but_for_what_is_needed(render, overlay, components):
         assert not between and from_outside == decided | {("monitoring", pod, "http") for pod in tracks} | {
             ("monitoring", pod, "metrics") for pod in streaming
         } | {("monitoring", "fraud-pushgateway", "push")}
-        aws, broker = {(pod, 443) for pod in tracks | {"fraud-stream"}}, {(pod, 9096) for pod in streaming}
-        assert to_outside == outside | aws | broker | {(pod, 6379) for pod in tracks | streaming}
+        aws, broker = {(pod, 443) for pod in tracks | {"fraud-stream", FOLLOWER}}, {(pod, 9096) for pod in streaming}
+        stored = {(pod, 6379) for pod in tracks | STORING} | {(pod, 5432) for pod in tracks | {FOLLOWER}}
+        assert to_outside == outside | aws | broker | stored
     else:
         assert not between and (from_outside, to_outside) == (decided, outside)
 
@@ -391,7 +411,13 @@ def test_references(render, overlay, components):
                 assert volume["secret"]["secretName"] in SECRETS
         for variable in main.get("env", []):
             if source := variable.get("valueFrom"):
-                assert source["secretKeyRef"]["key"] in SECRETS[source["secretKeyRef"]["name"]]
+                reference = source["secretKeyRef"]
+                assert reference["key"] in SECRETS[reference["name"]]
+                # Without this Secret the API has no cases; only a check of allowed payments needs its last key.
+                left_out = reference["name"] == "fraud-cases" and (
+                    name in api_pods(objects) or reference["key"] == "check-key"
+                )
+                assert reference.get("optional", False) == left_out
         if "serviceAccountName" in spec:
             assert ("ServiceAccount", spec["serviceAccountName"]) in names
         else:
@@ -414,8 +440,11 @@ def test_references(render, overlay, components):
 WRITABLE = {
     "fraud-redis": {"/data"},
     "fraud-pushgateway": {"/data"},
+    "fraud-postgres": {"/var/lib/postgresql/data", "/var/run/postgresql", "/tmp"},
+    "fraud-api": {"/tmp", "/var/lib/fraud"},
+    "fraud-api-canary": {"/tmp", "/var/lib/fraud"},
     "fraud-kafka": {"/var/lib/kafka/data", "/opt/kafka/config", "/opt/kafka/logs", "/tmp"},
-}  # the last three as in docker-compose.yml
+}  # Kafka's and PostgreSQL's as in docker-compose.yml
 
 
 @every_overlay
@@ -453,6 +482,9 @@ def test_least_privilege(render, overlay, components):
 
 SECRET_VALUES = {
     ("fraud-store", "url"): "redis://:secret@fraud-redis:6379/0",
+    ("fraud-cases", "url"): "postgresql+psycopg://fraud@fraud-postgres:5432/fraud",
+    ("fraud-cases", "password"): "secret",
+    ("fraud-cases", "check-key"): "0123456789abcdef",
     ("fraud-kafka", "user"): "fraud",
     ("fraud-kafka", "password"): "secret",
     ("fraud-signing-key", "pem"): "PEM",
@@ -493,6 +525,9 @@ def declared_probes(main: dict) -> dict[str, tuple[str, str]]:
     }
 
 
+OF_CASES = {"PGPASSWORD", "FRAUD_CHECK_KEY"}  # variables that are no settings
+
+
 @every_overlay
 def test_settings_load_as_declared(render, tmp_path, overlay, components):
     objects = render(overlay, components)
@@ -500,7 +535,11 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         environ, spec, main = declared_environment(template), template["spec"], container(template)
         mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
         settings, others = declared_settings(template, objects, tmp_path)
-        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE"}
+        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE", *OF_CASES}
+        assert settings.cases.url == SECRET_VALUES["fraud-cases", "url"]
+        assert settings.cases.labels == ("store" if overlay == "base" else "topic")  # one of them, whatever the track
+        assert Path(settings.cases.outbox).parent == Path(mounts["outbox"])
+        assert main["command"] == ["python", "-m", "fraud_pkg.serve.server"]
         assert settings.serve.host == "0.0.0.0" and settings.store.url.startswith("redis://")
         assert [(port["name"], port["containerPort"]) for port in main["ports"]] == [("http", settings.serve.port)]
         assert Path(environ["FRAUD_API_KEYS_FILE"]) == Path(mounts["api-keys"], "api-keys")
@@ -535,7 +574,9 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
         environ, spec, main = declared_environment(template), template["spec"], container(template)
         settings, others = declared_settings(template, objects, tmp_path)
         stream = settings.stream
-        assert others == {"FRAUD_ROOT"} | ({"FRAUD_KAFKA_USER", "FRAUD_KAFKA_PASSWORD"} if production else set())
+        follows = name == FOLLOWER
+        account = {"FRAUD_KAFKA_USER", "FRAUD_KAFKA_PASSWORD"} if production else set()
+        assert others == {"FRAUD_ROOT"} | account | (OF_CASES if follows else set())
         options = client_options(stream, environ)
         if production:
             assert (options["security_protocol"], options["sasl_mechanism"], options["sasl_plain_username"]) == (
@@ -549,17 +590,22 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
             )
         else:
             assert set(stream.bootstrap_servers) <= services and stream.replication == 1
-        assert settings.store.url.startswith("redis://") and not stream.via  # many share it
+        assert not stream.via  # many share the store
+        if follows:
+            assert "FRAUD_STORE_URL" not in environ  # no password of what it never asks
+            assert (settings.cases.url, settings.cases.labels) == (SECRET_VALUES["fraud-cases", "url"], "topic")
+        else:
+            assert settings.store.url.startswith("redis://")
         assert stream.host == "0.0.0.0" and [(port["name"], port["containerPort"]) for port in main["ports"]] == [
             ("metrics", stream.port)
         ]
         assert main["command"] == [
             "python",
             "-m",
-            "fraud_pkg.stream.worker",
+            f"fraud_pkg.stream.{'case_follow' if follows else 'worker'}",
             *(["labels"] if name.endswith("labels") else []),
         ]
-        if name == "fraud-stream":
+        if name != "fraud-stream-labels":
             mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
             assert settings.serve.bundle == ("s3://BUCKET/champion" if production else f"{mounts['models']}/champion")
         else:
@@ -667,6 +713,28 @@ def test_redis_as_declared(render, tmp_path):
         assert not any(store().record(events))  # it knows them all
 
 
+@every_overlay
+def test_database_of_cases_as_declared(render, overlay, components):
+    """The address in the Secret is that of the Service, and the user and the database are those that are made."""
+    objects = render(overlay, components)
+    if "fraud-postgres" not in workloads(objects):
+        assert overlay != "overlays/minikube"
+        return
+    environ, main = (
+        declared_environment(workloads(objects)["fraud-postgres"]),
+        container(workloads(objects)["fraud-postgres"]),
+    )
+    address = make_url(SECRET_VALUES["fraud-cases", "url"])
+    [service] = [item for item in of_kind(objects, "Service") if item["metadata"]["name"] == address.host]
+    assert [port["port"] for port in service["spec"]["ports"]] == [address.port]
+    assert (environ["POSTGRES_USER"], environ["POSTGRES_DB"]) == (address.username, address.database)
+    assert address.password is None and environ["POSTGRES_PASSWORD"] == SECRET_VALUES["fraud-cases", "password"]
+    composed = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["postgres"]
+    assert main["image"].endswith("/" + composed["image"])
+    [data] = [mount["mountPath"] for mount in main["volumeMounts"] if mount["name"] == "data"]
+    assert environ["PGDATA"] == composed["environment"]["PGDATA"] and Path(environ["PGDATA"]).parent == Path(data)
+
+
 def moved(text: str, places: dict[str, str]) -> str:
     """The text with what is declared replaced by where it is here; each of these occurs."""
     assert all(place in text for place in places), text
@@ -739,20 +807,22 @@ def broker_as_declared(objects, folder: Path) -> Iterator[str]:
 
 
 def test_stream_as_declared(render, tmp_path):
-    """Both consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding
+    """All consumers with their declared commands and variables, and none of this machine's: ready, alive, deciding
     what is sent, with the shared store, and ended by SIGTERM.
     """
     objects = render("overlays/minikube")
     example_bundle(tmp_path / "models/champion")
     with contextlib.ExitStack() as running:
-        store, broker = (
+        store, broker, cases = (
             running.enter_context(servers.redis(tmp_path)),
             running.enter_context(broker_as_declared(objects, tmp_path)),
+            running.enter_context(servers.postgres(tmp_path)),
         )
+        secrets = SECRET_VALUES | {("fraud-store", "url"): store, ("fraud-cases", "url"): cases}
         processes, urls = {}, {}
         for name, template in consumers(objects).items():
             port, settings = servers.free_port(), declared_settings(template, objects, tmp_path)[0]
-            environ = declared_environment(template, {("fraud-store", "url"): store})
+            environ = declared_environment(template, secrets)
             environ |= {
                 "FRAUD_ROOT": str(tmp_path),
                 "FRAUD_STREAM_HOST": servers.HOST,
@@ -787,6 +857,8 @@ def test_stream_as_declared(render, tmp_path):
             ),
             10,
         )
+        # The example's model blocks it: a case for the record, which the follower makes of the decision.
+        servers.until(lambda: cases_of(cases) == [EXAMPLE["transaction_id"]], 15)
         found = open_store(store, RETENTION, 1).read([], [], [EXAMPLE["transaction_id"]])
         assert found.recorded.keys() == {EXAMPLE["transaction_id"]}
         for name, process in processes.items():
@@ -979,6 +1051,8 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert {name: set(secret["stringData"]) for name, secret in secrets.items()} == MINIKUBE_SECRETS
     for secret in secrets.values():
         kubernetes_validate.validate(secret, VERSION, strict=True)
+    cases = secrets["fraud-cases"]["stringData"]
+    assert cases["url"] == SECRET_VALUES["fraud-cases", "url"] and len(cases["password"]) == 48
     store = secrets["fraud-store"]["stringData"]
     assert store["url"] == f"redis://:{store['password']}@fraud-redis:6379/0" and len(store["password"]) == 48
     (tmp_path / "keys").write_text(secrets["fraud-api-keys"]["stringData"]["api-keys"])
@@ -994,10 +1068,11 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
         "FRAUD_SERVE_PORT": str(port),
         "FRAUD_SERVE_BUNDLE": str(here / "node/champion"),
         "FRAUD_SERVE_RELOAD_SECONDS": "0.1",
+        "FRAUD_CASES_URL": "",
         "FRAUD_API_KEYS_FILE": str(tmp_path / "keys"),
     }
     with servers.running(
-        [sys.executable, "-m", "fraud_pkg.serve.api"],
+        [sys.executable, "-m", "fraud_pkg.serve.server"],
         lambda: servers.status(f"http://{servers.HOST}:{port}/readyz") == 200,
         tmp_path / "api.log",
         env=environ,
@@ -1017,7 +1092,7 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in MINIKUBE_SECRETS} == secrets
     said = done.stdout + done.stderr
     assert (
-        not any(value in said for value in (key.decode(), store["password"]))
+        not any(value in said for value in (key.decode(), store["password"], cases["password"]))
         and "Again, and from your own programs" in said
     )
 

@@ -277,8 +277,14 @@ def fraud(folder: Path, *arguments: str, **overrides) -> Iterator[int]:
 def bad_monitor(folder: Path, pushgateway: str) -> None:
     """A look of the monitor that asks for a new model, pushed as `fraud watch` pushes it."""
     checks = [
-        CheckSummary(check=name, judged=5, bad=3, needed=3, alarm=True, value=0.3, threshold=0.2, by_chance=0.01)
-        for name in ("features", "score", "recall", "precision")
+        CheckSummary(
+            check=name, judged=5, bad=3, needed=3, alarm=True, value=0.3, threshold=0.2, by_chance=0.01, **more
+        )
+        for more, names in (
+            ({}, ("features", "score")),
+            ({"shortfall": 4.0, "alarm_from": 3.0}, ("recall", "precision")),
+        )
+        for name in names
     ]
     nothing = CheckResult(value=None, threshold=None, bad=None, rows=0)
     window = JudgedWindow(

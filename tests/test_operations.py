@@ -95,9 +95,11 @@ def test_ready_means_that_the_next_payment_can_be_recorded(tmp_path):
     assert "not ready: " in log and "maxmemory-policy = allkeys-lru: it would forget accounts one by one" in log
 
 
-def said_at_start(folder: Path, module: str = "fraud_pkg.serve.api", **overrides) -> str:
+def said_at_start(folder: Path, module: str = "fraud_pkg.serve.server", **overrides) -> str:
     """The last line of a process that must end by itself with an error."""
-    given = {"serve.port": servers.free_port(), "serve.bundle": folder / "champion"} | servers.named(overrides)
+    given = {"serve.port": servers.free_port(), "serve.bundle": folder / "champion", "cases.url": ""} | servers.named(
+        overrides
+    )
     done = subprocess.run(
         [sys.executable, "-m", module],
         env=servers.environment(given, PROJECT),
@@ -109,7 +111,7 @@ def said_at_start(folder: Path, module: str = "fraud_pkg.serve.api", **overrides
     return done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["fraud_pkg.serve.api", "fraud_pkg.stream.worker"])
+@pytest.mark.parametrize("module", ["fraud_pkg.serve.server", "fraud_pkg.stream.worker"])
 def test_a_redis_that_would_lose_histories_is_refused_at_start(tmp_path, module, request):
     """One that evicts, a cluster, a Sentinel's address: each with the reason and the way."""
     overrides = {}
@@ -117,7 +119,8 @@ def test_a_redis_that_would_lose_histories_is_refused_at_start(tmp_path, module,
         overrides["stream.bootstrap_servers"] = request.getfixturevalue("broker")
     with servers.redis(tmp_path, options=["--maxmemory-policy", "allkeys-lru"]) as store:
         assert "expected noeviction" in said_at_start(tmp_path, module, store__url=store, **overrides)
-    with servers.redis(tmp_path, options=["--cluster-enabled", "yes"]) as store:
+    bus = str(servers.free_port())  # by default ten thousand above the port, which may be no port at all
+    with servers.redis(tmp_path, options=["--cluster-enabled", "yes", "--cluster-port", bus]) as store:
         assert "expected one primary" in said_at_start(tmp_path, module, store__url=store, **overrides)
     for address in ("redis+sentinel://:secret@127.0.0.1:26379/main", "redis://:se/cret@127.0.0.1:1/0"):
         said = said_at_start(tmp_path, module, store__url=address, **overrides)

@@ -202,7 +202,7 @@ def made_features(project: Workspace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def month(workspace) -> Path:
+def month(workspace, no_pictures) -> Path:
     """A simulated month, with six entities and eight attributes, and its features by Spark."""
     project = workspace(simulate__rows=12_000, simulate__days=31, features__label_delay="1d", features__engine="spark")
     acquire(settings_of(project))
@@ -211,8 +211,10 @@ def month(workspace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def paysim(workspace) -> Path:
-    """The head of the public PaySim log. The local engine's files are Spark's, byte for byte (test_pipeline)."""
+def paysim(workspace, no_pictures) -> Path:
+    """The head of the public PaySim log; half of it is replayed. The local engine's files are Spark's, byte for byte
+    (test_pipeline).
+    """
     source = shared("paysim_head.csv")
     return made_features(workspace(data__source=source, features__label_delay="1d", features__engine="local"))
 
@@ -270,7 +272,7 @@ def aws_table(tmp_path, monkeypatch) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def quiet_month(workspace) -> Path:
+def quiet_month(workspace, no_pictures) -> Path:
     """A month with fewer transactions: the emulator of DynamoDB takes ten milliseconds for each."""
     return made_features(
         workspace(
@@ -290,13 +292,13 @@ def test_dynamodb(quiet_month, aws_table):
 
 @pytest.mark.external
 def test_paysim_memory(paysim):
-    check_log(paysim, 19_999, PAYSIM, "memory://", 1)
+    check_log(paysim, 10_000, PAYSIM, "memory://", 1)
 
 
 @pytest.mark.external
 def test_paysim_redis(paysim, tmp_path):
     with servers.redis(tmp_path) as url:
-        check_log(paysim, 19_999, PAYSIM, url, 100)
+        check_log(paysim, 10_000, PAYSIM, url, 100)
 
 
 @pytest.mark.long(reason="the emulator of DynamoDB takes ten milliseconds a transaction")

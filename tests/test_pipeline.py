@@ -54,15 +54,14 @@ def test_engines_and_repetition_give_the_same_champion(finished, workspace):
 
 
 def test_changed_training_does_not_touch_features(finished):
+    """Nor the contender that it does not concern."""
     before = finished.json("data/features/manifest.json")
-    finished.fraud(
-        "run", "--job", "promote", train__seed=8, train__ablation="false", xgboost__rounds=20, tensorflow__epochs=1
-    )
+    finished.fraud("run", "--job", "promote", train__ablation="false", xgboost__rounds=20)
     assert finished.states() == {
         "acquire": "cached",
         "features": "cached",
         "train_xgboost": "done",
-        "train_tensorflow": "done",
+        "train_tensorflow": "cached",
         "blend": "done",
         "promote": "done",
         "monitor": "not run",

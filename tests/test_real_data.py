@@ -56,7 +56,7 @@ def test_paysim_head(workspace):
         split__test_hours=2,
         split__validation_hours=1,
         gate__min_average_precision=0.01,
-        tensorflow__epochs=1,
+        train__contenders="xgboost",
         train__ablation=False,
     )
     space.fraud("run")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, browser, visit  # noqa: F401
 
-from fraud_pkg.core.cost import Payments, expected_cost, money_saved, solve_prices
+from fraud_pkg.core.cost import Payments, expected_cost, money_saved, solve_prices, with_budget
 from fraud_pkg.core.policy import DECISIONS, Policy, decide
 from fraud_pkg.core.sections import Decision
 from fraud_pkg.core.settings import load_settings
@@ -193,13 +193,16 @@ def what_if_site(folder: Path, tried: WhatIf) -> str:
     return (folder / "what_if.html").as_uri()
 
 
-def test_the_script_finds_the_prices_that_python_finds(browser, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
+def test_the_script_finds_the_prices_that_python_finds(browser, tmp_path, segmented):  # noqa: F811
     """Of many budgets, limits and costs, on payments that all stay single; and counts the same."""
     rng = np.random.default_rng(19)
     p = 1 / (1 + np.exp(6 - 2.5 * rng.normal(size=3000)))
     y, amount = (rng.random(3000) < p).astype(np.int8), rng.lognormal(5, 1, 3000).round(2)
-    own = Policy(**Decision().model_dump(), review_price=7, block_price=70)
-    cells = payment_cells(p, amount, y, own, days=10)
+    shops = rng.choice(np.array(["5411", "online", "street", None], object), 3000) if segmented else None
+    by_shop = {"segment": "shop", "segment_budgets": {"online": 2, "5411": 0.0008}} if segmented else {}
+    own = Policy(**Decision(**by_shop).model_dump(), review_price=7, block_price=70)
+    cells = payment_cells(p, amount, y, own, 10, shops)
     tried = WhatIf(
         version="v", policy=own, choices=choices(own), validation=cells, test=cells, served=outcome(cells, own)
     )
@@ -213,12 +216,14 @@ def test_the_script_finds_the_prices_that_python_finds(browser, tmp_path):  # no
                 alert_budget=rng.choice([0, 0.002, 0.01, 1, 6, 500]),
                 max_false_block_rate=rng.choice([0, 0.001, 0.01, 1]),
                 least_review=rng.choice([0, 0, 100]),
-            )
-            policy = solve_prices(Payments(p, amount, 10, y), decision)
+            ).model_copy(update=by_shop)  # settings would refuse a segment's budget beyond that of all, sliders cannot
+            payments = Payments(p, amount, 10, y, shops)
+            policy = solve_prices(payments, with_budget(decision, payments, decision.alert_budget))
             found = seen.page.evaluate("(policy) => whatIf.solve(policy)", {**asdict(own), **decision.model_dump()})
             assert (found["review_price"], found["block_price"]) == (policy.review_price, policy.block_price), decision
+            assert found["segment_prices"] == policy.segment_prices, decision
             counted_there = seen.page.evaluate("(policy) => whatIf.outcome(policy)", found)
-            taken = decide(p, amount, policy).decisions
+            taken = decide(p, amount, policy, shops).decisions
             assert counted_there["honest"] == [((taken == i) & (y == 0)).sum() for i in range(3)], decision
             assert counted_there["cost"] == pytest.approx(expected_cost(y, amount, taken, decision), rel=1e-9), decision
 

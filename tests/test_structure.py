@@ -1,4 +1,6 @@
-"""The house in wings: who may import whom, what a decision loads, and which stages a change reruns."""
+"""The house in wings: who may import whom, what a decision loads, which stages a change reruns, and how long notebooks,
+cells and lines may be.
+"""
 
 import ast
 import graphlib
@@ -6,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +33,8 @@ WINGS = (
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name, such as serve.scorer."""
-    files = [file for file in PACKAGE.rglob("*.py") if not file.name.startswith("_")]
+    """Every module of the package by its dotted name, such as serve.scorer; an empty `__init__` is none."""
+    files = [file for file in PACKAGE.glob("*/*.py") if file.stat().st_size]
     return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in files}
 
 
@@ -73,8 +76,8 @@ def wing(name: str) -> int:
 
 
 def test_every_module_is_a_numbered_notebook_of_a_wing():
-    assert set(numbers()) | {"cli"} == set(modules())
-    for place in WINGS[:-1]:
+    assert set(numbers()) == set(modules())
+    for place in WINGS:
         own = sorted(number for name, number in numbers().items() if name.startswith(f"{place}."))
         assert own == list(range(len(own))), place
 
@@ -85,7 +88,7 @@ def test_no_wing_imports_a_wing_below_it(arrows):
 
 
 def test_inside_a_wing_only_lower_numbers_are_imported(arrows):
-    number = numbers() | {"cli": 0}
+    number = numbers()
     wrong = [
         f"{name} -> {other}"
         for name, others in arrows.items()
@@ -122,3 +125,57 @@ def test_a_change_of_what_serves_reruns_no_feature_and_no_training(changed):
     assert {"acquire", "features", "train_xgboost", "train_tensorflow"} <= stages.keys()
     naming = {name for name, body in stages.items() if f"- fraud_pkg/{changed}\n" in body}
     assert naming.isdisjoint({"acquire", "features", "train_xgboost", "train_tensorflow"})
+
+
+CELLS, CODE_LINES, LINE = 75, 40, 120
+# Code cells of more than CODE_LINES lines, which are honest as one. The list may only shrink.
+LONG = {
+    ("core/11_names.ipynb", "2ba00da6"): "a table: the names of columns in many languages",
+    ("serve/07_metrics.ipynb", "322470b9"): "a table: the metrics of the service",
+    ("stream/03_consumer.ipynb", "eef97ba2"): "a reader's two calls share all of its state",
+    ("train/00_samples.ipynb", "4cad7faa"): "a table: the columns of a sample, and what is asked of them",
+}
+
+
+def cells() -> Iterator[tuple[str, dict, list[str]]]:
+    """Notebook, cell and lines of every cell: those of nbs/ by their path there, the jobs'."""
+    for folder in (PROJECT / "nbs", PROJECT / "jobs"):
+        for file in sorted(folder.rglob("*.ipynb")):
+            if ".ipynb_checkpoints" not in file.parts:
+                for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+                    yield file.relative_to(folder).as_posix(), cell, "".join(cell["source"]).splitlines()
+
+
+def prose(lines: list[str]) -> Iterator[str]:
+    """The lines of Markdown that could be broken: no row of a table, no block of code or of output."""
+    fenced = False
+    for line in lines:
+        fence = line.lstrip().startswith("```")
+        fenced ^= fence
+        if not (fence or fenced or line.startswith("|")):
+            yield line
+
+
+def test_notebooks_are_short():
+    counts = Counter(notebook for notebook, _, _ in cells())
+    assert not {notebook: count for notebook, count in counts.items() if count > CELLS}
+
+
+def test_code_cells_are_short():
+    long = {
+        (notebook, cell["id"])
+        for notebook, cell, lines in cells()
+        if cell["cell_type"] == "code" and len(lines) > CODE_LINES
+    }
+    assert long - LONG.keys() == set(), "more than 40 lines: into two thoughts"
+    assert LONG.keys() - long == set(), "short now: out of the list"
+
+
+def test_lines_are_short():
+    wide = [
+        f"{notebook}, cell {cell['id']}: {line[:60]}..."
+        for notebook, cell, lines in cells()
+        for line in (prose(lines) if cell["cell_type"] == "markdown" else lines)
+        if len(line) > LINE
+    ]
+    assert not wide

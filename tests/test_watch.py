@@ -12,7 +12,7 @@ from fraud_pkg.data.acquire import acquire
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.features.table import build_features
 from fraud_pkg.train.samples import Period, learn_words, load_sample, split_periods
-from fraud_pkg.monitor.live import DecisionWindow, JudgedWindow, Reference, chance, count_bad, judge_window
+from fraud_pkg.monitor.live import DecisionWindow, JudgedWindow, Reference, chance, judge_window, sum_up
 from fraud_pkg.model.bakeoff import evaluate_contender
 from fraud_pkg.train.samples import Periods
 from fraud_pkg.core.settings import load_settings
@@ -23,7 +23,7 @@ LEARNED, WATCHED = 90, 200  # days
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory) -> tuple[list[JudgedWindow], Reference]:
+def judged(tmp_path_factory, no_pictures) -> tuple[list[JudgedWindow], Reference]:
     """Daily windows after a champion's test period, in a world without drift."""
     given = {
         "simulate.rows": 1500 * (LEARNED + WATCHED),
@@ -76,5 +76,5 @@ def test_alarms_are_rarer_still(judged):
     """k of n: at most two days in a hundred have an alarm of any check."""
     windows, reference = judged
     looks = [windows[max(0, i + 1 - reference.monitor.of_windows) : i + 1] for i in range(WATCHED)]
-    alarms = sum(any(count_bad(look, check, reference.monitor).alarm for check in reference.checks) for look in looks)
+    alarms = sum(any(sum_up(look, check).alarm for check in reference.checks.values()) for look in looks)
     assert alarms <= 0.02 * WATCHED, alarms

@@ -305,6 +305,7 @@ class Gate(Section):
     max_over_limits: float = Field(3, ge=1, allow_inf_nan=False)
     max_score_drift: NotNegative = 0.25
     confidence: float = Field(0.95, gt=0.5, lt=1)
+    confidence_after_alarm: float = Field(0.8, gt=0.5, lt=1)
 
 # %% ../../nbs/core/03_sections.ipynb #e3d8f09a
 class Registry(Section):

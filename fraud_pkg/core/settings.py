@@ -86,6 +86,17 @@ def declared_contract(values: SettingValues) -> Contract:
     declared = (tuple(attributes.items()), tuple(entities.items()))
     return _contract_of(*declared, values.features.windows, values.features.label_delay)
 
+# %% ../../nbs/core/04_settings.ipynb #9b36b7f1
+def _bundle_location(settings: "Settings", key: str, location: str) -> Path | str:
+    "A folder or URL of `[serve]`; `registry://ALIAS` with server and model filled in from `[registry]`."
+    if not location.startswith("registry://"):
+        return location if "://" in location else settings.root / location
+    server = settings.registry.tracking_uri
+    if not server.startswith(("http://", "https://")):
+        raise SettingsError(f"[serve] {key} = {location}: expected [registry] tracking_uri to be an MLflow server "
+                            f"such as http://localhost:5000, and it is {server}")
+    return f"{server.rstrip('/')}#{settings.registry.model}@{location.removeprefix('registry://')}"
+
 # %% ../../nbs/core/04_settings.ipynb #9c81f849
 class Settings(SettingValues):
     "The values in force, the project's root, and where each value comes from."
@@ -104,9 +115,9 @@ class Settings(SettingValues):
     @property
     def reports_dir(self) -> Path: return self.root / self.paths.reports
     @property
-    def shadow_place(self) -> Path | str: return self._bundle_location("shadow", self.serve.shadow)
+    def shadow_place(self) -> Path | str: return _bundle_location(self, "shadow", self.serve.shadow)
     @property
-    def bundle_place(self) -> Path | str: return self._bundle_location("bundle", self.serve.bundle)
+    def bundle_place(self) -> Path | str: return _bundle_location(self, "bundle", self.serve.bundle)
 
     @property
     def rules_place(self) -> Path | str:
@@ -116,16 +127,6 @@ class Settings(SettingValues):
 
     @property
     def changes_file(self) -> Path: return self.root / self.rules.changes
-
-    def _bundle_location(self, key: str, location: str) -> Path | str:
-        "A folder or URL of `[serve]`; `registry://ALIAS` with server and model filled in from `[registry]`."
-        if not location.startswith("registry://"):
-            return location if "://" in location else self.root / location
-        server = self.registry.tracking_uri
-        if not server.startswith(("http://", "https://")):
-            raise SettingsError(f"[serve] {key} = {location}: expected [registry] tracking_uri to be an MLflow server "
-                                f"such as http://localhost:5000, and it is {server}")
-        return f"{server.rstrip('/')}#{self.registry.model}@{location.removeprefix('registry://')}"
 
     def section_dict(self, name: str) -> dict[str, Any]:
         "The values of section `name` as JSON has them."

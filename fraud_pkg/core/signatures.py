@@ -161,6 +161,39 @@ def trusted_keys(settings: Settings) -> tuple[TrustedKey, ...]:
             raise SettingsError(f"[trust] keys: a {attribute} stands there twice")
     return keys
 
+# %% ../../nbs/core/15_signatures.ipynb #e35c95bc
+def _kept_sequence(state: Path | None) -> int:
+    "The highest sequence that was taken, as `state` keeps it; 0 where there is none."
+    try:
+        return int(state.read_text()) if state and state.exists() else 0
+    except (OSError, ValueError) as error:
+        raise SignatureError(f"{state}: expected a sequence, of [trust] state") from error
+
+def _check_trust(
+    signature: Signature,
+    keys: Mapping[str, TrustedKey],  # by their public half
+    purposes: Sequence[str],
+    place: str,                      # named in errors
+) -> None:
+    "Raises `SignatureError` unless the signature is for one of the purposes, by a key that is trusted today."
+    key = keys.get(signature.key)
+    if key is None:
+        raise SignatureError(f"{place}: signed by {signature.key[:16]}..., which [trust] keys does not name")
+    if key.until and datetime.now(UTC).date() > key.until:
+        raise SignatureError(f"{place}: signed by {key.name}, which was trusted until {key.until}")
+    if signature.purpose not in purposes:
+        raise SignatureError(f"{place}: signed as {signature.purpose}; expected {' or '.join(purposes)}")
+
+def _check_value(signature: Signature, content: bytes, place: str) -> None:
+    "Raises `SignatureError` unless the signature is one of this content."
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    try:
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.key))
+        public.verify(signature.value, signature.head + content)
+    except (InvalidSignature, ValueError) as error:
+        raise SignatureError(f"{place}: its signature does not fit: it was changed after it was signed") from error
+
 # %% ../../nbs/core/15_signatures.ipynb #876df276
 class Verifier:
     "Takes what trusted keys have signed for one of some purposes."
@@ -175,23 +208,7 @@ class Verifier:
     ):
         self.keys = {key.public: key for key in keys}
         self.purposes, self.state, self.remembers = purposes, state, remembers
-        self.least = max(least, self._kept())
-
-    def _kept(self) -> int:
-        try:
-            return int(self.state.read_text()) if self.state and self.state.exists() else 0
-        except (OSError, ValueError) as error:
-            raise SignatureError(f"{self.state}: expected a sequence, of [trust] state") from error
-
-    def _trusted(self, signature: Signature, place: str) -> None:
-        "Raises `SignatureError` unless the signature is for this purpose, by a key that is trusted today."
-        key = self.keys.get(signature.key)
-        if key is None:
-            raise SignatureError(f"{place}: signed by {signature.key[:16]}..., which [trust] keys does not name")
-        if key.until and datetime.now(UTC).date() > key.until:
-            raise SignatureError(f"{place}: signed by {key.name}, which was trusted until {key.until}")
-        if signature.purpose not in self.purposes:
-            raise SignatureError(f"{place}: signed as {signature.purpose}; expected {' or '.join(self.purposes)}")
+        self.least = max(least, _kept_sequence(state))
 
     def verify(
         self,
@@ -200,18 +217,11 @@ class Verifier:
         place: str,          # named in errors
     ) -> Signature:
         "The signature of `content`; raises `SignatureError` unless it is good."
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
         if text is None:
             raise SignatureError(f"{place}: not signed; expected a signature by a key of [trust] keys")
         signature = read_signature(text, place)
-        self._trusted(signature, place)
-        try:
-            Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.key)).verify(
-                signature.value, signature.head + content)
-        except (InvalidSignature, ValueError) as error:
-            raise SignatureError(f"{place}: its signature does not fit: it was changed after it was signed") from error
+        _check_trust(signature, self.keys, self.purposes, place)
+        _check_value(signature, content, place)
         self._keep(signature.sequence, place)
         return signature
 

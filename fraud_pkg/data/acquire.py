@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['REFUND', 'ASIDE', 'Rates', 'QUARANTINE_COLUMNS', 'FAR', 'SAMPLE', 'HINTS', 'check_names', 'read_rates', 'Batch',
            'check_batch', 'quarantine_table', 'count_reasons', 'Checked', 'plan_source', 'check_source', 'Staged',
-           'stage', 'settled', 'finish', 'write_raw', 'Appended', 'append_decisions', 'currency_note', 'acquire',
-           'Preview', 'preview']
+           'stage', 'settled', 'finish', 'write_raw', 'currency_note', 'acquire', 'Preview', 'preview']
 
 # %% ../../nbs/data/14_acquire.ipynb #9bab9229
 import contextlib
@@ -16,10 +15,9 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +36,7 @@ from fraud_pkg.data.columns import (
     read_columns, settle_plan,
 )
 from .formats import check_span
-from fraud_pkg.data.lake import (
-    OUTCOME_COLUMNS, lake_outcomes, newest_step, read_decisions, read_labels, training_columns,
-)
+from .lake import append_decisions
 from fraud_pkg.data.order import (
     ROW_GROUP, Chunks, Fingerprint, count_days, count_different, repeated_rows, sample_accounts, sort_file, usual_days,
 )
@@ -579,66 +575,6 @@ def _too_many(source: Source, staged: Staged, settings: Settings, *, look: bool 
         f"{source.name}: {count:,} of {staged.rows:,} rows ({share:.2%}) break the contract, "
         f"[data] max_quarantined is {limit:.2%}: {reasons}{hints}"
         + ("" if look else f"; see {public_name(folder / 'refused.parquet', settings.root)}"))
-
-# %% ../../nbs/data/14_acquire.ipynb #d687e976
-def _labelled(live: pa.Table, frauds: pa.Array, contract: Contract, lake: str) -> pa.Table:
-    "Decisions as payments under the contract; fraud where the id is among `frauds`."
-    columns = {name: live[column] for name, column in training_columns(contract).items()}
-    columns |= {name: live[name] for name in ("transaction_id", "time")}
-    columns["is_fraud"] = pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())
-    columns["amount"] = live["cents"].to_numpy() / 100
-    table, broken = check_table(pa.table(columns), contract)
-    if broken:
-        reason = next(iter(broken))
-        raise FraudError(f"{lake}: decisions that break the contract ({reason}); was it written by this sink?")
-    return table
-
-# %% ../../nbs/data/14_acquire.ipynb #f384bf4c
-class Appended(NamedTuple):
-    "The source's payments and those of the lake."
-    chunks: Chunks
-    taken: dict | None          # what was taken from the lake; None without one
-    outcomes: pa.Table | None   # transaction_id, weight, control of what does not count once; None: all count once
-
-def _weighed(rows: pa.Table, labels: Mapping[str, bool], most: float) -> pa.Table | None:
-    "Which decisions count more or less than once, and which are the control group; None without one."
-    outcomes = lake_outcomes(rows, labels, most)
-    weight, control = outcomes.weights(), outcomes.control > 0
-    if not control.any():
-        return None
-    table = pa.table({"transaction_id": rows["transaction_id"], "weight": weight, "control": control})
-    return table.filter(pa.array(control | (weight != 1)))
-
-def append_decisions(chunks: Chunks, settings: Settings) -> Appended:
-    """The chunks, then the lake's payments that are old enough to be labelled.
-
-    From their first second on they replace the source's own."""
-    lake, contract = settings.data.decisions, settings.contract
-    if not lake:
-        return Appended(chunks, None, None)
-    folder = settings.root / lake
-    end = newest_step(folder) - 24 * contract.label_delay + 1
-    live = read_decisions(folder, ["transaction_id", "time", "cents"], end_step=end, contract=contract,
-                          optional=[*training_columns(contract).values(), *OUTCOME_COLUMNS])
-    first = live["time"][0].as_py()
-    known, replaced = np.zeros(len(live), bool), 0
-    for chunk in chunks():
-        kept = chunk.filter(pc.less(chunk["time"], first))
-        replaced += len(chunk) - len(kept)
-        known |= np.asarray(pc.is_in(live["transaction_id"], value_set=kept["transaction_id"].combine_chunks()))
-    labels, new = read_labels(folder), live.filter(pa.array(~known))
-    frauds = pa.array([number for number, fraud in labels.items() if fraud], pa.string())
-    labelled = _labelled(new, frauds, contract, lake)
-    outcomes = _weighed(new, labels, settings.decision.control_most)
-
-    def longer() -> Iterator[pa.Table]:
-        yield from (chunk.filter(pc.less(chunk["time"], first)) for chunk in chunks())
-        yield labelled
-
-    taken = {"folder": lake, "first_step": first // HOUR, "last_step": live["time"][-1].as_py() // HOUR,
-             "rows": len(labelled), "repeated": int(known.sum()), "frauds": pc.sum(labelled["is_fraud"]).as_py() or 0,
-             "replaced": replaced, "control": pc.sum(outcomes["control"]).as_py() if outcomes else 0}
-    return Appended(longer, taken, outcomes)
 
 # %% ../../nbs/data/14_acquire.ipynb #4d2d63cc
 def currency_note(

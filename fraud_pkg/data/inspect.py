@@ -116,7 +116,6 @@ class ColumnFacts:
     high: float = float("nan")
     whole: bool = False         # whether all numbers are
     counter: bool = False       # whether it goes up by one from row to row
-
     @property
     def missing(self) -> float:
         "Share of rows without a value."

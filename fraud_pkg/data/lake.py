@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ARROW_TYPES', 'RECORD_COLUMNS', 'OUTCOME_COLUMNS', 'arrow_schema', 'payment_columns', 'training_columns',
            'decision_schema', 'label_table', 'decision_table', 'NoDecisions', 'read_decisions', 'newest_step',
-           'read_labels', 'lake_outcomes']
+           'read_labels', 'lake_outcomes', 'Appended', 'append_decisions']
 
 # %% ../../nbs/data/12_lake.ipynb #9018c0b7
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from ..core.checks import check_table
 from ..core.contract import HOUR, Contract, raw_columns
 from ..core.control import Outcomes
 from ..core.errors import FraudError, one_line
@@ -24,6 +26,7 @@ from ..core.policy import DECISIONS
 from fraud_pkg.core.record import (
     Control, Kind, LabelRecord, ScoredRecord, Shadow, Source, field_kinds, payment_model, record_model,
 )
+from ..core.settings import Settings
 from ..features.definitions import feature_names
 
 # %% ../../nbs/data/12_lake.ipynb #b1a89ea1
@@ -223,3 +226,71 @@ def lake_outcomes(
         known=np.array([fraud is not None for fraud in known], bool),
         fraud=np.array([bool(fraud) for fraud in known], bool),
     )
+
+# %% ../../nbs/data/12_lake.ipynb #d687e976
+def _labelled(live: pa.Table, frauds: pa.Array, contract: Contract, lake: str) -> pa.Table:
+    "Decisions as payments under the contract; fraud where the id is among `frauds`."
+    columns = {name: live[column] for name, column in training_columns(contract).items()}
+    columns |= {name: live[name] for name in ("transaction_id", "time")}
+    columns["is_fraud"] = pc.is_in(live["transaction_id"], value_set=frauds).cast(pa.int8())
+    columns["amount"] = live["cents"].to_numpy() / 100
+    table, broken = check_table(pa.table(columns), contract)
+    if broken:
+        reason = next(iter(broken))
+        raise FraudError(f"{lake}: decisions that break the contract ({reason}); was it written by this sink?")
+    return table
+
+# %% ../../nbs/data/12_lake.ipynb #f384bf4c
+_Chunks = Callable[[], Iterator[pa.Table]]  # consecutive rows, from the first on (`data.order.Chunks`)
+
+class Appended(NamedTuple):
+    "The source's payments and those of the lake."
+    chunks: _Chunks
+    taken: dict | None          # what was taken from the lake; None without one
+    outcomes: pa.Table | None   # transaction_id, weight, control of what does not count once; None: all count once
+
+def _weighed(rows: pa.Table, labels: Mapping[str, bool], most: float) -> pa.Table | None:
+    "Which decisions count more or less than once, and which are the control group; None without one."
+    outcomes = lake_outcomes(rows, labels, most)
+    weight, control = outcomes.weights(), outcomes.control > 0
+    if not control.any():
+        return None
+    table = pa.table({"transaction_id": rows["transaction_id"], "weight": weight, "control": control})
+    return table.filter(pa.array(control | (weight != 1)))
+
+def _overlap(chunks: _Chunks, live: pa.Table, first: int) -> tuple[np.ndarray, int]:
+    "Which of the lake's payments the source has before `first`: [n] bool; and how many of the source's come later."
+    known, later = np.zeros(len(live), bool), 0
+    for chunk in chunks():
+        kept = chunk.filter(pc.less(chunk["time"], first))
+        later += len(chunk) - len(kept)
+        known |= np.asarray(pc.is_in(live["transaction_id"], value_set=kept["transaction_id"].combine_chunks()))
+    return known, later
+
+# %% ../../nbs/data/12_lake.ipynb #ba7bff4a
+def append_decisions(chunks: _Chunks, settings: Settings) -> Appended:
+    """The chunks, then the lake's payments that are old enough to be labelled.
+
+    From their first second on they replace the source's own."""
+    lake, contract = settings.data.decisions, settings.contract
+    if not lake:
+        return Appended(chunks, None, None)
+    folder = settings.root / lake
+    end = newest_step(folder) - 24 * contract.label_delay + 1
+    live = read_decisions(folder, ["transaction_id", "time", "cents"], end_step=end, contract=contract,
+                          optional=[*training_columns(contract).values(), *OUTCOME_COLUMNS])
+    first = live["time"][0].as_py()
+    known, replaced = _overlap(chunks, live, first)
+    labels, new = read_labels(folder), live.filter(pa.array(~known))
+    frauds = pa.array([number for number, fraud in labels.items() if fraud], pa.string())
+    labelled = _labelled(new, frauds, contract, lake)
+    outcomes = _weighed(new, labels, settings.decision.control_most)
+
+    def longer() -> Iterator[pa.Table]:
+        yield from (chunk.filter(pc.less(chunk["time"], first)) for chunk in chunks())
+        yield labelled
+
+    taken = {"folder": lake, "first_step": first // HOUR, "last_step": live["time"][-1].as_py() // HOUR,
+             "rows": len(labelled), "repeated": int(known.sum()), "frauds": pc.sum(labelled["is_fraud"]).as_py() or 0,
+             "replaced": replaced, "control": pc.sum(outcomes["control"]).as_py() if outcomes else 0}
+    return Appended(longer, taken, outcomes)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Columns', 'Totals', 'NOTHING', 'EMPTY', 'online_core', 'online_age', 'Tiles', 'Span', 'window_spans', 'label_span',
-           'Spans', 'online_kilometres', 'HistoryColumns', 'HistoriesTogether', 'tile_columns', 'window_totals',
-           'HistoryAlone', 'OnlineHistories']
+           'Spans', 'online_kilometres', 'HistoryColumns', 'RangeSums', 'HistoriesTogether', 'tile_columns',
+           'window_totals', 'WindowFeatures', 'HistoryAlone', 'OnlineHistories']
 
 # %% ../../nbs/features/02_online.ipynb #835b2ead
 import math
@@ -196,37 +196,16 @@ class HistoryColumns:
         begin += len(self.seen)
         yield from (begin + 2 * place + row for place, of in enumerate(self.moving) if of == i for row in (0, 1))
 
-# %% ../../nbs/features/02_online.ipynb #a1b2c305
-class HistoriesTogether:
-    "Computes the history features of all entities of many payments."
+# %% ../../nbs/features/02_online.ipynb #7e9d1890
+class RangeSums:
+    "Feature columns from the totals of ranges of tiles."
 
-    def __init__(self, plans: Sequence[EntityPlan]):  # E
-        self.plans = plans
-        self._columns = columns = HistoryColumns(plans)
-        self._spans = Spans([*columns.windows, *columns.shares, *columns.streaks], len(plans))
+    def __init__(self, columns: HistoryColumns):
         self._window_count, self._share_end = len(columns.windows), len(columns.windows) + len(columns.shares)
-        self._peaked, self._direction, self._longest, self._order = (
-            np.array(places, np.intp) for places in (columns.peaked, columns.direction, columns.longest, columns.order))
-        self.width = len(columns.order)
+        self._peaked, self._direction, self._longest = (
+            np.array(places, np.intp) for places in (columns.peaked, columns.direction, columns.longest))
 
-    def features(
-        self,
-        histories: Sequence[bytes],  # n * E, packed: of each payment's entities, in order; NO_HISTORY of one it lacks
-        times: Sequence[int],        # n
-        cents: Sequence[int],        # n
-        places: Sequence[tuple[float, float] | None],  # n
-    ) -> np.ndarray:
-        "In float32 equal to the kernel's rows: [n, H], plan after plan in the order of `entity_feature_names`."
-        tiles, time = Tiles(histories), np.array(times, np.int64)
-        at = self._spans.find(tiles, time)
-        ends = tiles.totals.take(at, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            columns = self._sums(tiles, at, ends[..., 1] - ends[..., 0], time, np.array(cents, np.int64))
-        rows = [self._latest(tiles, histories, i, times[i], places[i]) for i in range(len(times))]
-        columns.append(np.array(rows, np.float64).reshape(len(times), -1).T)
-        return np.concatenate(columns).take(self._order, axis=0).T.astype(np.float32, order="C")
-
-    def _sums(self, tiles: Tiles, at: np.ndarray, found: np.ndarray, time: np.ndarray, now: np.ndarray,
+    def columns(self, tiles: Tiles, at: np.ndarray, found: np.ndarray, time: np.ndarray, now: np.ndarray,
               ) -> list[np.ndarray]:
         "Columns [*, n] from the totals of all ranges [6, S, n]."
         size, n = self._window_count, len(time)
@@ -245,6 +224,34 @@ class HistoriesTogether:
         else:
             columns += [streaks, np.full(streaks.shape, np.nan)]
         return columns
+
+# %% ../../nbs/features/02_online.ipynb #a1b2c305
+class HistoriesTogether:
+    "Computes the history features of all entities of many payments."
+
+    def __init__(self, plans: Sequence[EntityPlan]):  # E
+        self.plans = plans
+        self._columns = columns = HistoryColumns(plans)
+        self._spans = Spans([*columns.windows, *columns.shares, *columns.streaks], len(plans))
+        self._sums, self._order = RangeSums(columns), np.array(columns.order, np.intp)
+        self.width = len(columns.order)
+
+    def features(
+        self,
+        histories: Sequence[bytes],  # n * E, packed: of each payment's entities, in order; NO_HISTORY of one it lacks
+        times: Sequence[int],        # n
+        cents: Sequence[int],        # n
+        places: Sequence[tuple[float, float] | None],  # n
+    ) -> np.ndarray:
+        "In float32 equal to the kernel's rows: [n, H], plan after plan in the order of `entity_feature_names`."
+        tiles, time = Tiles(histories), np.array(times, np.int64)
+        at = self._spans.find(tiles, time)
+        ends = tiles.totals.take(at, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns = self._sums.columns(tiles, at, ends[..., 1] - ends[..., 0], time, np.array(cents, np.int64))
+        rows = [self._latest(tiles, histories, i, times[i], places[i]) for i in range(len(times))]
+        columns.append(np.array(rows, np.float64).reshape(len(times), -1).T)
+        return np.concatenate(columns).take(self._order, axis=0).T.astype(np.float32, order="C")
 
     def _latest(self, tiles: Tiles, histories: Sequence[bytes], i: int, time: int,
                 place: tuple[float, float] | None) -> list[float]:
@@ -342,41 +349,20 @@ def _fraud_streak(columns: Columns, first: int, end: int, last: int, days: int, 
             count, since = count + confirmed[at], today - numbers[at]
     return count, since
 
-# %% ../../nbs/features/02_online.ipynb #a1b2c311
-class HistoryAlone:
-    "Computes the history features of one entity of one payment."
+# %% ../../nbs/features/02_online.ipynb #acc1e9fd
+class WindowFeatures:
+    "Flows, peaks and first-time partners of one entity of one payment."
 
     def __init__(self, plan: EntityPlan):
-        self._nothing = without_history(plan).tolist()
         sizes = [(i, size, [w // size for w in plan.windows if tile_of(w) == size]) for i, size in enumerate(TILES)]
         self._spans = [each for each in sizes if each[2]]
-        self._longest, self._both, self._direction = plan.longest, plan.both, plan.direction
+        self._both, self._direction = plan.both, plan.direction
         self._chosen = None if plan.flows == FLOWS else [
             direction * len(FLOWS) + FLOWS.index(flow) for direction in plan.directions for flow in plan.flows]
         self._peaks, self._firsts = plan.has("peak_ratio"), plan.has("new_partners")
-        self._shares, self._streak_days, self._unknown_days = plan.shares, plan.streak_days, plan.label_delay + 1
-        self._last_seen, self._speed = plan.has("last_seen"), plan.has("speed")
 
-    def features(self, packed: bytes, time: int, cents: int, place: tuple[float, float] | None) -> list[float]:
-        "In float32 equal to the kernel's row: [H], in the order of `entity_feature_names`."
-        _, _, minutes, hours, days, last, _ = HEADER.unpack_from(packed)
-        if last < 0 and not days:
-            return self._nothing
-        columns, begin, end = tile_columns(packed), minutes + hours, minutes + hours + days
-        values = self._of_windows(columns, (0, minutes, begin, end), time, cents)
-        today = time // DAY
-        if self._shares:
-            values += _fraud_shares(columns, begin, end, today - self._unknown_days, self._shares)
-        if self._streak_days:
-            values += _fraud_streak(columns, begin, end, today - self._unknown_days, self._streak_days, today)
-        if self._last_seen:
-            values.append(_seconds_since(time, last, self._longest))
-        if self._speed:
-            values += _travel(packed, time, place, self._longest)
-        return values
-
-    def _of_windows(self, columns: Columns, ends: Sequence[int], time: int, cents: int) -> list[float]:
-        "Flows, peaks and first-time partners; `ends` are those of the tiles of each size, after a 0."
+    def values(self, columns: Columns, ends: Sequence[int], time: int, cents: int) -> list[float]:
+        "In the order of `entity_feature_names`; `ends` are those of the tiles of each size, after a 0."
         windows: list[Totals] = []
         for i, size, spans in self._spans:
             direction = self._direction if self._peaks else None
@@ -398,6 +384,34 @@ class HistoryAlone:
         if self._both:
             flows += _flow(in_count, in_cents, cents)
         return flows if self._chosen is None else [flows[i] for i in self._chosen]
+
+# %% ../../nbs/features/02_online.ipynb #a1b2c311
+class HistoryAlone:
+    "Computes the history features of one entity of one payment."
+
+    def __init__(self, plan: EntityPlan):
+        self._nothing = without_history(plan).tolist()
+        self._windows, self._longest = WindowFeatures(plan), plan.longest
+        self._shares, self._streak_days, self._unknown_days = plan.shares, plan.streak_days, plan.label_delay + 1
+        self._last_seen, self._speed = plan.has("last_seen"), plan.has("speed")
+
+    def features(self, packed: bytes, time: int, cents: int, place: tuple[float, float] | None) -> list[float]:
+        "In float32 equal to the kernel's row: [H], in the order of `entity_feature_names`."
+        _, _, minutes, hours, days, last, _ = HEADER.unpack_from(packed)
+        if last < 0 and not days:
+            return self._nothing
+        columns, begin, end = tile_columns(packed), minutes + hours, minutes + hours + days
+        values = self._windows.values(columns, (0, minutes, begin, end), time, cents)
+        today = time // DAY
+        if self._shares:
+            values += _fraud_shares(columns, begin, end, today - self._unknown_days, self._shares)
+        if self._streak_days:
+            values += _fraud_streak(columns, begin, end, today - self._unknown_days, self._streak_days, today)
+        if self._last_seen:
+            values.append(_seconds_since(time, last, self._longest))
+        if self._speed:
+            values += _travel(packed, time, place, self._longest)
+        return values
 
 # %% ../../nbs/features/02_online.ipynb #a1b2c313
 class OnlineHistories:

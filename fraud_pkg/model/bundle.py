@@ -153,6 +153,14 @@ def _session(
     _check_graph(session, width, location)
     return session
 
+# %% ../../nbs/model/00_bundle.ipynb #84794e23
+def _of_fraud(output: np.ndarray, n: int, place: str) -> np.ndarray:
+    "The probabilities of fraud [n] in a graph's output; raises `BundleError` for one of another shape."
+    if output.shape not in [(n,), (n, 1), (n, 2)]:
+        raise BundleError(f"{place}: {n} rows give an output of shape {list(output.shape)}; "
+                          f"expected [{n}], [{n}, 1] or [{n}, 2]")
+    return output if output.ndim == 1 else output[:, -1]
+
 # %% ../../nbs/model/00_bundle.ipynb #f9b9119a
 class Model:
     "An ONNX graph with one float32 [n, F] input and one output: the probability of fraud."
@@ -190,11 +198,7 @@ class Model:
         # In pairs: for an odd last row onnxruntime multiplies matrices in another order, which gives other last bits.
         pairs = x if len(x) % 2 == 0 else np.concatenate([x, x[-1:]])
         output = np.asarray(self._session.run(None, {self._input: np.ascontiguousarray(pairs, np.float32)})[0])
-        n = len(pairs)
-        if output.shape not in [(n,), (n, 1), (n, 2)]:
-            raise BundleError(f"{self.place}: {n} rows give an output of shape {list(output.shape)}; "
-                              f"expected [{n}], [{n}, 1] or [{n}, 2]")
-        return (output if output.ndim == 1 else output[:, -1])[:len(x)]
+        return _of_fraud(output, len(pairs), self.place)[:len(x)]
 
 # %% ../../nbs/model/00_bundle.ipynb #6e374b11
 def _read_limited(path: Path) -> bytes:

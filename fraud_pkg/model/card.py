@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.contract import Contract
 from ..core.calibration import loss_balance
-from ..core.cost import Payments, costs_of, money_saved, solve_prices
+from ..core.cost import Payments, costs_of, money_saved, solve_prices, with_budget
 from ..core.files import write_whole
 from ..core.policy import DECISIONS, Decided, decide
 from ..core.sections import Decision
@@ -108,11 +108,12 @@ class BudgetPoint(CardPart):
 BUDGETS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 45, 70, 100, 150, 250, 400, 700, 1000, 2000, 5000, 10_000, 100_000)
 
 def _at_budget(period: DecidedPeriod, budget: int, decision: Decision) -> BudgetPoint:
-    "What the policy of a budget, without those of segments, does with the period's payments."
+    "What the policy of a budget does with the period's payments; segments keep to budgets of their own."
     s = period.sample
-    limited = decision.model_copy(update={"alert_budget": float(budget), "segment": "", "segment_budgets": {}})
-    policy = solve_prices(Payments(period.probability, s.amount, period.days), limited)
-    taken = decide(period.probability, s.amount, policy).decisions
+    segments = s.segments(decision.segment)
+    payments = Payments(period.probability, s.amount, period.days, segments=segments)
+    policy = solve_prices(payments, with_budget(decision, payments, float(budget)))
+    taken = decide(period.probability, s.amount, policy, segments).decisions
     work = workload(taken, s.step)
     return BudgetPoint(budget=budget, reviews_per_day=work["reviews_per_day"], blocks_per_day=work["blocks_per_day"],
                        review_price=policy.review_price, honest_blocked=float((taken[s.y == 0] == 2).mean()),

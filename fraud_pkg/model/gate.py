@@ -165,8 +165,7 @@ def _unlearned(champion: Manifest, challenger: Manifest, test: Sample) -> np.nda
 def _check_champion(
     challenger: Bundle,
     champion: Bundle | None,
-    test: Sample,
-    p: np.ndarray,  # [n] the challenger's probabilities
+    test: Sample,  # payments that the challenger did not learn from
     settings: Settings,
 ) -> GateCheck:
     "Whether the challenger is the champion, or significantly better."
@@ -191,8 +190,9 @@ def _check_champion(
             f"champion {old.version} cannot be compared: it learned until step {learned_until(old)}, and the test "
             f"period has {payments} payments after it, {frauds} of them fraud; it takes honest and fraudulent ones"))
     rows = test.take(fresh)
-    old_p = champion.probability(rows.select(old.features, old.vocabulary))
-    return _compare(new, old, rows, settings, new_p=p[fresh], old_p=old_p)
+    new_p, old_p = (bundle.probability(rows.select(bundle.manifest.features, bundle.manifest.vocabulary))
+                    for bundle in (challenger, champion))
+    return _compare(new, old, rows, settings, new_p=new_p, old_p=old_p)
 
 # %% ../../nbs/model/06_gate.ipynb #e88373d0
 def _control_group(test: Sample) -> list[GateCheck]:
@@ -206,13 +206,15 @@ def check_promotion(
     champion: Bundle | None,
     test: Sample,  # with the features of both, and every word of their categories
     settings: Settings,
+    unlearned: Sample | None = None,  # what the challenger did not learn from, to meet the champion on; None: `test`
 ) -> Verdict:
     "Whether the challenger may become champion, with a reason for every check."
     manifest = challenger.manifest
     p = challenger.probability(test.select(manifest.features, manifest.vocabulary))
     reasons = [_check_period(manifest, test), *_check_floors(manifest, test, p, settings),
                _state_losses(manifest, test, p, settings),
-               _check_champion(challenger, champion, test, p, settings), *_control_group(test)]
+               _check_champion(challenger, champion, test if unlearned is None else unlearned, settings),
+               *_control_group(test)]
     return Verdict(challenger=manifest.version, champion=champion.manifest.version if champion else None,
                    passed=all(r.passed for r in reasons), reasons=tuple(reasons),
                    at=datetime.now(UTC).isoformat(timespec="seconds"))

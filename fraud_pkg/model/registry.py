@@ -148,12 +148,13 @@ def promote(
     folder: Path,  # the challenger's bundle
     chosen: GateCheck | None = None,  # why it is the challenger
     refit: Refit | None = None,  # trains what passed once more, before it serves
+    unlearned: Sample | None = None,  # as `check_promotion` takes it
 ) -> Verdict:
     "Registers a challenger and makes it champion if it passes. `RegistryError` if there is no champion after that."
     version = log_contender(folder, settings)
     challenger, champion_folder = load_bundle(folder), champion_bundle(settings)
     champion = load_bundle(champion_folder) if champion_folder else None
-    verdict = check_promotion(challenger, champion, test, settings)
+    verdict = check_promotion(challenger, champion, test, settings, unlearned)
     if chosen:
         verdict = verdict.model_copy(update={"reasons": (chosen, *verdict.reasons)})
     with registry_client(settings) as client:

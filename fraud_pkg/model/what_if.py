@@ -32,6 +32,12 @@ class PaymentCells(CardPart):
     fraud_cents: list[int]
     probability: list[float]  # summed over the payments
     loss: list[float]         # probability times amount, summed, currency units
+    segment: list[str | None]  # its segment, where that has a budget of its own; empty when none has
+
+def _own_segments(policy: Policy, segments: np.ndarray | None) -> np.ndarray:
+    "The place [n] of each payment's segment among those with budgets of their own, from 1 on; 0: it has none."
+    places = {name: place for place, name in enumerate(policy.segment_budgets, 1)}
+    return np.array([places.get(name, 0) for name in ([] if segments is None else segments)], np.int64)
 
 def _parts(p: np.ndarray, amount: np.ndarray, policy: Policy) -> np.ndarray:
     "The cell [n] of each payment, as any number, before the policy parts them."
@@ -53,10 +59,13 @@ def payment_cells(
     y: np.ndarray,  # [n] 1 for fraud
     policy: Policy,
     days: float,
+    segments: np.ndarray | None = None,  # [n] object, values of `policy.segment`; None where it has none
 ) -> PaymentCells:
-    "The payments in cells, each of payments that the policy, but for budgets by segment, decides alike."
-    taken, large = decide(p, amount, policy.whole).decisions.astype(np.int64), amount >= policy.least_review
-    _, cell = np.unique((_parts(p, amount, policy) * len(DECISIONS) + taken) * 2 + large, return_inverse=True)
+    "The payments in cells, each of payments of one segment that the policy decides alike."
+    taken, large = decide(p, amount, policy, segments).decisions.astype(np.int64), amount >= policy.least_review
+    own, names = _own_segments(policy, segments), [None, *policy.segment_budgets]
+    parted = ((_parts(p, amount, policy) * len(DECISIONS) + taken) * 2 + large) * len(names)
+    _, first, cell = np.unique(parted + (own if len(names) > 1 else 0), return_index=True, return_inverse=True)
     fraud, cents = np.asarray(y) == 1, np.rint(amount * 100)
 
     def total(values: np.ndarray) -> np.ndarray:
@@ -69,7 +78,8 @@ def payment_cells(
         return [float(f"{value:.12g}") for value in total(values)]
 
     return PaymentCells(days=days, honest=whole(~fraud), frauds=whole(fraud), honest_cents=whole(cents * ~fraud),
-                        fraud_cents=whole(cents * fraud), probability=digits(p), loss=digits(p * amount))
+                        fraud_cents=whole(cents * fraud), probability=digits(p), loss=digits(p * amount),
+                        segment=[names[place] for place in own[first]] if len(names) > 1 else [])
 
 # %% ../../nbs/model/13_what_if.ipynb #da1ecdef
 class Outcome(CardPart):
@@ -86,7 +96,8 @@ def _cell_costs(cells: PaymentCells, policy: Policy) -> tuple[np.ndarray, np.nda
     honest_amount, fraud_amount = np.array(cells.honest_cents) / 100, np.array(cells.fraud_cents) / 100
     n, lost = honest + frauds, 1 - policy.recovered_share
     p, loss, amount = np.array(cells.probability) / n, np.array(cells.loss) / n, (honest_amount + fraud_amount) / n
-    review = policy.review_cost + policy.review_price + lost * loss
+    own = [policy.segment_prices.get(name, 0.0) for name in cells.segment or [None] * len(n)]
+    review = policy.review_cost + np.maximum(policy.review_price, own) + lost * loss
     block = (1 - p) * (policy.block_cost + policy.block_price) + policy.block_cost_share * (amount - loss)
     review = np.where((amount < policy.least_review) | (policy.alert_budget == 0), np.inf, review)
     block = np.full_like(block, np.inf) if policy.max_false_block_rate == 0 else block
@@ -146,7 +157,8 @@ def what_if(bundle: Bundle, validation: Sample, test: Sample) -> WhatIf:
     names, words, policy = bundle.manifest.features, bundle.manifest.vocabulary, bundle.manifest.policy
 
     def cells(s: Sample) -> PaymentCells:
-        return payment_cells(bundle.probability(s.select(names, words)), s.amount, s.y, policy, days_in(s.step))
+        p = bundle.probability(s.select(names, words))
+        return payment_cells(p, s.amount, s.y, policy, days_in(s.step), s.segments(policy.segment))
 
     tested = cells(test)
     return WhatIf(version=bundle.manifest.version, policy=policy, choices=choices(policy), validation=cells(validation),

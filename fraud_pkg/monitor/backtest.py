@@ -7,6 +7,7 @@ __all__ = ['Past', 'needed_features', 'past_of_lake', 'past_of_raw', 'RuleResult
            'rules_yaml']
 
 # %% ../../nbs/monitor/05_backtest.ipynb #1427d839
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,24 +52,33 @@ class Past:
         time = self.raw["time"].to_numpy()
         return max(1.0, float(time.max() - time.min()) / DAY)
 
+    def segments(self, attribute: str) -> np.ndarray | None:
+        "What `decide` needs of an attribute whose values have budgets of their own; None for no attribute."
+        return np.array(self.raw[attribute].to_pylist(), object) if attribute else None
+
 def needed_features(rules: Sequence[Rule], contract: Contract) -> tuple[str, ...]:
     "The features that these rules ask for."
     return PaymentValues(contract, RuleSet(rules).names).features
 
 # %% ../../nbs/monitor/05_backtest.ipynb #64d085c7
+def _outcomes_of(table: pa.Table, labels: Mapping[str, bool]) -> np.ndarray:
+    "Of decisions [n] float64: 1 or 0 by label; without one an allowed payment is honest, a stopped one NaN."
+    ids, decisions = table["transaction_id"].to_pylist(), table["decision"].to_pylist()
+    return np.array([labels.get(name, 0.0 if decision == "allow" else np.nan)
+                     for name, decision in zip(ids, decisions, strict=True)], np.float64)
+
 def past_of_lake(folder: Path, bundle: Bundle, features: Sequence[str], weeks: float, epoch: str = "") -> Past:
     "What the stream decided in the last weeks; raises `FraudError`."
     contract = bundle.manifest.contract
     end = newest_step(folder) + 1
     columns = payment_columns(contract)
-    wanted = ["transaction_id", "time", "fraud_probability", *columns.values(), *features]
+    wanted = ["transaction_id", "time", "fraud_probability", "decision", *columns.values(), *features]
     table = read_decisions(folder, wanted, max(0, end - int(weeks * 168)), end, contract=contract)
-    labels = read_labels(folder)
-    fraud = np.array([labels.get(name, np.nan) for name in table["transaction_id"].to_pylist()], np.float64)
     raw = pa.table({"transaction_id": table["transaction_id"], "time": table["time"]}
                    | {name: table[column] for name, column in columns.items()})
     numbers = {name: table[name].to_numpy() for name in features}
-    return Past(raw, numbers, table["fraud_probability"].to_numpy(), fraud, contract, epoch)
+    return Past(raw, numbers, table["fraud_probability"].to_numpy(), _outcomes_of(table, read_labels(folder)), contract,
+                epoch)
 
 def past_of_raw(file: Path, bundle: Bundle, weeks: float, epoch: str = "", threads: int = 1) -> Past:
     "The last weeks of a raw table, features and probabilities computed here; raises `FraudError`."
@@ -89,6 +99,7 @@ class RuleResult(BaseModel):
     name: str
     action: str
     mode: str
+    valid: str              # from when until when; empty: always
     hits: int
     hits_a_day: float
     failed: int             # payments for which it could not be evaluated
@@ -112,7 +123,7 @@ def rule_hits(rules: Sequence[Rule], held: Held, past: Past) -> tuple[np.ndarray
     "Which payments each rule matches, and for which it cannot be evaluated: [rules, n] bool each."
     alone = [rule.model_copy(update={"action": "tag", "mode": "live", "valid_from": None, "valid_until": None})
              for rule in rules]
-    asked = BatchRules(Book(RuleSet(alone), held), past.epoch)
+    asked = BatchRules(Book(RuleSet(alone), held), past.epoch, time.time())
     rulings = asked.rulings(past.raw, past.numbers, past.probability, past.contract)
     hits = np.array([[rule.name in ruling.tags for ruling in rulings] for rule in rules], bool)
     failed = np.array([[rule.name in ruling.failed for ruling in rulings] for rule in rules], bool)
@@ -134,7 +145,9 @@ class _Judge:
 
     def by_policy(self) -> np.ndarray:
         "Indices into DECISIONS: [n]."
-        return decide(np.nan_to_num(self.past.probability), self.past.amount, self.policy).decisions.astype(int)
+        segments = self.past.segments(self.policy.segment)
+        p = np.nan_to_num(self.past.probability)
+        return decide(p, self.past.amount, self.policy, segments).decisions.astype(int)
 
     def saved(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:  # [n] decisions each
         "What the second decision saves against the first: [n] currency units, 0 where the outcome is unknown."
@@ -156,6 +169,11 @@ class _Judge:
 # %% ../../nbs/monitor/05_backtest.ipynb #313cc251
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+def _validity(rule: Rule) -> str:
+    "In words; figures are for all payments, whatever it says."
+    dates = {"from": rule.valid_from, "until": rule.valid_until}
+    return " ".join(f"{word} {moment:%Y-%m-%d %H:%M}" for word, moment in dates.items() if moment)
 
 def _most_shared(hits: np.ndarray, place: int, names: Sequence[str]) -> tuple[str, float]:
     "The rule with which one shares most hits, and the share of its own."
@@ -179,9 +197,10 @@ def _result(rule: Rule, hit: np.ndarray, failed: np.ndarray, judge: _Judge, over
     wrong = hit & honest & ~stopped if stops else np.zeros_like(hit)
     known = hit & judge.known
     return RuleResult(
-        name=rule.name, action=rule.action, mode=rule.mode, hits=int(hit.sum()), hits_a_day=hit.sum() / past.days,
-        failed=int(failed.sum()), frauds=int((hit & fraud).sum()), caught=int(caught.sum()),
-        caught_amount=float(past.amount[caught].sum()), honest=int(wrong.sum()), honest_a_day=wrong.sum() / past.days,
+        name=rule.name, action=rule.action, mode=rule.mode, valid=_validity(rule), hits=int(hit.sum()),
+        hits_a_day=hit.sum() / past.days, failed=int(failed.sum()), frauds=int((hit & fraud).sum()),
+        caught=int(caught.sum()), caught_amount=float(past.amount[caught].sum()),
+        honest=int(wrong.sum()), honest_a_day=wrong.sum() / past.days,
         released=int((hit & fraud & stopped).sum()) if rule.action == "allow" else 0,
         money=float(saved.sum()), money_low=ranges["money"][0], money_high=ranges["money"][1],
         precision=_number(fraud[known].mean()) if known.any() else None,

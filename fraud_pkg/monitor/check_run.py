@@ -27,9 +27,9 @@ from ..data.lake import NoDecisions, newest_step, read_decisions, read_labels
 from ..model.bundle import Bundle, learned_until, load_bundle
 from .drift import (
     MonitorRecord, drift_report, drift_table, feature_frame, performance_report, plot_drift)
-from .live import (
-    CheckSummary, DecisionWindow, JudgedWindow, LiveVerdict, Reference, count_bad, decide_verdict, judge_window,
-    load_window, plot_windows)
+from fraud_pkg.monitor.live import (
+    CheckSummary, DecisionWindow, JudgedWindow, LiveVerdict, Reference, decide_verdict, judge_window, load_window,
+    plot_windows, sum_up)
 from .parity import ParityRecord, check_parity
 from ..train.metrics import average_precision
 
@@ -281,7 +281,7 @@ def run_checks(settings: Settings) -> CheckRun:
     problems = label_problems(windows, reference, labels=len(labels), unknown=unknown)
     if problems:
         windows = _without_outcomes(windows)
-    checks = [count_bad(windows, name, monitor) for name in reference.checks]
+    checks = [sum_up(windows, check) for check in reference.checks.values()]
     _require_judgement(checks, windows, folder, bundle, monitor)
     first_step, end_step = windows[0].first_step, windows[-1].end_step
     shadow = compare_shadow(folder, labels, first_step=first_step, end_step=end_step,
@@ -291,7 +291,8 @@ def run_checks(settings: Settings) -> CheckRun:
     verdict, reasons = with_parity(*decide_verdict(checks, age, [*problems, *unchecked], monitor), parity)
     control, sentences = _control(folder, windows, reference, labels)
     return CheckRun(
-        verdict=verdict, reasons=[*reasons, *sentences], champion=bundle.manifest.version, name=bundle.manifest.name,
+        verdict=verdict, reasons=[*reasons, *sentences, *reference.not_judged],
+        champion=bundle.manifest.version, name=bundle.manifest.name,
         period=[first_step, end_step - 1], newest_step=newest, age_days=round(age, 2), checks=checks, windows=windows,
         shadow=shadow, control=control, parity=parity, labels=len(labels), labels_unknown=unknown,
         labels_used=sum(window.frauds for window in windows if window.labelled))
@@ -360,6 +361,9 @@ CHECK_METRICS = {
     "threshold": ("threshold", "From where on it is bad."),
     "bad": ("bad_windows", "Bad windows among the last."),
     "judged": ("windows", "Windows among the last that were judged."),
+    "alarm": ("alarm", "1 for a check that alarms."),
+    "shortfall": ("shortfall", "Of a share, over the last windows, in standard deviations."),
+    "alarm_from": ("shortfall_limit", "From where on that is an alarm."),
 }
 
 PARITY_METRICS = {

@@ -277,6 +277,10 @@ MONITOR = (
           "short", {"labels": "fraud_monitor_labels"}, "stat", (1,), True, width=6),
     Chart("Bad windows", "Windows among the last that a check found bad, and how many of them are an alarm.",
           "short", {"{{check}}": "fraud_monitor_bad_windows", "alarm": "fraud_monitor_needed"}),
+    Chart("Shortfall", "Standard deviations by which recall or precision fall short over the last windows, as a share "
+          "of those that are an alarm.",
+          "percentunit",
+          {"{{check}}": "fraud_monitor_shortfall / fraud_monitor_shortfall_limit", "alarm": "vector(1)"}),
     Chart("Windows judged", "Windows among the last for which a check had enough to judge.",
           "short", {"{{check}}": "fraud_monitor_windows"}),
     Chart("Age of the champion", "Hours since its training data end, and the age at which it is too old.", "h",

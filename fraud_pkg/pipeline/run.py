@@ -431,7 +431,7 @@ def _check_needed(needed: set[str], stages: Sequence[Job], settings: Settings) -
 # %% ../../nbs/pipeline/05_run.ipynb #72656c35
 def refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
-    from fraud_pkg.report.cases import build_site
+    from fraud_pkg.report.site import build_site
     build_site(settings)
     with _start_dvc(["commit", "--force", "--quiet", "report"], settings) as process:
         for _ in _lines(process):

@@ -9,7 +9,7 @@ __all__ = ['METADATA', 'NUMBER', 'CASES', 'ENTITIES', 'EVENTS', 'LABELS_OUT', 'P
 # %% ../../nbs/serve/14_case_tables.ipynb #b1fcf2c3
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ CASES = sa.Table(
     sa.Column("closed", sa.BigInteger),
     sa.Column("note", sa.Text),                      # what was said when it was closed
     sa.Column("record", sa.Text, nullable=False),
+    sa.Column("reopened", sa.BigInteger),            # the last time that it was opened again, milliseconds since 1970
+    sa.Column("reopened_by", sa.Text),
+    sa.Column("reopened_why", sa.Text),
     sa.Index("cases_by_loss", "state", "expected_loss", "id"),
     sa.Index("cases_by_amount", "state", "amount", "id"),
     sa.Index("cases_by_arrival", "state", "arrived", "id"),
@@ -173,22 +176,29 @@ def _create_beside(op: Operations) -> None:
     op.create_table("case_positions", sa.Column("name", sa.Text, primary_key=True),
                     sa.Column("position", sa.BigInteger, nullable=False))
 
+# %% ../../nbs/serve/14_case_tables.ipynb #f312aace
+def _add_reopened(op: Operations) -> None:
+    "0002: cases that were opened again."
+    for name, kind in (("reopened", sa.BigInteger), ("reopened_by", sa.Text), ("reopened_why", sa.Text)):
+        op.add_column("cases", sa.Column(name, kind))
+
 MIGRATIONS: tuple[tuple[str, tuple[Callable[[Operations], None], ...]], ...] = (
     ("0001", (_create_cases, _create_beside)),
+    ("0002", (_add_reopened,)),
 )
 
 # %% ../../nbs/serve/14_case_tables.ipynb #4526d8e1
 LOCK = 7_226_401  # of PostgreSQL's advisory locks: one process migrates
 VERSION = sa.Table("alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True))
 
-def _migrate(connection: Connection) -> str:
+def _migrate(connection: Connection, migrations: Sequence[tuple[str, tuple]] = MIGRATIONS) -> str:
     "Raises `CasesError` for a schema that is not known here."
-    known = [number for number, _ in MIGRATIONS]
+    known = [number for number, _ in migrations]
     context = MigrationContext.configure(connection)
     at = context.get_current_revision()
     if at is not None and at not in known:
         raise CasesError(f"the database has schema {at}; this version knows {', '.join(known)}")
-    for number, steps in MIGRATIONS[known.index(at) + 1 if at else 0:]:
+    for number, steps in migrations[known.index(at) + 1 if at else 0:]:
         for step in steps:
             step(Operations(context))
         VERSION.create(connection, checkfirst=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARDS', 'CHANGE_COUNT', 'Item', 'DynamoTable', 'DynamoItems', 'create_table', 'WaitingDemand', 'DynamoChanges',
-           'DynamoStore']
+           'DynamoShared', 'DynamoStore']
 
 # %% ../../nbs/store/03_dynamodb.ipynb #9721c513
 import random
@@ -130,6 +130,11 @@ class DynamoItems(DynamoTable):
             else:
                 raise self._error(f"the table was too busy to be read {_ATTEMPTS} times")
         return found
+
+    def ping(self) -> None:
+        status = self._call("describe_table", TableName=self.table)["Table"]["TableStatus"]
+        if status not in ("ACTIVE", "UPDATING"):
+            raise self._error(f"the table is {status}")
 
 # %% ../../nbs/store/03_dynamodb.ipynb #35e613b4
 def create_table(table: str) -> None:
@@ -322,30 +327,9 @@ def _given(histories: Mapping[str, bytes], pairs: Mapping[str, bytes], transacti
     return given | {f"t#{t.transaction_id}": Item(pack_transaction(t), 1, t.transaction_id in frauds)
                     for t in transactions}
 
-# %% ../../nbs/store/03_dynamodb.ipynb #a7a184e7
-class DynamoStore(DynamoChanges):
-    "Histories in a DynamoDB table; region, credentials and endpoint are those of the environment."
-    remote = True
-
-    def read(self, keys: Iterable[str], pairs: Iterable[str], transaction_ids: Iterable[str]) -> StoreSnapshot:
-        keys = list(keys)
-        wanted = [*(f"e#{key}" for key in keys), *(f"p#{pair}" for pair in pairs), *(f"t#{i}" for i in transaction_ids),
-                  CHANGE_COUNT]
-        items = self._items(wanted, read_again=True)
-        recorded = _transaction_items(items)
-        return StoreSnapshot(dict.fromkeys(keys, NO_HISTORY) | _histories(items), _pairs(items),
-                             {i: unpack_transaction(item.data) for i, item in recorded.items()},
-                             frozenset(i for i, item in recorded.items() if item.fraud),
-                             changes=items[CHANGE_COUNT].version)
-
-    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
-        return [self._record(transaction, adds) for transaction, adds in zip(transactions, demand or repeat(None))]
-
-    def _record(self, transaction: Transaction, adds: Demand | None) -> bool:
-        due = self._waiting.take()
-        new = self._change(_keys_of(transaction), _recording(transaction, self.retention), self._waiting.actions(due))
-        self._waiting.add(([] if new else due) + ([adds] if new and adds else []))
-        return new
+# %% ../../nbs/store/03_dynamodb.ipynb #996f819b
+class DynamoShared(DynamoChanges):
+    "What all replicas share beside histories: prices of hours, changes of rules and lists."
 
     def price_or_demand(self, hour: int, name: str) -> bytes | dict[int, Counts]:
         key = _price_key(hour, name)
@@ -360,6 +344,46 @@ class DynamoStore(DynamoChanges):
         if self._write([_put(self.table, key, Item(packed, 1), int(time.time()) + KEPT_SECONDS)]):
             return packed
         return self._get([key])[key].data
+
+    def changes_after(self, number: int) -> list[bytes]:
+        count = self._get([CHANGE_COUNT]).get(CHANGE_COUNT, _NOTHING).version
+        keys = [_change_key(i) for i in range(number + 1, count + 1)]
+        found = self._get(keys)
+        return [found[key].data for key in keys]
+
+    def append_change(self, packed: bytes, after: int) -> bool:
+        actions = [_put(self.table, CHANGE_COUNT, Item(b"", after + 1), None),
+                   _put(self.table, _change_key(after + 1), Item(packed, 1), None)]
+        return self._write(actions)
+
+# %% ../../nbs/store/03_dynamodb.ipynb #2f5a9ae3
+def _snapshot(keys: Iterable[str], items: Mapping[str, Item]) -> StoreSnapshot:
+    "What the items say of these histories, and of the pairs and transactions among them."
+    recorded = _transaction_items(items)
+    return StoreSnapshot(dict.fromkeys(keys, NO_HISTORY) | _histories(items), _pairs(items),
+                         {i: unpack_transaction(item.data) for i, item in recorded.items()},
+                         frozenset(i for i, item in recorded.items() if item.fraud),
+                         changes=items[CHANGE_COUNT].version)
+
+# %% ../../nbs/store/03_dynamodb.ipynb #a7a184e7
+class DynamoStore(DynamoShared):
+    "Histories in a DynamoDB table; region, credentials and endpoint are those of the environment."
+    remote = True
+
+    def read(self, keys: Iterable[str], pairs: Iterable[str], transaction_ids: Iterable[str]) -> StoreSnapshot:
+        keys = list(keys)
+        wanted = [*(f"e#{key}" for key in keys), *(f"p#{pair}" for pair in pairs), *(f"t#{i}" for i in transaction_ids),
+                  CHANGE_COUNT]
+        return _snapshot(keys, self._items(wanted, read_again=True))
+
+    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
+        return [self._record(transaction, adds) for transaction, adds in zip(transactions, demand or repeat(None))]
+
+    def _record(self, transaction: Transaction, adds: Demand | None) -> bool:
+        due = self._waiting.take()
+        new = self._change(_keys_of(transaction), _recording(transaction, self.retention), self._waiting.actions(due))
+        self._waiting.add(([] if new else due) + ([adds] if new and adds else []))
+        return new
 
     def label(self, labels: Mapping[str, bool]) -> list[str]:
         recorded = self.read([], [], labels).recorded
@@ -379,19 +403,3 @@ class DynamoStore(DynamoChanges):
 
     def loaded(self, chunk: str) -> bool:
         return bool(self._get([f"l#{chunk}"]))
-
-    def changes_after(self, number: int) -> list[bytes]:
-        count = self._get([CHANGE_COUNT]).get(CHANGE_COUNT, _NOTHING).version
-        keys = [_change_key(i) for i in range(number + 1, count + 1)]
-        found = self._get(keys)
-        return [found[key].data for key in keys]
-
-    def append_change(self, packed: bytes, after: int) -> bool:
-        actions = [_put(self.table, CHANGE_COUNT, Item(b"", after + 1), None),
-                   _put(self.table, _change_key(after + 1), Item(packed, 1), None)]
-        return self._write(actions)
-
-    def ping(self) -> None:
-        status = self._call("describe_table", TableName=self.table)["Table"]["TableStatus"]
-        if status not in ("ACTIVE", "UPDATING"):
-            raise self._error(f"the table is {status}")

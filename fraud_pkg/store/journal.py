@@ -223,17 +223,18 @@ class _SnapshotStore(MemoryStore):
         "Gives the folder back."
         self._journal.close()
 
-# %% ../../nbs/store/05_journal.ipynb #93931b03
+    def progress(self, names: Iterable[str]) -> dict[str, PartitionProgress]:
+        return self._journal.progress(names)
+
+# %% ../../nbs/store/05_journal.ipynb #962b6a7f
 log = logging.getLogger("fraud_pkg.stream")
 
 SNAPSHOT_LEAST = 100_000  # transactions in the journal before a snapshot is worth it
 
+# %% ../../nbs/store/05_journal.ipynb #93931b03
 class JournaledStore(_SnapshotStore):
     "The memory store of one consumer, which survives its process in a folder."
     shared = False
-
-    def progress(self, names: Iterable[str]) -> dict[str, PartitionProgress]:
-        return self._journal.progress(names)
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
                advances: Mapping[str, OffsetAdvance], demand: Sequence[Demand] = ()) -> None:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTLED', 'AT_ONCE', 'SNAPSHOT_FORMAT', 'log', 'UsedNames', 'HourCounts', 'hour_counts', 'SettledClock',
-           'MemoryState', 'ChangeFile', 'MemoryStore', 'save_snapshot', 'load_state', 'restore_snapshot', 'Snapshots']
+           'MemoryState', 'snapshot_copy', 'ChangeFile', 'MemoryStore', 'save_snapshot', 'load_state',
+           'restore_snapshot', 'Snapshots']
 
 # %% ../../nbs/store/01_memory.ipynb #40390fd9
 import asyncio
@@ -79,11 +80,12 @@ class HourCounts:
             counts[REVIEWS] = counts.get(REVIEWS, 0) + 1
 
     def _begin(self, hour: int) -> Counts:
-        self.counts[hour] = counts = {}
-        oldest = max(self.counts) - KEPT_HOURS
-        self.counts = {h: kept for h, kept in self.counts.items() if h >= oldest}
+        oldest = max([hour, *self.counts]) - KEPT_HOURS
+        if hour < oldest:
+            return {}  # of no use to any hour to come
+        self.counts = {h: kept for h, kept in self.counts.items() if h >= oldest} | {hour: {}}
         self.prices = {key: price for key, price in self.prices.items() if key[0] >= oldest}
-        return counts
+        return self.counts[hour]
 
     def before(self, hour: int) -> dict[int, Counts]:
         "The counts of the hours before this one."
@@ -142,15 +144,6 @@ class MemoryState:
         self.clock = SettledClock()
         self.used_keys, self.used_pairs, self.used_ids = UsedNames(), UsedNames(), UsedNames()
 
-    def copy(self) -> "MemoryState":
-        "What a snapshot needs, as it is now: bytes are shared, so this takes a moment only."
-        other = MemoryState()
-        other.histories, other.pairs = self.histories.copy(), self.pairs.copy()
-        other.transactions = self.transactions.copy()
-        other.frauds, other.chunks, other.newest = self.frauds.copy(), self.chunks.copy(), self.newest
-        other.used_ids.hours = {hour: names.copy() for hour, names in self.used_ids.hours.items()}
-        return other
-
     def note(self, transaction: Transaction, fraud: bool = False) -> None:
         "Remembers a transaction."
         self.transactions[transaction.transaction_id] = pack_transaction(transaction)
@@ -170,6 +163,16 @@ class MemoryState:
                 self.used_pairs.add(pair, record.last)
             self.pairs[pair] = pack_pair(record)
         self.histories.update(histories)
+
+# %% ../../nbs/store/01_memory.ipynb #274efd50
+def snapshot_copy(state: MemoryState) -> MemoryState:
+    "What a snapshot needs, as it is now: bytes are shared, so this takes a moment only."
+    other = MemoryState()
+    other.histories, other.pairs = state.histories.copy(), state.pairs.copy()
+    other.transactions = state.transactions.copy()
+    other.frauds, other.chunks, other.newest = state.frauds.copy(), state.chunks.copy(), state.newest
+    other.used_ids.hours = {hour: names.copy() for hour, names in state.used_ids.hours.items()}
+    return other
 
 # %% ../../nbs/store/01_memory.ipynb #ef5c664d
 AT_ONCE = 100  # names of each kind that a payment forgets at most: more than it brings
@@ -328,7 +331,7 @@ def _read(state: MemoryState, keys: Iterable[str], pairs: Iterable[str], ids: It
 
 # %% ../../nbs/store/01_memory.ipynb #106a8018
 class _MemoryBase:
-    "State, its lock, and the changes of rules and lists."
+    "State, its lock, and what replicas would share: changes of rules and lists, counts and prices of hours."
     remote = False
 
     def __init__(self, retention: Retention, state: MemoryState | None = None):  # state: to go on with
@@ -343,19 +346,6 @@ class _MemoryBase:
     def append_change(self, packed: bytes, after: int) -> bool:
         return self.changes.append(packed, after)
 
-# %% ../../nbs/store/01_memory.ipynb #aac668d9
-class MemoryStore(_MemoryBase):
-    "Everything in this process; `save_snapshot` and `restore_snapshot` carry it over a restart."
-
-    def read(self, keys: Iterable[str], pairs: Iterable[str], transaction_ids: Iterable[str]) -> StoreSnapshot:
-        with self.lock:
-            return _read(self.state, keys, pairs, transaction_ids, self.changes.number)
-
-    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
-        with self.lock:
-            return [_record(self.state, transaction, self.retention, adds)
-                    for transaction, adds in zip(transactions, demand or repeat(None))]
-
     def count(self, demand: Sequence[Demand]) -> None:
         "Adds to the hours what payments that are recorded apart add to them."
         with self.lock:
@@ -369,6 +359,19 @@ class MemoryStore(_MemoryBase):
     def keep_price(self, hour: int, name: str, packed: bytes) -> bytes:
         with self.lock:
             return self.state.hours.prices.setdefault((hour, name), packed)
+
+# %% ../../nbs/store/01_memory.ipynb #aac668d9
+class MemoryStore(_MemoryBase):
+    "Everything in this process; `save_snapshot` and `restore_snapshot` carry it over a restart."
+
+    def read(self, keys: Iterable[str], pairs: Iterable[str], transaction_ids: Iterable[str]) -> StoreSnapshot:
+        with self.lock:
+            return _read(self.state, keys, pairs, transaction_ids, self.changes.number)
+
+    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
+        with self.lock:
+            return [_record(self.state, transaction, self.retention, adds)
+                    for transaction, adds in zip(transactions, demand or repeat(None))]
 
     def label(self, labels: Mapping[str, bool]) -> list[str]:
         with self.lock:
@@ -467,7 +470,7 @@ SNAPSHOT_FORMAT = 3  # format version
 def save_snapshot(store: MemoryStore, path: Path) -> None:
     "Writes a snapshot, whole or not at all, and waits until it is on the disk."
     with store.lock:
-        retention, state = store.retention, store.state.copy()
+        retention, state = store.retention, snapshot_copy(store.state)
     arrays = {"version": np.array([SNAPSHOT_FORMAT]), "retention": np.array(retention)} | _state_arrays(state)
     with staging_file(path, durable=True, private=True) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

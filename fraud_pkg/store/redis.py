@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEWEST', 'CHANGES', 'CHANGE_COUNT', 'SCRIPTS_LUA', 'PROBE', 'entity_key', 'pair_key', 'transaction_key', 'hour_key',
            'transaction_keys', 'expiry_of', 'without_password', 'unfit_reason', 'RedisConnection', 'RedisReader',
-           'RedisStore']
+           'RedisShared', 'RedisStore']
 
 # %% ../../nbs/store/02_redis.ipynb #2315d348
 import hashlib
@@ -401,6 +401,18 @@ def unfit_reason(info: Mapping[str, Any]) -> str:
         return f"maxmemory-policy = {policy}: it would forget accounts one by one; expected noeviction"
     return ""
 
+# %% ../../nbs/store/02_redis.ipynb #0b110dd1
+def _write_probe(client: Any, address: str) -> None:
+    "Raises `StoreUnfit` for a server that is set up wrongly, and what the server answers if it cannot be written."
+    with client.pipeline(transaction=False) as pipeline:
+        asked = pipeline.info("cluster").info("memory").set(PROBE, 1).delete(PROBE)
+        replies = asked.execute(raise_on_error=False)
+    if reason := unfit_reason({k: v for reply in replies if isinstance(reply, dict) for k, v in reply.items()}):
+        raise StoreUnfit(f"store {address}: {reason}")
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
 # %% ../../nbs/store/02_redis.ipynb #f211a044
 class RedisConnection:
     "A Redis server, in one round trip for each call."
@@ -429,17 +441,7 @@ class RedisConnection:
 
     def ping(self) -> None:
         "Raises `StoreError` unless the server can record a payment now, `StoreUnfit` when it is set up wrongly."
-        def written(client: Any) -> None:
-            with client.pipeline(transaction=False) as pipeline:
-                asked = pipeline.info("cluster").info("memory").set(PROBE, 1).delete(PROBE)
-                replies = asked.execute(raise_on_error=False)
-            if reason := unfit_reason({k: v for reply in replies if isinstance(reply, dict) for k, v in reply.items()}):
-                raise StoreUnfit(f"store {self.address}: {reason}")
-            for reply in replies:
-                if isinstance(reply, Exception):
-                    raise reply
-
-        self._ask(written)
+        self._ask(lambda client: _write_probe(client, self.address))
 
     def close(self) -> None:
         self._client.close()
@@ -487,25 +489,13 @@ def _run_loaded(client: Any, sha: str, calls: _Calls, no_script: type[Exception]
             client.script_load(script)
         return _run_all(client, sha, calls)
 
-# %% ../../nbs/store/02_redis.ipynb #715c23f6
+# %% ../../nbs/store/02_redis.ipynb #8b44e097
 def _counts(fields: Mapping[bytes, bytes]) -> Counts:
     "The counts of an hour from its hash."
     return {REVIEWS if field == b"reviews" else int(field): int(count) for field, count in fields.items()}
 
-class RedisStore(RedisReader):
-    "Histories in a Redis server that many processes share."
-    remote = True
-
-    def _run(self, sha: str, calls: _Calls) -> list[Any]:
-        return self._ask(lambda client: _run_loaded(client, sha, calls, self._errors.NoScriptError)) if calls else []
-
-    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
-        limits = [expiry_of(self.retention), *self.retention]
-        calls = [([*transaction_keys(t), NEWEST], [pack_transaction(t), *limits]) for t in transactions]
-        for (keys, arguments), (hour, step, reviewed, _) in zip(calls, demand):
-            keys.append(hour_key(hour))
-            arguments += [step, int(reviewed), KEPT_SECONDS]
-        return [bool(new) for new in self._run(_RECORD_SHA, calls)]
+class RedisShared(RedisReader):
+    "What all replicas share beside histories: prices of hours, changes of rules and lists."
 
     def price_or_demand(self, hour: int, name: str) -> bytes | dict[int, Counts]:
         hours = range(hour - KEPT_HOURS, hour)
@@ -531,6 +521,29 @@ class RedisStore(RedisReader):
 
         return self._ask(ask)[1]
 
+    def changes_after(self, number: int) -> list[bytes]:
+        return self._ask(lambda client: client.lrange(CHANGES, number, -1))
+
+    def append_change(self, packed: bytes, after: int) -> bool:
+        append = self._client.register_script(_APPEND_SCRIPT)
+        return bool(self._ask(lambda _: append(keys=[CHANGES, CHANGE_COUNT], args=[packed, after])))
+
+# %% ../../nbs/store/02_redis.ipynb #715c23f6
+class RedisStore(RedisShared):
+    "Histories in a Redis server that many processes share."
+    remote = True
+
+    def _run(self, sha: str, calls: _Calls) -> list[Any]:
+        return self._ask(lambda client: _run_loaded(client, sha, calls, self._errors.NoScriptError)) if calls else []
+
+    def record(self, transactions: Sequence[Transaction], demand: Sequence[Demand] = ()) -> list[bool]:
+        limits = [expiry_of(self.retention), *self.retention]
+        calls = [([*transaction_keys(t), NEWEST], [pack_transaction(t), *limits]) for t in transactions]
+        for (keys, arguments), (hour, step, reviewed, _) in zip(calls, demand):
+            keys.append(hour_key(hour))
+            arguments += [step, int(reviewed), KEPT_SECONDS]
+        return [bool(new) for new in self._run(_RECORD_SHA, calls)]
+
     def label(self, labels: Mapping[str, bool]) -> list[str]:
         recorded = self.read([], [], labels).recorded
         seconds = expiry_of(self.retention)
@@ -551,10 +564,3 @@ class RedisStore(RedisReader):
 
     def loaded(self, chunk: str) -> bool:
         return bool(self._ask(lambda client: client.exists(_chunk_key(chunk))))
-
-    def changes_after(self, number: int) -> list[bytes]:
-        return self._ask(lambda client: client.lrange(CHANGES, number, -1))
-
-    def append_change(self, packed: bytes, after: int) -> bool:
-        append = self._client.register_script(_APPEND_SCRIPT)
-        return bool(self._ask(lambda _: append(keys=[CHANGES, CHANGE_COUNT], args=[packed, after])))

@@ -14,7 +14,7 @@ __all__ = ['LATE', 'COUNTERS', 'Tile', 'NEVER', 'Sighting', 'FORMAT', 'HEADER', 
 # %% ../../nbs/store/00_tiles.ipynb #2227a5ec
 import json
 import struct
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -175,20 +175,27 @@ def is_known(packed: bytes) -> bool:
 # %% ../../nbs/store/00_tiles.ipynb #cd12aab3
 _NUMBER = struct.Struct("<I")  # a tile begins with it
 
+def _end_of(tiles: bytes, number: int) -> int:
+    "Where the tiles up to `number` end, in bytes; at the end of all, but for late payments."
+    def number_at(place: int) -> int:
+        return _NUMBER.unpack_from(tiles, place * TILE.size)[0]
+
+    count = len(tiles) // TILE.size
+    late = count and number_at(count - 1) > number
+    return TILE.size * (bisect_right(range(count), number, key=number_at) if late else count)
+
 def _counted(tiles: bytes, number: int, counts: Sequence[int], oldest: int) -> bytes:
     "`_add_to_tile` in the bytes of the tiles of one size."
-    at = len(tiles) - TILE.size
-    last = TILE.unpack_from(tiles, at) if tiles else None
-    if number <= oldest or (last and last[0] > number):  # late
-        unpacked = list(TILE.iter_unpack(tiles))
-        _add_to_tile(unpacked, number, counts, oldest)
-        return b"".join(TILE.pack(*tile) for tile in unpacked)
-    if last and last[0] == number:
-        tiles = tiles[:at] + TILE.pack(*_added(last, counts))
-    else:
-        tiles += TILE.pack(number, *counts)
+    if number > oldest:
+        end = _end_of(tiles, number)
+        at = end - TILE.size
+        last = TILE.unpack_from(tiles, at) if end else None
+        if last and last[0] == number:
+            tiles = tiles[:at] + TILE.pack(*_added(last, counts)) + tiles[end:]
+        else:
+            tiles = tiles[:end] + TILE.pack(number, *counts) + tiles[end:]
     first = 0
-    while _NUMBER.unpack_from(tiles, first)[0] <= oldest:  # ends with `number` at the latest
+    while first < len(tiles) and _NUMBER.unpack_from(tiles, first)[0] <= oldest:
         first += TILE.size
     return tiles[first:]
 

@@ -6,7 +6,7 @@
 __all__ = ['GONE', 'Positions', 'partition_name', 'parse_partition', 'newest_source', 'TopicPositions', 'PartitionOffsets',
            'start_offset', 'PartitionsElsewhere', 'SoleConsumer', 'Subscription', 'GroupMember', 'keep_membership',
            'commit_offsets', 'stored_progress', 'partition_offsets', 'ExpectedOffsets', 'TopicGuard', 'Reader',
-           'show_lag', 'ConsumerLoop']
+           'show_lag', 'DecisionReader', 'ConsumerLoop']
 
 # %% ../../nbs/stream/03_consumer.ipynb #9afba6d8
 import contextlib
@@ -15,20 +15,26 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError
 
 from ..core.errors import FraudError
+from ..core.record import ScoredRecord
 from ..core.sections import Stream
+from ..model.bundle import BundleError, Unreachable
+from ..model.locations import Retries, bundle_mark, fetch_bundle
 from ..store.outbox import ConflictError, OffsetAdvance, OutboxStore, PartitionProgress
 from ..store.tiles import StoreError
 from .health import Health, StreamMetrics
 from fraud_pkg.stream.kafka import (
     METADATA_AGE, BrokerAway, TopicWatch, Unavailable, broker_errors, open_consumer, transient_broker_errors,
 )
-from .messages import InvalidMessage, Output, Received, log, read_source, topics_of, unpack
+from fraud_pkg.stream.messages import (
+    InvalidMessage, Output, Received, log, messages_of, read_scored_record, read_source, topics_of, unpack,
+)
 
 # %% ../../nbs/stream/03_consumer.ipynb #a203c994
 class Positions(Protocol):
@@ -397,6 +403,40 @@ def show_lag(reader: Reader, offsets: Mapping[TopicPartition, int]) -> None:
     for partition, offset in offsets.items():
         waiting = (reader.consumer.highwater(partition) or offset) - offset
         reader.metrics.lag.labels(partition.topic, partition.partition).set(max(0, waiting))
+
+# %% ../../nbs/stream/03_consumer.ipynb #fd5a1125
+class DecisionReader:
+    "Reads decisions, and looks at a bundle for a contract that is unknown."
+
+    def __init__(self, place: Path | str):  # of the champion
+        self._place = place
+        self._mark: tuple | None = None
+        self._retries = Retries(1)
+
+    def read(self, value: bytes | None) -> ScoredRecord:
+        "The scored record; raises `InvalidMessage`, and `Unavailable` while the bundle's place does not answer."
+        try:
+            return read_scored_record(value)
+        except InvalidMessage as error:
+            if error.kind != "schema" or not self._learn():
+                raise
+        return read_scored_record(value)
+
+    def _learn(self) -> bool:
+        "Knows the contract of the bundle that is there; False for one that was looked at before."
+        try:
+            mark = bundle_mark(self._place)
+            if mark is None or mark == self._mark or not self._retries.due(mark):
+                return False
+            messages_of(fetch_bundle(self._place, deciding=True).manifest.contract)
+        except Unreachable as error:
+            raise Unavailable(str(error)) from error
+        except BundleError as error:
+            log.error("no contract from the champion: %s", error)
+            self._retries.fail(mark)
+            return False
+        self._mark = mark
+        return True
 
 # %% ../../nbs/stream/03_consumer.ipynb #25bf8f5e
 class ConsumerLoop:

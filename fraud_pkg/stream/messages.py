@@ -8,8 +8,8 @@ __all__ = ['VERSION', 'Model', 'log', 'INVALID_KINDS', 'AVRO_TYPES', 'MAGIC', 'H
            'CORRECTION', 'as_message', 'InvalidMessage', 'invalid_message', 'avro_schema', 'AvroFormat', 'format_of',
            'transaction_schema', 'decision_schema', 'ContractMessages', 'messages_of', 'validation_errors',
            'read_transaction', 'read_label', 'payment_fields', 'Received', 'scored_record', 'write_record',
-           'read_record', 'read_source', 'read_scored_record', 'Output', 'pack', 'unpack', 'dead_letter', 'Topics',
-           'topics_of', 'BatchResult']
+           'read_record', 'label_message', 'read_source', 'read_scored_record', 'Output', 'pack', 'unpack',
+           'dead_letter', 'Topics', 'topics_of', 'BatchResult']
 
 # %% ../../nbs/stream/00_messages.ipynb #15da25cd
 import base64
@@ -303,6 +303,12 @@ def read_record(value: bytes | None) -> dict[str, Any]:
     if not value:
         raise invalid_message("empty", "body", "empty")
     return format_of(value, DECISION_FORMATS).read(value) if value.startswith(MAGIC) else _json_record(value)
+
+# %% ../../nbs/stream/00_messages.ipynb #dc114f88
+def label_message(transaction_id: str, fraud: bool, format: str) -> bytes:
+    "The message that labels a transaction."
+    record = {"transaction_id": transaction_id, "is_fraud": fraud}
+    return LABEL_FORMAT.write(record) if format == "avro" else to_json({"schema": VERSION, **record})
 
 # %% ../../nbs/stream/00_messages.ipynb #fa0444dc
 _START = decision_schema(ScoredRecord)

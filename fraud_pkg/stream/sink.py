@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTRACT_KEY', 'RECALL', 'DiskTrouble', 'disk_errors', 'exclusive_lock', 'LakeFile', 'LakePositions', 'PendingRows',
-           'LakeWriter', 'set_aside', 'learn_contract', 'DecisionReader', 'RecentDecisions', 'recent_decisions',
-           'recall_decisions', 'RowBuffer', 'SinkMetrics', 'read_label_record', 'EndOfTopics', 'Sink', 'open_sink']
+           'LakeWriter', 'set_aside', 'learn_contract', 'RecentDecisions', 'recent_decisions', 'recall_decisions',
+           'RowBuffer', 'SinkMetrics', 'read_label_record', 'EndOfTopics', 'Sink', 'open_sink']
 
 # %% ../../nbs/stream/08_sink.ipynb #1457a6f2
 import contextlib
@@ -28,16 +28,14 @@ from ..core.files import staging_file
 from ..core.record import LabelRecord, ScoredRecord
 from ..core.settings import Settings
 from ..data.lake import decision_table, label_table
-from ..model.bundle import BundleError, Unreachable
-from ..model.locations import Retries, bundle_mark, fetch_bundle
 from ..store.outbox import ConflictError, PartitionProgress
 from fraud_pkg.stream.consumer import (
-    ConsumerLoop, Reader, Subscription, TopicGuard, commit_offsets, parse_partition, show_lag,
+    ConsumerLoop, DecisionReader, Reader, Subscription, TopicGuard, commit_offsets, parse_partition, show_lag,
 )
 from .health import StreamMetrics, serve_health
 from .kafka import Unavailable, make_topics, open_topic_watch
 from fraud_pkg.stream.messages import (
-    KNOWN, InvalidMessage, Received, log, messages_of, read_label, read_scored_record, topics_of,
+    KNOWN, InvalidMessage, Received, log, messages_of, read_label, topics_of,
 )
 
 # %% ../../nbs/stream/08_sink.ipynb #3b2f3f6c
@@ -152,40 +150,6 @@ def learn_contract(files: Sequence[LakeFile]) -> None:
     metadata = pq.read_schema(files[-1].path).metadata if files else None
     if written := (metadata or {}).get(CONTRACT_KEY):
         messages_of(Contract.model_validate_json(written))
-
-# %% ../../nbs/stream/08_sink.ipynb #d569105c
-class DecisionReader:
-    "Reads decisions, and looks at a bundle for a contract that is unknown."
-
-    def __init__(self, place: Path | str):  # of the champion
-        self._place = place
-        self._mark: tuple | None = None
-        self._retries = Retries(1)
-
-    def read(self, value: bytes | None) -> ScoredRecord:
-        "The scored record; raises `InvalidMessage`, and `Unavailable` while the bundle's place does not answer."
-        try:
-            return read_scored_record(value)
-        except InvalidMessage as error:
-            if error.kind != "schema" or not self._learn():
-                raise
-        return read_scored_record(value)
-
-    def _learn(self) -> bool:
-        "Knows the contract of the bundle that is there; False for one that was looked at before."
-        try:
-            mark = bundle_mark(self._place)
-            if mark is None or mark == self._mark or not self._retries.due(mark):
-                return False
-            messages_of(fetch_bundle(self._place, deciding=True).manifest.contract)
-        except Unreachable as error:
-            raise Unavailable(str(error)) from error
-        except BundleError as error:
-            log.error("no contract from the champion: %s", error)
-            self._retries.fail(mark)
-            return False
-        self._mark = mark
-        return True
 
 # %% ../../nbs/stream/08_sink.ipynb #285210f2
 RECALL = 10_000  # decisions of a partition that are remembered: no batch has more

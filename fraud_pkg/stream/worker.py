@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LAST_WAIT', 'COMMIT_INTERVAL', 'Offsets', 'Work', 'Probe', 'SentUntil', 'PROBE_INTERVAL', 'merge_partitions',
            'CircuitBreaker', 'Patience', 'observe_latency', 'DeliveryTracker', 'FinishedBatch', 'finish_batch',
-           'TransactionalOutbox', 'DirectDelivery', 'newest_sent', 'decided_before', 'Worker', 'NoModel', 'local_work',
-           'remote_work', 'know_contract', 'open_store', 'topics_read', 'open_worker', 'stop_on_signals',
-           'quiet_clients', 'run_worker', 'main']
+           'TransactionalOutbox', 'DirectDelivery', 'newest_sent', 'decided_before', 'RegularProbe', 'Worker',
+           'NoModel', 'local_work', 'remote_work', 'know_contract', 'open_store', 'topics_read', 'open_worker',
+           'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
 
 # %% ../../nbs/stream/05_worker.ipynb #efc3d3e9
 import contextlib
@@ -247,15 +247,11 @@ class _Turns(ConsumerLoop):
     def __init__(self, reader: Reader, delivery: Delivery, work: Work, outbox: OutboxStore | None,
                  sent_until: SentUntil):
         super().__init__(reader)
-        self._work = work
-        self._sent_until = sent_until
+        self._work, self._delivery, self._sent_until = work, delivery, sent_until
         self._corrected: dict[TopicPartition, int] = {}  # up to where decisions are sent a second time
-        self._delivery = delivery
         self._tracker = tracker = DeliveryTracker(self, delivery)
-        if outbox is None:
-            self._finish = DirectDelivery(reader, tracker).finish
-        else:
-            self._finish = TransactionalOutbox(outbox, reader, tracker).finish
+        by = DirectDelivery(reader, tracker) if outbox is None else TransactionalOutbox(outbox, reader, tracker)
+        self._finish = by.finish
 
     def _process(self, polled: Mapping[TopicPartition, Sequence[Received]]) -> None:
         "Decides a batch, stores it and begins to send."
@@ -285,18 +281,31 @@ class _Turns(ConsumerLoop):
         if self._tracker.settle():
             self._tracker.commit(wait=True)
 
-# %% ../../nbs/stream/05_worker.ipynb #80fe60ce
+# %% ../../nbs/stream/05_worker.ipynb #bccba06b
 PROBE_INTERVAL = 5.0  # seconds after which what the work needs is asked again, though it answers
 
+class RegularProbe:
+    "Asks again and again whether what the work needs is there."
+
+    def __init__(self, probe: Probe):
+        self._probe = probe
+        self._asked = -PROBE_INTERVAL  # by the monotonic clock
+
+    def ask(self, now: bool) -> None:
+        "Asks when it is time, or `now`; raises what the probe raises, and is asked again the next time."
+        if now or time.monotonic() - self._asked > PROBE_INTERVAL:
+            self._probe()
+            self._asked = time.monotonic()
+
+# %% ../../nbs/stream/05_worker.ipynb #80fe60ce
 class Worker(_Turns):
     "Does its work with what a reader reads, batch by batch; without an outbox a service has the store."
 
     def __init__(self, reader: Reader, delivery: Delivery, work: Work, probe: Probe, outbox: OutboxStore | None = None,
                  sent_until: SentUntil = lambda partition: None):
         super().__init__(reader, delivery, work, outbox, sent_until)
-        self._probe = probe
+        self._probe = RegularProbe(probe)
         self._circuit = CircuitBreaker(self.metrics)
-        self._probed = -PROBE_INTERVAL  # by the monotonic clock
 
     def run(self) -> None:
         "Works until `stopping` is set, and finishes the batch in hand; raises `FraudError` as `loop` does."
@@ -310,9 +319,7 @@ class Worker(_Turns):
             self.reader.close()
 
     def turn(self) -> bool:
-        if self._circuit.open or time.monotonic() - self._probed > PROBE_INTERVAL:
-            self._probe()
-            self._probed = time.monotonic()
+        self._probe.ask(now=self._circuit.open)
         polled = self.reader.poll(timeout_ms=1 if self._delivery.pending else 500)
         if self.reader.uncertain:
             self._take_over()

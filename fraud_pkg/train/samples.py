@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'SAMPLE_COLUMNS', 'Sample', 'concat', 'weigh_recent', 'Period', 'split_periods', 'check_classes',
-           'learn_words', 'load_sample', 'Periods', 'periods_of', 'load_periods', 'load_period', 'load_test',
-           'load_known', 'Trained']
+           'learn_words', 'load_sample', 'Periods', 'periods_of', 'load_periods', 'load_period', 'load_unlearned',
+           'load_test', 'load_known', 'Trained']
 
 # %% ../../nbs/train/00_samples.ipynb #fa3ca0ec
 from collections.abc import Iterator, Mapping, Sequence
@@ -349,6 +349,13 @@ def load_period(settings: Settings, name: str) -> Sample:
     manifest = feature_manifest(settings)
     period = periods_of(manifest, settings.split)[name]
     return _load(settings.data_dir / "features", period, manifest["features"], None)
+
+def load_unlearned(settings: Settings) -> Sample:
+    "Label delay and test period as one sample: all that a model did not learn from, and whose labels are known."
+    manifest = feature_manifest(settings)
+    periods = periods_of(manifest, settings.split)
+    unlearned = Period("unlearned", periods["validation"].end_step, periods["test"].end_step)
+    return _load(settings.data_dir / "features", unlearned, manifest["features"], None)
 
 def load_test(settings: Settings) -> Sample:
     "The test period, by `load_period`."

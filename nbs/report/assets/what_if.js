@@ -16,6 +16,7 @@
       p: cells.probability.map((sum, i) => sum / payments[i]),
       loss: cells.loss.map((sum, i) => sum / payments[i]),
       amount: amounts.map((sum, i) => sum / payments[i]),
+      segment: payments.map((_, i) => cells.segment[i] ?? null), // one with a budget of its own
     };
   }
 
@@ -23,9 +24,9 @@
 
   // The cheapest of allow (0), review (1) and block (2) for a cell; of equally cheap ones the first.
   function decide(cells, i, policy) {
-    const allow = cells.loss[i];
+    const allow = cells.loss[i], own = cells.segment[i] === null ? 0 : policy.segment_prices[cells.segment[i]] ?? 0;
     const review = policy.alert_budget === 0 || cells.amount[i] < policy.least_review ? Infinity
-      : policy.review_cost + policy.review_price + (1 - policy.recovered_share) * cells.loss[i];
+      : policy.review_cost + Math.max(policy.review_price, own) + (1 - policy.recovered_share) * cells.loss[i];
     const block = policy.max_false_block_rate === 0 ? Infinity
       : (1 - cells.p[i]) * (policy.block_cost + policy.block_price)
         + policy.block_cost_share * (cells.amount[i] - cells.loss[i]);
@@ -52,30 +53,43 @@
     return high;
   }
 
-  // The policy with the smallest prices that keep both limits on a period; null when no price does.
+  // The policy with the smallest prices that keep all limits on a period; null when no price does. A segment that has no
+  // payment, or more room than the whole budget, cannot bind.
   function solve(cells, given) {
-    const unpriced = { ...given, review_price: 0, block_price: 0 };
+    const unpriced = { ...given, review_price: 0, block_price: 0, segment_prices: {} };
     const all = [...cells.payments.keys()], stopped = all.filter((i) => decide(cells, i, unpriced) > 0);
-    const honest = [sum(cells.expectedHonest), sum(cells.honest)], budget = unpriced.alert_budget;
-    const room = Math.round(budget * (budget < 1 ? sum(cells.payments) : cells.days) * 1e9) / 1e9;
-    const priced = (review, block) => ({ ...unpriced, review_price: priceLevel(review), block_price: priceLevel(block) });
-    function reviewsFit(review, block) {
-      const policy = priced(review, block);
-      return sum(stopped.filter((i) => decide(cells, i, policy) === 1).map((i) => cells.payments[i])) <= room;
-    }
-    function blocksFit(review, block) {
-      const policy = priced(review, block), blocked = stopped.filter((i) => decide(cells, i, policy) === 2);
+    const honest = [sum(cells.expectedHonest), sum(cells.honest)];
+    const roomFor = (budget) => Math.round(budget * (budget < 1 ? sum(cells.payments) : cells.days) * 1e9) / 1e9;
+    const room = roomFor(unpriced.alert_budget);
+    const segments = Object.entries(given.segment_budgets).map(([name, budget]) => ({ name, room: roomFor(budget) }))
+      .filter((segment) => segment.room <= room && cells.segment.includes(segment.name));
+    const priced = (levels) => ({
+      ...unpriced, review_price: priceLevel(levels.review), block_price: priceLevel(levels.block),
+      segment_prices: Object.fromEntries(segments.map((segment, k) => [segment.name, priceLevel(levels[k])])),
+    });
+    const decided = (levels, action) => {
+      const policy = priced(levels);
+      return stopped.filter((i) => decide(cells, i, policy) === action);
+    };
+    const payments = (some) => sum(some.map((i) => cells.payments[i]));
+    const limits = segments.map((segment, k) => [k, (levels) =>
+      payments(decided({ ...levels, review: 0 }, 1).filter((i) => cells.segment[i] === segment.name)) <= segment.room]);
+    limits.push(["review", (levels) => payments(decided(levels, 1)) <= room]);
+    limits.push(["block", (levels) => {
+      const blocked = decided(levels, 2);
       const wrong = [sum(blocked.map((i) => cells.expectedHonest[i])), sum(blocked.map((i) => cells.honest[i]))];
       return wrong.every((n, k) => Math.min(n + Math.sqrt(n), honest[k]) <= unpriced.max_false_block_rate * honest[k]);
-    }
-    let review = 0, block = 0;
+    }]);
+    let levels = Object.fromEntries(limits.map(([key]) => [key, 0]));
     for (;;) {
-      const before = block, higher = leastLevel((level) => reviewsFit(level, before), review);
-      if (higher === null) return null;
-      const raised = leastLevel((level) => blocksFit(higher, level), block);
-      if (raised === null) return null;
-      if (higher === review && raised === block) return priced(review, block);
-      review = higher; block = raised;
+      const higher = { ...levels };
+      for (const [key, fits] of limits) {
+        const level = leastLevel((tried) => fits({ ...higher, [key]: tried }), higher[key]);
+        if (level === null) return null;
+        higher[key] = level;
+      }
+      if (limits.every(([key]) => higher[key] === levels[key])) return priced(levels);
+      levels = higher;
     }
   }
 

@@ -48,7 +48,7 @@ const now = () => Date.now() + skew;
 const person = () => hello?.cases?.person ?? "";
 const mayWork = () => Boolean(hello?.cases?.may_work);
 const isMine = (row) => row.state === "taken" && row.taken_by === person();
-const age = (row) => duration(Math.max(0, (now() - row.arrived) / 1000));
+const age = (row) => duration(Math.max(0, (now() - (row.reopened ?? row.arrived)) / 1000));
 const inCurrency = (value, row) => `${money.format(value)}${row.currency ? ` ${row.currency}` : ""}`;
 const shown = () => address().view === "cases";
 
@@ -66,7 +66,10 @@ function stateTag(row) {
 }
 
 function stateSentence(row) {
-  if (row.state === "open") return `Open. Arrived ${moment.format(row.arrived)}, waits ${age(row)}.`;
+  if (row.state === "open") {
+    const since = row.reopened ? `Opened again ${moment.format(row.reopened)}` : `Arrived ${moment.format(row.arrived)}`;
+    return `Open. ${since}, waits ${age(row)}.`;
+  }
   if (row.state === "taken")
     return `${isMine(row) ? "Yours" : `Taken by ${row.taken_by}`} until ${moment.format(row.lease_until)}.`;
   return `Closed as ${row.outcome} by ${row.closed_by ?? "the system"}, ${moment.format(row.closed)}.`;
@@ -152,7 +155,8 @@ function rowElement(row, index) {
     onchange: (event) => choose(row.id, event.target.checked),
   });
   box.checked = chosen.has(row.id);
-  const origin = el("span", { class: "note" }, row.origin === "check" ? "check of an allowed payment" : "");
+  const marks = [row.origin === "check" ? "check of an allowed payment" : "", row.reopened ? "opened again" : ""];
+  const origin = el("span", { class: "note" }, marks.filter(Boolean).join(", "));
   const why = el(
     "td",
     { class: "k-why" },
@@ -214,7 +218,7 @@ const step = (cases, action, more = {}) => post("/cases", { action, cases, ...mo
 // What is closed is taken first, where it is open: one key less for the same right.
 async function act(cases, action, outcome, note = "") {
   const known = new Map([...rows, ...(opened ? [opened] : [])].map((row) => [row.id, row]));
-  if (action !== "close") return step(cases, action, action === "note" ? { note } : {});
+  if (action !== "close") return step(cases, action, action === "note" || action === "reopen" ? { note } : {});
   const free = cases.filter((id) => known.get(id)?.state === "open");
   const refused = free.length ? await step(free, "take").then((answer) => answer.refused) : [];
   const lost = new Set(refused.map(({ case: id }) => id));
@@ -407,6 +411,7 @@ const ACTIONS = {
   honest: "Closed as honest",
   unclear: "Closed as unclear",
   expired: "Expired: nobody came",
+  reopened: "Opened again",
 };
 
 function drawEvents() {
@@ -446,7 +451,9 @@ function drawWork(said = "", wrong = false) {
       text,
       ...(off || !allowed ? [] : [el("kbd", { "aria-hidden": "true" }, letter)]),
     );
-  const note = el("textarea", { id: "case-note", rows: "2", maxlength: "2000", "data-case": row.id, disabled: off || !mine });
+  const ended = row.state === "closed";
+  const writable = { disabled: off || !(mine || ended), required: ended };
+  const note = el("textarea", { id: "case-note", rows: "2", maxlength: "2000", "data-case": row.id, ...writable });
   note.value = drafts.get(row.id) ?? "";
   const parts = [
     el("p", { class: "case-line" }, stateTag(row), ` ${stateSentence(row)}`),
@@ -456,7 +463,7 @@ function drawWork(said = "", wrong = false) {
       button("case-take", "Take", "T", free, () => work("take")),
       button("case-release", "Release", "R", mine, () => work("release")),
     ),
-    el("label", { class: "note-field" }, el("span", {}, "Note"), note),
+    el("label", { class: "note-field" }, el("span", {}, "Note"), ended ? "" : note),
     el(
       "div",
       { class: "marking" },
@@ -467,14 +474,18 @@ function drawWork(said = "", wrong = false) {
     ),
     el("p", { class: wrong ? "problem" : "note", role: "status", id: "case-said" }, said || (off ? NO_RIGHT : "")),
   ];
-  box.replaceChildren(...(row.state === "closed" ? [parts[0], parts[4]] : parts));
+  const again = () => [
+    el("label", { class: "note-field" }, el("span", {}, "Why it is opened again"), note),
+    el("div", { class: "marking" }, button("case-reopen", "Open again", "O", true, () => work("reopen"))),
+  ];
+  box.replaceChildren(...(ended ? [parts[0], ...again(), parts[4]] : parts));
   if (focused) $(focused)?.focus();
   drawEvents();
 }
 
 async function work(action, outcome) {
   const row = opened;
-  if (!row || !mayWork() || busy || row.state === "closed") return;
+  if (!row || !mayWork() || busy || (row.state === "closed") !== (action === "reopen")) return;
   const note = $("case-note")?.value ?? "";
   busy = true;
   let said = "",
@@ -482,7 +493,7 @@ async function work(action, outcome) {
   try {
     const { refused } = await act([row.id], action, outcome, note);
     if (refused.length) [said, wrong] = [refused[0].reason, true];
-    else if (action === "note" || action === "close") {
+    else if (action !== "take" && action !== "release") {
       drafts.delete(row.id);
       if ($("case-note")) $("case-note").value = "";
     }
@@ -508,6 +519,7 @@ const steps = {
   f: () => work("close", "fraud"),
   h: () => work("close", "honest"),
   u: () => work("close", "unclear"),
+  o: () => work("reopen"),
   n: () => $("case-note")?.focus(),
   Escape: () => close(),
 };
