@@ -464,12 +464,13 @@ def answer_together(service: Service, asked: Sequence[Asked]) -> list[Answer]:
     "The answers of `Service.answer` to requests for one decision each, in order, as if one came after the other."
     scorer, answers = service.scorer, dict[int, Answer]()
     if scorer and len(asked) > 1:
-        parsed = parsed_requests(service, scorer, asked)
+        parsed: dict[int, TransactionRequest] = {}
         try:
-            answers = dict(zip(parsed, service.answer_scored(list(parsed.values()), scorer), strict=True))
+            parsed = parsed_requests(service, scorer, asked)
+            if len(parsed) > 1:
+                answers = dict(zip(parsed, service.answer_scored(list(parsed.values()), scorer), strict=True))
         except StoreError as error:
-            failed = service.unreachable(error)
-            answers = dict.fromkeys(parsed, failed)
+            answers = dict.fromkeys(parsed, service.unreachable(error))
         except Exception:  # one of them is to blame; each is answered alone, which one it was is said there
             log.debug("not decided together", exc_info=True)
     return [answers.get(place) or service.answer(*PREDICT, *one) for place, one in enumerate(asked)]
