@@ -8,6 +8,7 @@ import pytest
 import servers
 import yaml
 
+pytestmark = pytest.mark.long(reason="two machines, a bucket and a registry that goes away: five minutes")
 JOBS = ["acquire", "features", "train_xgboost", "train_tensorflow", "blend", "promote", "monitor", "report"]
 
 

@@ -1,5 +1,5 @@
 """The whole loop on real servers: a fraud that the champion has never seen, the alarm, a challenger that learned from
-the stream, and the way back. The long test has calm weeks before it, and days that are watched after it.
+the stream, and the way back. Of several seeds with calm weeks before it, and days that are watched after it.
 """
 
 import contextlib
@@ -179,6 +179,7 @@ def retrained(live: Live) -> dict:
     return retraining
 
 
+@pytest.mark.long(reason="ten days of a stream and a training, four minutes")
 def test_alarm_retraining_and_rollback(workspace, tmp_path):
     """The new fraud begins with the stream; what serves then has learned it, and the first champion can come back. The
     stream's store knows nothing of the days before, so the comparison with features of the whole log is left out.

@@ -16,6 +16,9 @@ from fraud_pkg.train.samples import load_test
 from fraud_pkg.core.settings import Settings, load_settings
 
 
+pytestmark = pytest.mark.long(reason="two machines, a bucket and a registry that goes away: five minutes")
+
+
 def settings_of(space, **overrides) -> Settings:
     """The settings of a workspace, in this process."""
     given = space.overrides | servers.named(overrides)

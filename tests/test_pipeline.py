@@ -1,8 +1,10 @@
 """The whole pipeline on a small simulation, through the command line, as a user runs it."""
 
 import hashlib
+import re
 
 import pyarrow.parquet as pq
+import pytest
 
 from fraud_pkg.model.bundle import load_bundle
 
@@ -44,6 +46,7 @@ def test_second_run_is_cached(finished):
     assert finished.last_run()["seconds"] < 60
 
 
+@pytest.mark.long(reason="a second pipeline; nbs/features/07_table compares the engines' files, byte for byte")
 def test_engines_and_repetition_give_the_same_champion(finished, workspace):
     again = workspace(features__engine="local", pipeline__push="false")
     again.fraud("run", "--job", "promote")
@@ -53,6 +56,29 @@ def test_engines_and_repetition_give_the_same_champion(finished, workspace):
         assert first == second, model
 
 
+def test_what_a_run_would_do(finished, workspace):
+    """Said without running anything; of another contender's settings, of the data's, and where nothing was run."""
+    before = (finished.root / "params.json").read_bytes()
+
+    def said(space, **overrides) -> dict[str, str]:
+        lines = space.fraud("run", "--dry-run", **overrides).stdout.splitlines()
+        found = [re.match(r"\s*(\w+) +(cached|runs|may run)\b", line) for line in lines]
+        return {match[1]: match[2] for match in found if match}
+
+    assert said(finished) == dict.fromkeys(JOBS, "cached")
+    assert said(finished, train__ablation="false", xgboost__rounds=20) == dict.fromkeys(JOBS, "may run") | {
+        "acquire": "cached",
+        "features": "cached",
+        "train_xgboost": "runs",
+        "train_tensorflow": "cached",
+    }
+    assert said(finished, simulate__seed=8) == dict.fromkeys(JOBS, "may run") | {"acquire": "runs"}
+    assert said(workspace()) == dict.fromkeys(JOBS, "runs")
+    assert (finished.root / "params.json").read_bytes() == before
+    assert "none yet" in workspace().fraud("status").stdout
+
+
+@pytest.mark.long(reason="a training more; test_what_a_run_would_do asks the same of the plan")
 def test_changed_training_does_not_touch_features(finished):
     """Nor the contender that it does not concern."""
     before = finished.json("data/features/manifest.json")

@@ -1,7 +1,9 @@
 """The report's pages in a real browser: from disk and over HTTP, by day, by night and on a phone."""
 
+import contextlib
 import functools
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,14 +20,16 @@ from fraud_pkg.core.sections import Decision
 from fraud_pkg.core.settings import load_settings
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.model.what_if import WhatIf, choices, outcome, payment_cells
+from fraud_pkg.monitor.rule_report import write_test_rules
 from fraud_pkg.report.charts import environment, write_assets
 from fraud_pkg.report.pages import PAGES
+from fraud_pkg.report.site import build_site
 from fraud_pkg.report.what_if import what_if_page
 from fraud_pkg.train.metrics import days_in
 from fraud_pkg.train.samples import load_period
 
 LOOKS = {"light": (DESKTOP, False), "dark": (DESKTOP, True), "phone": (PHONE, False)}
-RICHEST = ("index", "champion", "what_if")  # a phone shows axe nothing new on the others
+RICHEST = ("index", "champion", "what_if", "rules")  # a phone shows axe nothing new on the others
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -33,31 +37,76 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def served(finished) -> Iterator[str]:
-    """The reports over HTTP: axe reads style sheets by request, which a page from disk may not make."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(finished.root / "reports")))
+@contextlib.contextmanager
+def over_http(folder: Path) -> Iterator[str]:
+    """Pages over HTTP: axe reads style sheets by request, which a page from disk may not make."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_pages_are_accessible_and_fit(browser, served, look):  # noqa: F811
+@pytest.fixture(scope="module")
+def served(finished) -> Iterator[str]:
+    with over_http(finished.root / "reports") as url:
+        yield url
+
+
+def check_page(browser, url: str, page: str, look: str) -> None:  # noqa: F811
     """No serious fault that axe finds, also with every table opened; nothing scrolls sideways; the colours are those
     asked for.
     """
     size, dark = LOOKS[look]
+    with visit(browser, f"{url}/{page}.html", size, dark) as seen:
+        seen.screenshot(f"report_{page}_{look}", full=True)
+        seen.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        assert (look == "phone" and page not in RICHEST) or seen.violations() == [], page
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= size[0], page
+        assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(18, 23, 28)" if dark else "rgb(249, 249, 246)"
+        ), page
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_pages_are_accessible_and_fit(browser, served, look):  # noqa: F811
     for page in PAGES:
-        with visit(browser, f"{served}/{page}.html", size, dark) as seen:
-            seen.screenshot(f"report_{page}_{look}", full=True)
-            seen.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-            assert (look == "phone" and page not in RICHEST) or seen.violations() == [], page
-            assert seen.page.evaluate("document.documentElement.scrollWidth") <= size[0], page
-            assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
-                "rgb(18, 23, 28)" if dark else "rgb(249, 249, 246)"
-            ), page
+        check_page(browser, served, page, look)
+
+
+RULES = """
+rules:
+  - {name: emptied_at_once, action: review, if: empties_account == 1.0 && amount > 3000.0}
+  - {name: likely, action: block, if: probability > 0.3}
+  - {name: at_night, action: review, if: hour < 5 && amount > 5000.0, mode: shadow}
+  - {name: large, action: tag, if: amount > 10000.0, mode: shadow}
+"""
+
+
+@pytest.fixture(scope="module")
+def with_rules(finished, tmp_path_factory) -> Iterator[str]:
+    """The same site with rules in force, measured on the test period."""
+    folder = tmp_path_factory.mktemp("rules")
+    (folder / "rules.yaml").write_text(RULES)
+    shutil.copytree(finished.root / "reports", folder / "reports")
+    given = {"FRAUD_ROOT": finished.root, "FRAUD_RULES_FILE": folder / "rules.yaml"}
+    given |= {"FRAUD_PATHS_REPORTS": folder / "reports"}
+    settings = load_settings(environ=finished.environment() | {name: str(value) for name, value in given.items()})
+    assert {result.name for result in write_test_rules(settings).results} == {
+        "emptied_at_once",
+        "likely",
+        "at_night",
+        "large",
+    }
+    build_site(settings)
+    with over_http(folder / "reports") as url:
+        yield url
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_page_of_rules_too(browser, with_rules, look):  # noqa: F811
+    """It stands where there are rules; on a phone its tables are the widest."""
+    check_page(browser, with_rules, "rules", look)
 
 
 def test_every_page_opens_from_disk(browser, finished):  # noqa: F811

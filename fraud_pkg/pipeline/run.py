@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProgressListener', 'STAGE_STARTED', 'STAGE_CACHED', 'LOCK_FILE_WRITTEN', 'DVC_NOISE', 'preflight', 'ProgressEvent',
-           'ReproOutput', 'initialise_dvc', 'JobResult', 'Run', 'refresh_page', 'check_data', 'run_pipeline']
+           'ReproOutput', 'initialise_dvc', 'start_dvc', 'upstream', 'JobResult', 'Run', 'refresh_page', 'check_data',
+           'run_pipeline']
 
 # %% ../../nbs/pipeline/05_run.ipynb #2e8c2eb2
 import contextlib
@@ -188,11 +189,13 @@ def _environment(settings: Settings) -> dict[str, str]:
         "PATH": os.pathsep.join([commands, os.environ.get("PATH", "")]),
     }
 
-def _start_dvc(arguments: Sequence[str], settings: Settings) -> subprocess.Popen[str]:
-    "Starts a command of DVC in the project; both its outputs are one pipe."
+def start_dvc(
+    arguments: Sequence[str], settings: Settings, stderr: int = subprocess.STDOUT,
+) -> subprocess.Popen[str]:
+    "Starts a command of DVC in the project; both its outputs are one pipe unless `stderr` says otherwise."
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "dvc", *arguments], cwd=settings.root, env=_environment(settings),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
         text=True, encoding="utf-8", errors="replace",
     )
 
@@ -232,7 +235,7 @@ class _RunRequest:
 
 def _repro(arguments: Sequence[str], request: _RunRequest, output: ReproOutput) -> None:
     "Runs `dvc repro` and tells what happens; raises `JobError`."
-    with _start_dvc(["repro", *arguments], request.settings) as process:
+    with start_dvc(["repro", *arguments], request.settings) as process:
         try:
             for line in _lines(process):
                 if event := output.take(line):
@@ -288,7 +291,7 @@ def _downstream(name: str, jobs: Sequence[Job]) -> set[str]:
             names.add(job.name)
     return names
 
-def _upstream(name: str, jobs: Sequence[Job]) -> set[str]:
+def upstream(name: str, jobs: Sequence[Job]) -> set[str]:
     "A job, and all that it needs."
     names = {name}
     for job in reversed(jobs):
@@ -433,7 +436,7 @@ def refresh_page(settings: Settings) -> None:
     "Brings the finished run onto reports/index.html, and tells DVC that this is the page now."
     from fraud_pkg.report.site import build_site
     build_site(settings)
-    with _start_dvc(["commit", "--force", "--quiet", "report"], settings) as process:
+    with start_dvc(["commit", "--force", "--quiet", "report"], settings) as process:
         for _ in _lines(process):
             pass
 
@@ -452,7 +455,7 @@ def _recallable(request: _RunRequest) -> list[Job]:
     "The stages that the remote may answer for: all that the run needs, apart from one that is forced."
     names = {job.name for job in request.stages}
     if request.only is not None:
-        names = _upstream(request.only, request.stages) - ({request.only} if request.force else set())
+        names = upstream(request.only, request.stages) - ({request.only} if request.force else set())
     return [job for job in request.stages if job.name in names]
 
 # %% ../../nbs/pipeline/05_run.ipynb #b47fc326
@@ -553,7 +556,7 @@ def run_pipeline(
         request = _RunRequest(settings, stages, only, force, tell)
         write_targets(settings.root, ["dvc"])
         write_params(settings)
-        needed = {job.name for job in stages} if only is None else _upstream(only, stages)
+        needed = {job.name for job in stages} if only is None else upstream(only, stages)
         _check_needed(needed, stages, settings)
         run = _run_and_record(request)
         if not run.error:
