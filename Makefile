@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-long coverage bench lab export pictures lock minikube image clean
+.PHONY: help setup run check test test-long coverage bench lab mlflow export pictures lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -56,6 +56,9 @@ lab: $(READY) .lab/explore  ## JupyterLab, with the exploration notebooks open (
 .lab/explore: nbs/explore/lab.jupyterlab-workspace | $(READY)
 	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab workspaces import $< >/dev/null
 	@touch $@
+
+mlflow: $(READY)  ## MLflow's pages on runs and models, at http://127.0.0.1:5000 (ARGS="--port 5001")
+	@mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
 
 setup: $(READY)  ## the environment in .venv, as requirements.lock has it
 

@@ -71,6 +71,7 @@ def test_what_a_run_would_do(finished, workspace):
         "features": "cached",
         "train_xgboost": "runs",
         "train_tensorflow": "cached",
+        "promote": "runs",
     }
     assert said(finished, simulate__seed=8) == dict.fromkeys(JOBS, "may run") | {"acquire": "runs"}
     assert said(workspace()) == dict.fromkeys(JOBS, "runs")

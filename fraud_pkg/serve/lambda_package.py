@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGE_FILES', 'PLATFORMS', 'UNUSED', 'UNUSED_IN_ORT', 'UNUSED_FILES', 'RULES_LIBRARY', 'VERIFIER',
-           'SECTIONS', 'ZIP_LIMIT', 'VERIFIER_SIZE', 'NEEDED', 'CHALICE', 'with_packages', 'runtime', 'install', 'trim',
-           'compile_ahead', 'leave_out', 'settings_text', 'with_serve', 'place_champion', 'place_rules', 'fill_vendor',
-           'distributions', 'check_zip', 'stage_config', 'check_trust', 'ensure_table', 'check_bucket', 'run_chalice',
-           'package', 'Deployed', 'deployed_resources', 'deploy', 'remove']
+           'SECTIONS', 'ZIP_LIMIT', 'VERIFIER_SIZE', 'NEEDED', 'CHALICE', 'runtime', 'install', 'trim', 'compile_ahead',
+           'leave_out', 'settings_text', 'with_serve', 'place_champion', 'place_rules', 'fill_vendor', 'distributions',
+           'check_zip', 'stage_config', 'check_trust', 'ensure_table', 'check_bucket', 'run_chalice', 'package',
+           'Deployed', 'deployed_resources', 'deploy', 'remove']
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #c4b224c8
 import compileall
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..core.closure import module_closure
+from ..core.closure import module_closure, with_packages
 from ..core.contract import Contract, contract_lines
 from ..core.errors import FraudError
 from ..core.rules import rules_json
@@ -38,11 +38,6 @@ from ..store.tiles import StoreError, retention_of
 # %% ../../nbs/serve/11_lambda_package.ipynb #9331a22f
 PACKAGE = Path(__file__).parents[1] if "__file__" in globals() else project_root() / "fraud_pkg"
 PACKAGE_FILES = module_closure(["serve.reload", "serve.logs"], PACKAGE)  # fraud_pkg/WING/NAME.py
-
-def with_packages(files: Iterable[str]) -> list[str]:
-    "The files, and the `__init__.py` of every package that they stand in."
-    packages = {f"{folder}/__init__.py" for file in files for folder in Path(file).parents if folder.name}
-    return sorted({*files, *packages})
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #4e24b609
 PLATFORMS = {  # by runtime, from new to old
