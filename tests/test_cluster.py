@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -16,6 +15,7 @@ from kubelet import kubernetes
 from servers import SparkCluster, free_port, program, spark_cluster
 
 from fraud_pkg.model.bundle import load_bundle
+from fraud_pkg.model.mlflow_model import model_rows
 from fraud_pkg.core.settings import load_settings
 
 CLUSTER = pytest.mark.long(reason="a Spark cluster: five minutes of two cores")
@@ -102,7 +102,7 @@ def test_score(finished, scored, cluster):
     assert parts(finished.root / "scored_there") == parts(finished.root / "scored")
     champion, table = load_bundle(finished.root / "models/champion"), pq.read_table(finished.root / "scored_there")
     features = pq.read_table(sorted((finished.root / "data/features").glob("part-*")))
-    x = np.column_stack([features[name].to_numpy() for name in champion.manifest.features])
+    x = model_rows(features.to_pandas(), champion.manifest)
     assert [round(p, 9) for p in champion.probability(x).tolist()] == table["fraud_probability"].to_pylist()
     manifest = finished.json("scored_there/_manifest.json")
     assert set(table["model"].to_pylist()) == {champion.manifest.version} == {manifest["model"]} and set(

@@ -34,7 +34,9 @@ def duck(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         "preserve_insertion_order": False}
     try:
         with duckdb.connect(config=options) as connection:
-            connection.execute("SET enable_progress_bar = false")
+            # In Jupyter it is on, unless ipywidgets is missing: then nobody may even turn it off.
+            if connection.execute("SELECT current_setting('enable_progress_bar')").fetchone()[0]:
+                connection.execute("SET enable_progress_bar = false")
             yield connection
     except duckdb.IOException as error:
         raise OSError(one_line(error, 300)) from error
