@@ -35,7 +35,7 @@ def duck(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         with duckdb.connect(config=options) as connection:
             # In Jupyter it is on, unless ipywidgets is missing: then nobody may even turn it off.
-            if connection.execute("SELECT current_setting('enable_progress_bar')").fetchone()[0]:
+            if connection.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0][0]:
                 connection.execute("SET enable_progress_bar = false")
             yield connection
     except duckdb.IOException as error:
