@@ -22,12 +22,17 @@ ROUTES = {
 @cache
 def opened():
     """The service and its watcher; made once for an instance."""
+    from fraud_pkg.core.errors import SettingsError
     from fraud_pkg.core.settings import load_settings
     from fraud_pkg.serve.logs import log_json_lines
     from fraud_pkg.serve.reload import open_service
 
     log_json_lines()
     settings = load_settings(file=Path(__file__).with_name("settings.ini"))
+    if settings.audit.url or settings.audit.required:
+        raise SettingsError(
+            "[audit]: Lambda keeps no audit log (docs/decisions/audit.md); expected url empty, required no"
+        )
     service, watcher = open_service(settings, os.environ, public=True)
     watcher.check()
     return service, watcher

@@ -87,9 +87,9 @@ def status(url: str, **headers: str) -> int:
         return 0
 
 
-def fetch(url: str) -> str:
+def fetch(url: str, **headers: str) -> str:
     """The body of a GET."""
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as response:
         return response.read().decode()
 
 

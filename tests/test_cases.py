@@ -29,8 +29,8 @@ from fraud_pkg.serve.case_queue import CaseFilter, CaseQueue
 from fraud_pkg.serve.case_store import CaseLabels, CaseRefused, Move
 from fraud_pkg.serve.case_tables import CASES, EVENTS, LABELS_OUT, METADATA, open_engine
 
-ANNA, BEN, EVE, SHOP = (f"{name}-0123456789abcdef" for name in ("anna", "ben", "eve", "shop"))
-KEYS = {"FRAUD_API_KEYS": f"anna@cases:{ANNA},ben@write:{BEN},eve@read:{EVE},shop:{SHOP}"}
+ANNA, BEN, EVE, SHOP, SCRAPER = (f"{name}-0123456789abcdef" for name in ("anna", "ben", "eve", "shop", "scraper"))
+KEYS = {"FRAUD_API_KEYS": f"anna@cases:{ANNA},ben@write:{BEN},eve@read:{EVE},shop:{SHOP},prometheus@metrics:{SCRAPER}"}
 
 
 @pytest.fixture(scope="module")
@@ -363,8 +363,11 @@ def test_database_away(tmp_path, postgres_url):
         assert decide(address, payment("second"), payment("third", 9000.0)) == ["review", "block"]
         answer = httpx.get(f"{address}/cases", headers={"X-API-Key": EVE}, timeout=20)
         assert (answer.status_code, answer.json()["problems"][0]["field"]) == (503, "cases")
-        servers.until(lambda: "fraud_case_outbox 2.0" in servers.fetch(f"{address}/metrics"), 15)
-        assert "fraud_case_up 0.0" in servers.fetch(f"{address}/metrics")
+        servers.until(
+            lambda: "fraud_case_outbox 2.0" in servers.fetch(f"{address}/metrics", Authorization=f"Bearer {SCRAPER}"),
+            15,
+        )
+        assert "fraud_case_up 0.0" in servers.fetch(f"{address}/metrics", Authorization=f"Bearer {SCRAPER}")
         process.kill()
     engine = open_engine(postgres_url, tmp_path)
     with engine.begin() as connection:
@@ -428,7 +431,9 @@ def test_a_label_reaches_the_store(tmp_path):
 
             servers.until(lambda: frauds("C1") == 1, 15)
             assert frauds("C9") == 0
-            assert "fraud_case_labels_waiting 0.0" in servers.fetch(f"{address}/metrics")
+            assert "fraud_case_labels_waiting 0.0" in servers.fetch(
+                f"{address}/metrics", Authorization=f"Bearer {SCRAPER}"
+            )
 
 
 def test_two_services_of_one_project(tmp_path):

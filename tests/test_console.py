@@ -22,7 +22,7 @@ from test_serve import transaction
 
 from fraud_pkg.core.contract import HOUR
 from fraud_pkg.model.example import example_bundle
-from fraud_pkg.serve.console import ASSETS, POLICY
+from fraud_pkg.serve.console import DOCS, DOCS_POLICY, PAGE, POLICY
 
 READ, WRITE, SHOP = "anna-0123456789abcdef", "ben-0123456789abcdef", "shop-0123456789abcdef"
 KEYS = {"FRAUD_API_KEYS": f"anna@read:{READ},ben@write:{WRITE},shop:{SHOP}"}
@@ -342,13 +342,13 @@ def test_a_client_that_takes_nothing_is_dropped(tmp_path):
 
 def test_the_page_and_its_policy(service):
     """The files are for everybody and may do little; a browser that has them is not sent them again."""
-    for path, (_, kind) in ASSETS.items():
+    for path, (_, kind) in (PAGE | DOCS).items():
         found = httpx.get(f"{service}{path}")
         assert (
             found.status_code,
             found.headers["content-type"].split(";")[0],
             found.headers["content-security-policy"],
-        ) == (200, kind, POLICY)
+        ) == (200, kind, POLICY if path in PAGE else DOCS_POLICY)
         assert (
             found.headers["x-content-type-options"] == "nosniff" and found.headers["referrer-policy"] == "no-referrer"
         )
@@ -367,6 +367,18 @@ def test_the_page_and_its_policy(service):
     )
 
 
+def test_the_docs_work_without_the_internet(service, browser):  # noqa: F811
+    """Swagger UI of our own files, within its policy: asks for a key, shows the document, sends a request with it."""
+    with visit(browser, f"{service}/docs") as made:
+        made.page.fill("#key", SHOP)
+        made.expect_fault("401")
+        made.page.keyboard.press("Enter")
+        made.page.locator("#operations-default-model_model_get button").first.click()
+        made.page.get_by_role("button", name="Try it out").click()
+        made.page.get_by_role("button", name="Execute").click()
+        made.page.locator(".live-responses-table .response-col_status", has_text="200").first.wait_for()
+
+
 def test_the_wheel_has_the_page(tmp_path):
     """Whoever installs the package has its files too."""
     source = tmp_path / "source"  # a build leaves things behind
@@ -381,4 +393,6 @@ def test_the_wheel_has_the_page(tmp_path):
         timeout=120,
     )
     [wheel] = tmp_path.glob("*.whl")
-    assert {f"fraud_pkg/serve/assets/{name}" for name, _ in ASSETS.values()} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"fraud_pkg/serve/assets/{name}" for name, _ in (PAGE | DOCS).values()} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )

@@ -31,7 +31,7 @@ from fraud_pkg.store.open import open_store
 from fraud_pkg.core.contract import Contract
 from fraud_pkg.store.tiles import Posting, StoreError, Transaction, retention_of
 from fraud_pkg.model.example import example_bundle
-from fraud_pkg.serve.auth import load_keys
+from fraud_pkg.serve.auth import digest_of, load_keys
 from fraud_pkg.serve.service import OPEN
 from fraud_pkg.serve.wire import EXAMPLE
 from fraud_pkg.core.settings import Settings, load_settings
@@ -62,6 +62,7 @@ SECRETS = MINIKUBE_SECRETS | {
     "fraud-cases": {"url", "password", "check-key"},
     "fraud-kafka": {"user", "password"},
     "fraud-signing-key": {"pem"},
+    "fraud-audit": {"url", "pem"},
 }
 STORING = {"fraud-stream", "fraud-stream-labels"}  # consumers that ask the store
 FOLLOWER = "fraud-stream-cases"
@@ -374,8 +375,8 @@ def test_network_is_closed_but_for_what_is_needed(render, overlay, components):
         assert not between and from_outside == decided | {("monitoring", pod, "http") for pod in tracks} | {
             ("monitoring", pod, "metrics") for pod in streaming
         } | {("monitoring", "fraud-pushgateway", "push")}
-        aws, broker = {(pod, 443) for pod in tracks | {"fraud-stream", FOLLOWER}}, {(pod, 9096) for pod in streaming}
-        stored = {(pod, 6379) for pod in tracks | STORING} | {(pod, 5432) for pod in tracks | {FOLLOWER}}
+        aws, broker = {(pod, 443) for pod in tracks | streaming}, {(pod, 9096) for pod in streaming}
+        stored = {(pod, 6379) for pod in tracks | STORING} | {(pod, 5432) for pod in tracks | streaming}
         assert to_outside == outside | aws | broker | stored
     else:
         assert not between and (from_outside, to_outside) == (decided, outside)
@@ -488,6 +489,8 @@ SECRET_VALUES = {
     ("fraud-kafka", "user"): "fraud",
     ("fraud-kafka", "password"): "secret",
     ("fraud-signing-key", "pem"): "PEM",
+    ("fraud-audit", "url"): "postgresql+psycopg://audit:secret@audit-postgres:5432/audit",
+    ("fraud-audit", "pem"): "PEM",
 }
 
 
@@ -507,6 +510,8 @@ def declared_settings(template: dict, objects, folder: Path) -> tuple[Settings, 
     refused.
     """
     environ, main = declared_environment(template), container(template)
+    if environ.get("FRAUD_TRUST_PLAIN_HOSTS") == "" and "FRAUD_STORE_URL" in environ:  # production's is over TLS
+        environ["FRAUD_STORE_URL"] = environ["FRAUD_STORE_URL"].replace("redis://", "rediss://")
     mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
     [settings_map] = [volume["configMap"]["name"] for volume in template["spec"]["volumes"] if "configMap" in volume]
     [data] = [item["data"] for item in of_kind(objects, "ConfigMap") if item["metadata"]["name"] == settings_map]
@@ -535,12 +540,15 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         environ, spec, main = declared_environment(template), template["spec"], container(template)
         mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
         settings, others = declared_settings(template, objects, tmp_path)
-        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE", *OF_CASES}
+        production = overlay.endswith("production")
+        audit = {"FRAUD_HEAD_KEY"} if production else set()
+        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE", *OF_CASES, *audit}
+        assert settings.audit.required == production and bool(settings.audit.url) == production
         assert settings.cases.url == SECRET_VALUES["fraud-cases", "url"]
         assert settings.cases.labels == ("store" if overlay == "base" else "topic")  # one of them, whatever the track
         assert Path(settings.cases.outbox).parent == Path(mounts["outbox"])
         assert main["command"] == ["python", "-m", "fraud_pkg.serve.server"]
-        assert settings.serve.host == "0.0.0.0" and settings.store.url.startswith("redis://")
+        assert settings.serve.host == "0.0.0.0" and settings.store.url.startswith(("redis://", "rediss://"))
         assert [(port["name"], port["containerPort"]) for port in main["ports"]] == [("http", settings.serve.port)]
         assert Path(environ["FRAUD_API_KEYS_FILE"]) == Path(mounts["api-keys"], "api-keys")
         wanted = "challenger" if name.endswith("canary") else "champion"
@@ -576,7 +584,9 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
         stream = settings.stream
         follows = name == FOLLOWER
         account = {"FRAUD_KAFKA_USER", "FRAUD_KAFKA_PASSWORD"} if production else set()
-        assert others == {"FRAUD_ROOT"} | account | (OF_CASES if follows else set())
+        audit = {"FRAUD_HEAD_KEY"} if production and not follows else set()
+        assert others == {"FRAUD_ROOT"} | account | audit | (OF_CASES if follows else set())
+        assert settings.audit.required == bool(audit)
         options = client_options(stream, environ)
         if production:
             assert (options["security_protocol"], options["sasl_mechanism"], options["sasl_plain_username"]) == (
@@ -595,7 +605,7 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
             assert "FRAUD_STORE_URL" not in environ  # no password of what it never asks
             assert (settings.cases.url, settings.cases.labels) == (SECRET_VALUES["fraud-cases", "url"], "topic")
         else:
-            assert settings.store.url.startswith("redis://")
+            assert settings.store.url.startswith(("redis://", "rediss://"))
         assert stream.host == "0.0.0.0" and [(port["name"], port["containerPort"]) for port in main["ports"]] == [
             ("metrics", stream.port)
         ]
@@ -1056,7 +1066,9 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     store = secrets["fraud-store"]["stringData"]
     assert store["url"] == f"redis://:{store['password']}@fraud-redis:6379/0" and len(store["password"]) == 48
     (tmp_path / "keys").write_text(secrets["fraud-api-keys"]["stringData"]["api-keys"])
-    [key] = load_keys({"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")}).values()
+    [known] = load_keys({"FRAUD_API_KEYS_FILE": str(tmp_path / "keys")})
+    key = (tmp_path / "keys").read_text().strip().partition(":")[2]
+    assert digest_of(key) == known.digest
 
     # Again, with a service behind the address that knows the first run's keys and serves what was copied to the node.
     newer = example_bundle(minikube.project / "models/champion", bias=-13.0).manifest.version
@@ -1081,8 +1093,7 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         end = time.monotonic() + 10
         while (
-            httpx.get(f"http://{servers.HOST}:{port}/model", headers={"X-API-Key": key.decode()}).json()["version"]
-            != newer
+            httpx.get(f"http://{servers.HOST}:{port}/model", headers={"X-API-Key": key}).json()["version"] != newer
         ):  # swapped without a restart
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -1092,7 +1103,7 @@ def test_minikube_up_to_its_door(minikube, tmp_path):
     assert {name: yaml.safe_load((here / f"secret-{name}").read_text()) for name in MINIKUBE_SECRETS} == secrets
     said = done.stdout + done.stderr
     assert (
-        not any(value in said for value in (key.decode(), store["password"], cases["password"]))
+        not any(value in said for value in (key, store["password"], cases["password"]))
         and "Again, and from your own programs" in said
     )
 

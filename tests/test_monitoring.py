@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grafana
 import httpx
 import pytest
 import servers
 import sqlalchemy as sa
 import typer
 import yaml
+from browser import browser, visit  # noqa: F401
 from kafka import KafkaProducer
 
 from fraud_pkg.cli import app
@@ -69,7 +71,9 @@ def resolved(receivers: str = f"http://{servers.HOST}:9") -> str:
 
 def test_rules_and_configurations_are_valid(tmp_path):
     check("promtool", "prometheus", "check", "rules", *RULE_FILES)
-    (tmp_path / "prometheus.yml").write_text((PROJECT / "compose/prometheus.yml").read_text())
+    text = (PROJECT / "compose/prometheus.yml").read_text()
+    (tmp_path / "metrics-key").touch()
+    (tmp_path / "prometheus.yml").write_text(text.replace("/run/secrets", str(tmp_path)))
     (tmp_path / "rules").symlink_to(MONITORING / "rules")
     assert f"{len(RULE_FILES)} rule files found" in check(
         "promtool", "prometheus", "check", "config", tmp_path / "prometheus.yml"
@@ -500,6 +504,46 @@ def test_every_expression_gives_data(system):
         return not missing
 
     servers.until(all_there, 40, missing)
+
+
+BOARDS = sorted((MONITORING / "dashboards").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", BOARDS, ids=lambda file: file.stem)
+def test_panels_have_room(file):
+    """Within 24 columns, none upon another."""
+    panels = [grafana.Panel(content) for content in json.loads(file.read_text())["panels"]]
+    assert [panel.content["title"] for panel in panels if panel.place[0] + panel.place[2] > 24] == []
+    assert grafana.overlaps(panels) == []
+
+
+@pytest.mark.parametrize("file", BOARDS, ids=lambda file: file.stem)
+def test_every_panel_draws_something(system, file, browser, tmp_path):  # noqa: F811
+    """Each query, asked as Grafana asks it, gives series with values; legends are there and differ, and the picture of
+    the board (FRAUD_SCREENSHOTS keeps it) has no panel without data.
+    """
+    board = json.loads(file.read_text())
+    panels: list[grafana.Panel] = []
+
+    def empty() -> list[str]:
+        panels[:] = grafana.look(system.prometheus, board)
+        return [panel.content["title"] for panel in panels if panel.content["type"] != "row" and not panel.series]
+
+    servers.until(lambda: not empty(), 60, empty)
+    for panel in (panel for panel in panels if panel.content["type"] != "row"):
+        names = [series.name for series in panel.series]
+        if panel.content["type"] in ("timeseries", "heatmap"):
+            assert all(names) and len(set(names)) == len(names), (panel.content["title"], names)
+        if panel.content["type"] == "stat":
+            assert len(names) == 1, (panel.content["title"], names)
+        # A heat map's unit is that of its axis; its values are rates.
+        if panel.unit == "percentunit" and panel.content["type"] != "heatmap" and panel.content["title"] != "Shortfall":
+            assert all(0 <= value <= 1 for series in panel.series for _, value in series.points), panel.content["title"]
+    (tmp_path / "board.html").write_text(grafana.page(board, panels), encoding="utf-8")
+    with visit(browser, (tmp_path / "board.html").as_uri(), (1480, 900)) as seen:
+        assert seen.page.get_by_text("No data").count() == 0
+        assert seen.page.locator("div.panel").count() == sum(panel.content["type"] != "row" for panel in panels)
+        seen.screenshot(file.stem, full=True)
 
 
 def test_series_that_do_not_exist_are_noticed(system):

@@ -206,9 +206,13 @@ def test_what_two_parsers_read_differently_is_refused(tmp_path):
             ("predict/batch", '{"transactions": [' + twice + "]}"),
             ("feedback", '{"labels": [{"transaction_id": "t1", "is_fraud": true, "is_fraud": false}]}'),
         ):
-            answer = httpx.post(f"{url}/{path}", content=body)
+            answer = httpx.post(f"{url}/{path}", content=body, headers={"Content-Type": "application/json"})
             assert (answer.status_code, answer.json()["problems"][0]["reason"]) == (422, "is there twice")
-        packed = httpx.post(f"{url}/predict", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+        packed = httpx.post(
+            f"{url}/predict",
+            content=b"\x1f\x8b",
+            headers={"Content-Encoding": "gzip", "Content-Type": "application/json"},
+        )
         assert (packed.status_code, packed.json()["problems"][0]["field"]) == (415, "Content-Encoding")
         body, large = json.dumps(payment(2)).encode(), b"a" * 80_000
         for request in (
@@ -269,23 +273,53 @@ def test_a_wave_of_frauds_is_answered_and_bounded(tmp_path, place):
 
 
 def test_what_a_kill_lost_is_said(tmp_path):
-    """A memory store with a place is written by and by; what came after the last snapshot is gone, and the log of the
-    next service says since when.
+    """A memory store with a place is written by and by; what came after the last snapshot is gone, and the next service
+    says how many payments and labels, since when, in its log and its metrics.
     """
     example_bundle(tmp_path / "champion")
     kept = tmp_path / "kept.npz"
-    overrides = {"store__url": f"memory://{kept}", "store__snapshot_seconds": 1}
+    overrides = {"store__url": f"memory://{kept}", "store__snapshot_seconds": 2}
     with servers.service(tmp_path, **overrides) as (url, process):
         assert httpx.post(f"{url}/predict", json=payment(1)).status_code == 200
         servers.until(kept.exists, 10)
         at = kept.stat().st_mtime_ns
-        servers.until(lambda: kept.stat().st_mtime_ns != at, 10)
+        servers.until(lambda: kept.stat().st_mtime_ns != at, 10)  # two seconds until the next one
+        for number in (2, 3, 2):
+            assert httpx.post(f"{url}/predict", json=payment(number)).status_code == 200
+        label = {"labels": [{"transaction_id": "t2", "is_fraud": True}]}
+        assert httpx.post(f"{url}/feedback", json=label).json()["recorded"] == 1
         process.kill()
         process.wait()
     with servers.service(tmp_path, **overrides) as (url, _):
-        label = {"labels": [{"transaction_id": "t1", "is_fraud": True}]}
-        assert httpx.post(f"{url}/feedback", json=label).json()["recorded"] == 1
-        assert "the service before was killed: what it recorded since 20" in (tmp_path / "api.log").read_text()
-    with servers.service(tmp_path, **overrides):
-        pass
+        label = {"labels": [{"transaction_id": f"t{number}", "is_fraud": True} for number in (1, 2, 3)]}
+        unknown = httpx.post(f"{url}/feedback", json=label).json()["unknown"]
+        lost = figures(url)["fraud_store_lost_payments"]
+        assert lost == len(unknown) and (lost, unknown) in ((0, []), (2, ["t2", "t3"])), (lost, unknown)
+        log = (tmp_path / "api.log").read_text()
+        assert "the service before was killed: what it recorded since 20" in log
+        assert f"is lost, {lost:.0f} payments and {lost / 2:.0f} labels within" in log
+    with servers.service(tmp_path, **overrides) as (url, _):
+        assert figures(url)["fraud_store_lost_payments"] == 0
     assert (tmp_path / "api.log").read_text().count("was killed") == 1
+
+
+def figures(url: str) -> dict[str, float]:
+    """The metrics without labels, by name."""
+    lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#" and "{" not in line]
+    return {name: float(value) for name, value in (line.split() for line in lines)}
+
+
+def test_a_full_memory_store_refuses_and_forgets_nothing(tmp_path):
+    """Payments get 503 and the service is not ready; what it knows, it knows; labels are taken."""
+    example_bundle(tmp_path / "champion")
+    with servers.service(tmp_path, store__memory_mb=1) as (url, _):
+        answers = [batch(url, [payment(f"{n}-{i}", sender=f"C{n}-{i}") for i in range(100)]) for n in range(20)]
+        statuses = [answer.status_code for answer in answers]
+        assert statuses == sorted(statuses) and statuses[:5] == [200] * 5 and statuses[-1] == 503
+        assert outcome(url, "more") == (503, 503)
+        taken = figures(url)
+        assert 1e6 <= taken["fraud_store_bytes"] < 1.2e6 and taken["fraud_store_bytes_limit"] == 1e6
+        label = {"labels": [{"transaction_id": "t0-0", "is_fraud": True}]}
+        assert httpx.post(f"{url}/feedback", json=label).json() == {"recorded": 1, "unknown": []}
+        assert httpx.post(f"{url}/predict", json=payment("0-0", sender="C0-0", amount=77.0)).status_code == 409
+    assert "memory_mb = 1; expected more" in (tmp_path / "api.log").read_text()

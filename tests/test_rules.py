@@ -146,7 +146,9 @@ def opened(config: Settings) -> tuple[Service, Any]:
 
 def by_service(config: Settings, body: bytes) -> bytes:
     service, _ = opened(config)
-    answer = TestClient(create_app(service, Metrics())).post("/predict/batch", content=body)
+    answer = TestClient(create_app(service, Metrics()), "http://localhost").post(
+        "/predict/batch", content=body, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 200, answer.text
     return answer.content
 

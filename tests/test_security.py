@@ -392,7 +392,8 @@ def test_no_message_tells_a_password(settings, tmp_path):
     with pytest.raises(FraudError) as caught:
         bundle_mark("http://user:S3CRET@127.0.0.1:9#fraud-scorer@champion")
     assert "S3CRET" not in str(caught.value)
-    (tmp_path / "settings.ini").write_text("[store]\nurl = redis://:S3CRET@redis:6379/0\n")
+    plain = "[store]\nurl = redis://:S3CRET@redis:6379/0\n"
+    (tmp_path / "settings.ini").write_text(plain + "[trust]\nplain_hosts = redis\n")
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "FRAUD_ROOT": str(tmp_path)}
     for words in (["settings"], ["settings", "--json"]):
         command = [sys.executable, "-P", "-m", "fraud_pkg.cli", *words]
@@ -405,7 +406,10 @@ def test_no_page_runs_scripts_of_other_hosts(settings, tmp_path):
     made = settings()
     app = create_app(Service(made.serve, MemoryStore(retention_of(made.contract)), {}), Metrics())
     with TestClient(app, base_url="http://127.0.0.1") as client:
-        assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
+        assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [200, 404]
+        page = client.get("/docs")
+        assert not re.search(r"https?://|<script(?![^>]* src=\"/docs/)|<style|style=", page.text)
+        assert "script-src 'self';" in page.headers["content-security-policy"]
         assert client.get("/openapi.json").status_code == 200
 
 

@@ -27,6 +27,10 @@ def transaction(number: int, **changes) -> dict:
     return {**EXAMPLE, "transaction_id": f"t{number}", **changes}
 
 
+# How a request begins.
+POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
 def test_alive_then_ready(tmp_path):
     """The probes as a kubelet sees them; and nobody keeps a diary for its maker at home."""
     with servers.service(tmp_path, ready=False, variables={"HOME": str(tmp_path / "home")}) as (url, _):
@@ -105,18 +109,20 @@ def test_slow_and_rude_clients(tmp_path):
             socket.create_connection(address) as body,
             socket.create_connection(address) as idle,
         ):
-            headers.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-            body.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+            headers.sendall(POST + b"X-Slow: ")
+            body.sendall(POST + b"Content-Length: 500\r\n\r\n{")
             assert httpx.post(f"{url}/predict", json=EXAMPLE).status_code == 200
             for connection in (headers, body, idle):
                 connection.settimeout(8)
             assert body.recv(4096).startswith(b"HTTP/1.1 408")
             assert headers.recv(4096) == b"" and idle.recv(4096) == b""  # closed
         with socket.create_connection(address) as gone:
-            gone.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
-        large = httpx.post(f"{url}/predict", content=b" " * 10_000_000)
+            gone.sendall(POST + b"Content-Length: 500\r\n\r\n{")
+        large = httpx.post(f"{url}/predict", content=b" " * 10_000_000, headers={"Content-Type": "application/json"})
         assert (large.status_code, large.json()["problems"][0]["field"]) == (413, "body")
-        unannounced = httpx.post(f"{url}/predict", content=(b" " * 100_000 for _ in range(100)))
+        unannounced = httpx.post(
+            f"{url}/predict", content=(b" " * 100_000 for _ in range(100)), headers={"Content-Type": "application/json"}
+        )
         assert unannounced.status_code == 413
         many = httpx.post(
             f"{url}/predict/batch", json={"transactions": [transaction(i) for i in range(100_000)]}, timeout=30
@@ -172,9 +178,7 @@ def test_stop_finishes_what_is_in_flight(tmp_path):
     with servers.service(tmp_path) as (url, process):
         content = json.dumps(EXAMPLE).encode()
         with socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as half:
-            half.sendall(
-                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content[:20]
-            )
+            half.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(content) + content[:20])
             time.sleep(0.3)
             process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
@@ -238,7 +242,7 @@ def test_endless_headers(tmp_path):
         socket.create_connection((servers.HOST, int(url.rsplit(":", 1)[1]))) as endless,
     ):
         endless.settimeout(5)
-        endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
+        endless.sendall(POST + b"")
         with contextlib.suppress(ConnectionError):
             for i in range(200):
                 endless.sendall(b"X-%d: %s\r\n" % (i, b"a" * 1000))

@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import dynamo_rules
 import httpx
 import payments
 import numpy as np
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 from payments import CONTRACT
 
 from fraud_pkg.core.contract import DAY, HOUR, MINUTE, Contract
+from fraud_pkg.core.live_price import Demand
 from fraud_pkg.features.payment import OnlinePayments
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.wire import Wire
+from fraud_pkg.store import dynamodb
 from fraud_pkg.store.dynamodb import DynamoStore, create_table
 from fraud_pkg.store.journal import JournaledStore
 from fraud_pkg.store.memory import MemoryStore
@@ -257,6 +261,99 @@ def test_redis_keys_expire(redis_url):
     kept = {key.decode() for key in client.keys("*")}
     assert kept == {"fraud:t:end", "fraud:e:account:end", "fraud:p:receiver+sender:end|end", "fraud:newest"}
     assert all(0 < client.ttl(key) <= FEW.seconds + DAY for key in kept)
+
+
+def test_a_time_far_ahead_is_known_from_the_newest(opened):
+    """Every store says what the latest time is, to the hour, so that a payment far ahead of it is refused; one that is
+    within what may be costs nobody a history.
+    """
+    store = opened(FEW)
+    assert store.read([], [], []).newest is None
+    store.record([plain("n1", 7 * HOUR, "ann", "shop"), plain("n2", 7 * HOUR - 9, "bob", "shop")])
+    for reader in (store, again(store)):
+        assert reader.read([], [], []).newest == 7 * HOUR
+    before = store.read(["account:ann"], [], []).histories
+    store.record([plain("n3", 9 * HOUR + 30 * DAY, "eve", "shop")])
+    found = again(store).read(["account:ann"], [], ["n1"])
+    assert (found.newest, found.histories, len(found.recorded)) == (9 * HOUR + 30 * DAY, before, 1)
+
+
+@pytest.fixture
+def crowd(monkeypatch):
+    """Makes instances of a store in one table that keeps to DynamoDB's rules, and has them work at once."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    clock = dynamo_rules.Clock()
+    monkeypatch.setattr(dynamodb, "time", clock.module)
+    monkeypatch.setattr(dynamodb, "random", random.Random(7))
+    table = dynamo_rules.Table(clock)
+
+    def instance() -> DynamoStore:
+        store = DynamoStore("crowd", FEW, timeout=0.5)
+        store._client = table
+        return store
+
+    return clock, table, instance
+
+
+@pytest.mark.parametrize("instances", [50, 100])
+def test_many_instances_pay_one_merchant(crowd, instances):
+    """All at once, three payments each: none is refused, each is recorded within a second, and the sums are right."""
+    clock, table, instance = crowd
+    took, sent = [], []
+
+    def pay(number: int) -> Callable[[], None]:
+        def one_after_the_other() -> None:
+            store = instance()
+            for k in range(3):
+                payment = plain(f"{number}-{k}", 7 * HOUR + number, f"C{number}", "M1", 100 + number)
+                began = clock.now
+                read_for(store, [payment])
+                assert store.record([payment], [Demand(7, 0, False)]) == [True]
+                took.append(clock.now - began)
+                sent.append(payment)
+
+        return one_after_the_other
+
+    clock.run(pay(number) for number in range(instances))
+    took.sort()
+    print(f"{instances} instances: median {took[len(took) // 2]:.3f} s, longest {took[-1]:.3f} s; {table.reasons}")
+    assert len(sent) == 3 * instances and took[-1] < 1
+    memory = MemoryStore(FEW)
+    memory.record(sent)
+    found = []
+    clock.run([lambda: found.append(seen(instance(), sent))])
+    assert found == [seen(memory, sent)]
+
+
+def test_a_merchant_with_hundreds_of_payments_a_second(crowd):
+    """300 a second for eight seconds, at random, from 100 instances, into a history with every tile: more than one
+    partition takes.
+    """
+    clock, table, instance = crowd
+    took, chance, pool = [], random.Random(3), [instance() for _ in range(100)]
+    retention = pool[0].retention
+
+    def pay(number: int, moment: float) -> Callable[[], None]:
+        def one() -> None:
+            clock.sleep(moment)
+            store = pool.pop() if pool else instance()
+            payment = plain(f"r{number}", 7 * HOUR, f"C{number}", "M1", 100)
+            began = clock.now
+            read_for(store, [payment])
+            assert store.record([payment]) == [True]
+            took.append(clock.now - began)
+            pool.append(store)
+
+        return one
+
+    full = History()
+    for minute in range(7 * 60):
+        full.add(minute * MINUTE, (0, 0, 1, 100, 0, 0), retention)
+    clock.run([lambda: instance().load({"account:M1": pack_history(full)}, {}, [], (), "past")])
+    clock.run(pay(number, chance.uniform(0, 8)) for number in range(2400))
+    took.sort()
+    print(f"300/s: median {took[1200]:.3f} s, p99 {took[2376]:.3f} s, longest {took[-1]:.3f} s; {table.reasons}")
+    assert len(took) == 2400 and took[-1] < 2
 
 
 def test_dynamodb_items_expire(aws):

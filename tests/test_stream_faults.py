@@ -66,6 +66,13 @@ class Stream:
             process.url = url
             yield process
 
+    def sink(self) -> subprocess.CompletedProcess:
+        """Decisions to files, up to the present end."""
+        given = self.settings | {"stream.port": 0, "stream.sink": self.folder / "lake"}
+        command = [sys.executable, "-m", "fraud_pkg.cli", "stream", "sink", "--until-end"]
+        environ = servers.environment(given, PROJECT)
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
@@ -185,6 +192,27 @@ def test_a_longer_topic_of_the_same_name_is_another_topic(stream, store, tmp_pat
             stream.send(range(200, 260))
             assert process.wait(40) == 1
         assert stream.log().count("the topic was made anew") + stream.log().count("was made anew or has lost") == 2
+
+
+def test_other_topics_are_noticed_without_a_store(stream):
+    """A consumer whose service decides finds what it read in the decisions, a sink in its folder: made anew while they
+    were stopped, transactions and decisions are refused, and nothing of the new ones is passed over.
+    """
+    with servers.service(stream.folder) as (url, _):
+        with stream.running(stream__via=url):
+            stream.send(range(20))
+            stream.until(lambda: len(stream.decided()) == 20)
+        assert stream.sink().returncode == 0 and stream.sink().returncode == 0
+        stream.make_anew("transactions")
+        stream.send(range(100, 140))
+        with stream.running(ready=False, stream__via=url) as process:
+            assert process.wait(30) == 1
+        assert "the topic was made anew since it was read" in stream.log() and len(stream.decided()) == 20
+        stream.make_anew("decisions")
+        refused = stream.sink()
+        assert refused.returncode == 1 and "decisions: the topic was made anew" in refused.stderr
+        with stream.running(stream__via=url):
+            stream.until(lambda: len(stream.decided()) == 40)
 
 
 def test_a_compacted_topic_is_said(stream):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'store_app', 'rules_app', 'lists_app', 'stream_app', 'cases_app',
-           'keys_app', 'Overrides', 'parse_pairs', 'parse_overrides', 'settings_with', 'explain', 'run', 'main',
-           'print_table']
+           'keys_app', 'audit_app', 'access_app', 'Overrides', 'parse_pairs', 'parse_overrides', 'settings_with',
+           'explain', 'run', 'main', 'print_table']
 
 # %% ../../nbs/cli/00_program.ipynb #2d747411
 import json
@@ -42,6 +42,10 @@ app.add_typer(store_app, name="store")
 app.add_typer(cases_app, name="cases")
 keys_app = typer.Typer(no_args_is_help=True, help="Signing keys of bundles and answers: make, trust, replace.")
 app.add_typer(keys_app, name="keys")
+audit_app = typer.Typer(no_args_is_help=True, help="The audit log: check it, take it away.")
+app.add_typer(audit_app, name="audit")
+access_app = typer.Typer(no_args_is_help=True, help="API keys of the service: make, list, replace, take back.")
+app.add_typer(access_app, name="access")
 app.add_typer(rules_app, name="rules")
 app.add_typer(lists_app, name="lists")
 

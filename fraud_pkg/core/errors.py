@@ -8,11 +8,21 @@ __all__ = ['without_password', 'FraudError', 'SettingsError', 'RegistryError', '
 # %% ../../nbs/core/00_errors.ipynb #errpwd01
 import re
 
-_PASSWORD = re.compile(r"(://[^\s/?#@:]*:)[^\s#]*@|([?&](?:password|passwd|token|secret|key)=)[^\s&#]*", re.IGNORECASE)
+_SECRETS = "password|passwd|pwd|token|secret|key|sig|signature|credential"
+_PASSWORD = re.compile(
+    r"(://[^\s/?#@:]*:)[^\s#]*@"                       # USER:PASSWORD@, also with / and @ in it
+    r"|(https?://)[^\s/?#@:]+@"                        # a token alone
+    rf"|([?&;][\w.-]*(?:{_SECRETS})=)[^\s&;#]*"        # a parameter
+    r"|(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}"          # a header
+    r"|\bfraud_[\w-]{43}\b", re.IGNORECASE)           # an API key of ours
+
+def _hidden(found: re.Match) -> str:
+    before = next((part for part in found.groups() if part), "")
+    return f"{before}***@" if found[0].endswith("@") else f"{before}***"
 
 def without_password(text: str) -> str:
-    "A text in which the passwords of URLs are `***`."
-    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
+    "A text in which passwords and tokens of URLs and headers, and API keys, are `***`."
+    return _PASSWORD.sub(_hidden, text)
 
 # %% ../../nbs/core/00_errors.ipynb #42a7d6be
 class FraudError(Exception):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTENDER', 'CHAMPION', 'ANSWER', 'SIGNATURE_LIMIT', 'SignatureError', 'Signature', 'read_signature',
            'read_signature_file', 'new_key', 'Signer', 'load_signer', 'TrustedKey', 'trusted_key', 'trusted_keys',
-           'Verifier', 'verifier']
+           'check_value', 'Verifier', 'verifier']
 
 # %% ../../nbs/core/15_signatures.ipynb #6597415a
 import os
@@ -93,15 +93,15 @@ def _private_key(pem: bytes, source: str) -> "Ed25519PrivateKey":
         raise SignatureError(f"{source}: a key of another kind; expected Ed25519")
     return private
 
-def _read_private(file: Path) -> bytes:
+def _read_private(file: Path, name: str) -> bytes:
     "The text of a private key's file, if nobody else can read it."
     try:
         if (mode := file.stat().st_mode) & 0o027:
-            raise SignatureError(f"FRAUD_SIGNING_KEY_FILE {file}: its mode is {mode & 0o777:04o}, so others can use "
+            raise SignatureError(f"{name}_FILE {file}: its mode is {mode & 0o777:04o}, so others can use "
                                  "it; expected 0600")
         return file.read_bytes()
     except OSError as error:
-        raise SignatureError(f"FRAUD_SIGNING_KEY_FILE {file}: {error.strerror}") from error
+        raise SignatureError(f"{name}_FILE {file}: {error.strerror}") from error
 
 # %% ../../nbs/core/15_signatures.ipynb #18e958c5
 class Signer:
@@ -122,12 +122,12 @@ class Signer:
         head = f"fraud-signature 1\npurpose {purpose}\nkey {self.public}\nsequence {sequence}\n".encode()
         return head + f"signature {self._private.sign(head + content).hex()}\n".encode()
 
-def load_signer(environ: Mapping[str, str]) -> Signer | None:
-    "The signer of FRAUD_SIGNING_KEY_FILE or FRAUD_SIGNING_KEY; None without these. Raises `SignatureError`."
-    if file := environ.get("FRAUD_SIGNING_KEY_FILE"):
-        return Signer(_private_key(_read_private(Path(file).expanduser()), f"FRAUD_SIGNING_KEY_FILE {file}"))
-    if pem := environ.get("FRAUD_SIGNING_KEY"):
-        return Signer(_private_key(pem.encode(), "FRAUD_SIGNING_KEY"))
+def load_signer(environ: Mapping[str, str], name: str = "FRAUD_SIGNING_KEY") -> Signer | None:
+    "The signer of the variables {name}_FILE or {name}; None without these. Raises `SignatureError`."
+    if file := environ.get(f"{name}_FILE"):
+        return Signer(_private_key(_read_private(Path(file).expanduser(), name), f"{name}_FILE {file}"))
+    if pem := environ.get(name):
+        return Signer(_private_key(pem.encode(), name))
     return None
 
 # %% ../../nbs/core/15_signatures.ipynb #26c9a391
@@ -142,15 +142,15 @@ class TrustedKey:
     def text(self) -> str:
         return ":".join([self.name, self.public, *([self.until.isoformat()] if self.until else [])])
 
-def trusted_key(entry: str) -> TrustedKey:
-    "An entry of `[trust] keys`; raises `SettingsError`."
+def trusted_key(entry: str, setting: str = "[trust] keys") -> TrustedKey:
+    "An entry of `[trust] keys`, or of another setting; raises `SettingsError`."
     match = re.fullmatch(r"([\w.-]{1,40}):([0-9a-f]{64})(?::(\d{4}-\d\d-\d\d))?", entry)
     try:
         until = date.fromisoformat(match[3]) if match and match[3] else None
     except ValueError:
         match = until = None
     if match is None:
-        raise SettingsError(f"[trust] keys: {entry[:120]}: expected NAME:PUBLIC, and :YYYY-MM-DD of its last day")
+        raise SettingsError(f"{setting}: {entry[:120]}: expected NAME:PUBLIC, and :YYYY-MM-DD of its last day")
     return TrustedKey(match[1], match[2], until)
 
 def trusted_keys(settings: Settings) -> tuple[TrustedKey, ...]:
@@ -184,7 +184,7 @@ def _check_trust(
     if signature.purpose not in purposes:
         raise SignatureError(f"{place}: signed as {signature.purpose}; expected {' or '.join(purposes)}")
 
-def _check_value(signature: Signature, content: bytes, place: str) -> None:
+def check_value(signature: Signature, content: bytes, place: str) -> None:
     "Raises `SignatureError` unless the signature is one of this content."
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -221,7 +221,7 @@ class Verifier:
             raise SignatureError(f"{place}: not signed; expected a signature by a key of [trust] keys")
         signature = read_signature(text, place)
         _check_trust(signature, self.keys, self.purposes, place)
-        _check_value(signature, content, place)
+        check_value(signature, content, place)
         self._keep(signature.sequence, place)
         return signature
 

@@ -163,6 +163,6 @@ class OnlinePayments(RecordedPayments):
             alone = self._histories.alone
             return np.array([row + alone(histories, t.time, t.cents, t.place)
                              for row, t, histories in zip(own, transactions, found, strict=True)], np.float32)
-        _, times, cents, _, places = zip(*transactions, strict=True)
+        _, times, cents, _, places, _ = zip(*transactions, strict=True)
         past = self._histories.together([packed for histories in found for packed in histories], times, cents, places)
         return np.concatenate([np.array(own, np.float32), past], axis=1)

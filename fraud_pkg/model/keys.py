@@ -6,6 +6,7 @@
 __all__ = ['trust_key', 'rotate_key', 'sign_champion', 'key_rows']
 
 # %% ../../nbs/model/16_keys.ipynb #c2c71c11
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -19,6 +20,7 @@ from fraud_pkg.core.signatures import (
     CHAMPION, SignatureError, TrustedKey, Verifier, load_signer, new_key, trusted_key, trusted_keys,
 )
 from .bundle import MANIFEST, load_bundle, read_manifest, sign_bundle, signed_sequence
+from ..store.audit_heads import audited
 
 # %% ../../nbs/model/16_keys.ipynb #3ea51cc6
 def _write_keys(keys: Sequence[TrustedKey], settings: Settings) -> None:
@@ -28,7 +30,9 @@ def _write_keys(keys: Sequence[TrustedKey], settings: Settings) -> None:
     if origin != "settings.ini":
         raise SettingsError(f"{origin} sets [trust] keys; change it there: {value}")
     file = settings.root / "settings.ini"
-    write_whole(file, change_settings(file.read_text(encoding="utf-8"), {("trust", "keys"): value}))
+    with audited(settings, os.environ, "command") as note:
+        write_whole(file, change_settings(file.read_text(encoding="utf-8"), {("trust", "keys"): value}))
+        note("setting", "trust.keys", {"value": value})
 
 def trust_key(
     entry: str,  # NAME:PUBLIC or NAME:PUBLIC:YYYY-MM-DD

@@ -33,6 +33,8 @@ from fraud_pkg.model.tracking import (
 )
 from ..train.samples import Sample
 
+from ..store.audit_heads import audited
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -157,10 +159,11 @@ def promote(
     verdict = check_promotion(challenger, champion, test, settings, unlearned)
     if chosen:
         verdict = verdict.model_copy(update={"reasons": (chosen, *verdict.reasons)})
-    with registry_client(settings) as client:
+    with audited(settings, os.environ, "registry") as note, registry_client(settings) as client:
         if champion is None or not same_model(champion.manifest, challenger.manifest):
             verdict = _promote_if_passed(client, settings, challenger, version, verdict, refit)
         _record_verdict(client, settings, version, verdict)
+        note("promotion", verdict.challenger, verdict.model_dump(mode="json"))
     if not verdict.passed and champion is None:
         failed = "; ".join(f"{r.check}: {r.detail}" for r in verdict.reasons if not r.passed)
         raise RegistryError(
@@ -188,7 +191,7 @@ def rollback(
     version: str | None = None,  # a former champion; None: the one before
 ) -> Version:
     "Make a former champion champion again; what it replaces does not come back by itself."
-    with registry_client(settings) as client:
+    with audited(settings, os.environ, "registry") as note, registry_client(settings) as client:
         current = _champion(client, settings)
         if current is None:
             raise RegistryError(
@@ -196,6 +199,7 @@ def rollback(
         target = _rollback_target(client, settings, current, version)
         _make_champion(client, settings, target, rolled_back="")
         _tag(client, settings, current, rolled_back=_now())
+        note("rollback", target.bundle_version, {"digest": target.digest, "instead_of": current.bundle_version})
         return target
 
 # %% ../../nbs/model/10_registry.ipynb #6e36c3d6
@@ -204,10 +208,11 @@ def set_shadow(
     name: str,  # a version, number or alias
 ) -> Version:
     "Brings a registered bundle into models/shadow, where it scores what the champion scores and decides nothing."
-    with registry_client(settings) as client:
+    with audited(settings, os.environ, "registry") as note, registry_client(settings) as client:
         version = find_version(client, settings, name)
         with staging_dir(settings.models_dir / "shadow") as new:
             fetch_version(client, version, new, verifier(settings, CONTENDER, CHAMPION))
+        note("shadow", version.bundle_version, {"digest": version.digest})
         return version
 
 # %% ../../nbs/model/10_registry.ipynb #fb1b9ecf

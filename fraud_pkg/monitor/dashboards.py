@@ -287,7 +287,7 @@ MONITOR = (
           {"age": "fraud_monitor_champion_age_hours", "too old": "fraud_monitor_champion_max_age_hours"}),
     Chart("Checks", "The statistic of each check on the newest window, beside its threshold: bad are features and "
           "score above it, recall and precision below it.", "short",
-          {"{{check}}": "fraud_monitor_value", "{{check}}: bad": "fraud_monitor_threshold"}, width=24),
+          {"{{check}}": "fraud_monitor_value", "{{check}}: bad": "fraud_monitor_threshold"}, width=16),
 )
 
 # %% ../../nbs/monitor/04_dashboards.ipynb #7c26e22d

@@ -63,7 +63,7 @@ class RuleReport(BaseModel):
 
 def rules_in_force(settings: Settings, contract: Contract) -> Book:
     "Rules and lists of `[rules]` as they are now, sound for payments of this contract; raises `FraudError`."
-    store = open_store(settings.store.url, retention_of(contract), settings.store.timeout, settings.changes_file)
+    store = open_store(settings.store_url, retention_of(contract), settings.store.timeout, settings.changes_file)
     return book_of(settings.rules, settings.rules_place, store, contract, settled=False)
 
 def rule_report(book: Book, past: Past, bundle: Bundle, settings: Settings, learned_from_it: bool) -> RuleReport:

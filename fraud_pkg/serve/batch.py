@@ -404,7 +404,7 @@ class ScorePlan:
 
 def batch_rules_of(settings: Settings, contract: Contract) -> BatchRules:
     "Rules and lists as they hold now; raises `FraudError`."
-    store = open_store(settings.store.url, retention_of(contract), settings.store.timeout, settings.changes_file)
+    store = open_store(settings.store_url, retention_of(contract), settings.store.timeout, settings.changes_file)
     book = book_of(settings.rules, settings.rules_place, store, contract)
     return BatchRules(book, settings.data.epoch, time.time())
 

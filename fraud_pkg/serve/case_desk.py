@@ -6,7 +6,7 @@
 __all__ = ['MOST_CASES', 'PREFIX', 'log', 'PACE', 'SLOW', 'CASE_FAULTS', 'FILTER_PARAMETERS', 'CASE_PARAMETER', 'STEP_EXAMPLE',
            'StepRequest', 'RefusedStep', 'StepsDone', 'one_step', 'do_steps', 'with_zeros', 'CaseCollector',
            'CaseDelivery', 'DeliveryRounds', 'CaseCall', 'CaseHandlers', 'CaseRoute', 'describe_route',
-           'require_person', 'person_of', 'answer_case', 'case_endpoint', 'CaseDesk', 'ServedDesk', 'open_desk']
+           'require_person', 'answer_case', 'case_endpoint', 'CaseDesk', 'ServedDesk', 'open_desk']
 
 # %% ../../nbs/serve/17_case_desk.ipynb #bf0edbd6
 import contextlib
@@ -26,7 +26,8 @@ from starlette.requests import Request
 
 from ..core.errors import FraudError
 from ..core.settings import Settings
-from .api import FAULTS, body_content, inline_schema, read_body, require_read
+from .api import FAULTS, ServiceRequest, admit, body_content, inline_schema, kept, read_body
+from .auth import ANYBODY, Principal, parse_keys
 from .case_queue import CaseFigures, CaseFilter, CaseNumbers, CasePage, WholeCase, export_csv
 from .case_store import MOST_NOTE, CaseLabels, CaseRefused, CaseStore
 from .case_tables import migrate, open_engine
@@ -276,7 +277,7 @@ STEP_EXAMPLE = {"action": "close", "cases": [7], "outcome": "fraud", "note": "ca
 
 def describe_route(route: CaseRoute) -> dict[str, Any]:
     "What FastAPI is told of a route for the OpenAPI document."
-    faults = {401, 403} | ({400, 404, 408, 409, 413, 422, 429} if route.method == "POST" else set())
+    faults = {401, 403, 429} | ({400, 404, 408, 409, 413, 415, 422} if route.method == "POST" else set())
     faults |= {422} if route.parameters == FILTER_PARAMETERS else set()
     faults |= {404, 422} if route.parameters == (CASE_PARAMETER,) else set()
     responses: dict[int | str, dict[str, Any]] = {
@@ -290,32 +291,29 @@ def describe_route(route: CaseRoute) -> dict[str, Any]:
     return {"summary": route.summary, "responses": responses, "response_model": route.answers, "openapi_extra": more}
 
 # %% ../../nbs/serve/17_case_desk.ipynb #91adbb87
-def require_person(service: Service, request: Request) -> None:
-    "Raises `Refused` unless this request's key has the right to work on cases."
-    if not service.access.keys:
+def require_person(service: Service, right: str) -> None:
+    "Raises `Refused` for work on cases where nobody has a name."
+    if right == "cases" and not service.access.guarded:
         raise refused_field(403, "X-API-Key", "a case is taken by somebody; expected a key named NAME@cases")
-    service.access.admit("cases", request.headers)
-
-def person_of(service: Service, headers: Mapping[str, str]) -> str:
-    "Who asks, by the name of the key; empty without one."
-    return (service.access.name(headers) or "").partition("@")[0]
 
 # %% ../../nbs/serve/17_case_desk.ipynb #d38aba03
-async def answer_case(request: Request, route: CaseRoute, limiter: CapacityLimiter) -> Answer:
+async def answer_case(request: ServiceRequest, route: CaseRoute, limiter: CapacityLimiter) -> Answer:
     "What the queue answers; never raises for what a client or the database does wrong."
     service: Service = request.app.state.service
     room: Room = request.app.state.room
     try:
-        require_read(service, request)
-        if route.right == "cases":
-            require_person(service, request)
+        if trail := request.app.state.trail:
+            trail.admit(route.path)
+        by = await admit(request, route.right)
+        require_person(service, route.right)
         posted = route.method == "POST"
         body = await read_body(request, service.serve.max_body, service.serve.timeout, room) if posted else b""
-        call = CaseCall(person_of(service, request.headers), request.path_params.get("case", ""),
+        call = CaseCall(by.person, request.path_params.get("case", ""),
                         dict(request.query_params), body)
-        return await to_thread.run_sync(route.handle, call, limiter=limiter)
+        answer = await to_thread.run_sync(route.handle, call, limiter=limiter)
+        return await kept(request, route.path, answer, body)
     except Refused as refused:
-        return refusal(refused)
+        return await kept(request, route.path, refusal(refused))
     except CaseRefused as refused:
         return refusal(refused_field(refused.status, refused.field, refused.reason))
     except CasesError as error:
@@ -328,7 +326,7 @@ def case_endpoint(route: CaseRoute, limiter: CapacityLimiter) -> Callable:
     "The endpoint of a route, which counts what it answers."
     async def endpoint(request: Request) -> Response:
         began = time.perf_counter()
-        answer = await answer_case(request, route, limiter)
+        answer = await answer_case(ServiceRequest(request.scope, request.receive), route, limiter)
         request.app.state.metrics.request(route.path, answer, time.perf_counter() - began)
         good = answer.status == 200
         headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -350,9 +348,8 @@ class CaseDesk:
     def keep(self, scored: Scored) -> None:
         self.delivery.outbox.add(self.rules.of_scored(scored, time.time()))
 
-    def greeting(self, headers: Mapping[str, str]) -> dict[str, Any]:
-        may_work = bool(self.service.access.keys) and self.service.access.may("cases", headers)
-        return {"person": person_of(self.service, headers), "may_work": may_work}
+    def greeting(self, by: Principal) -> dict[str, Any]:
+        return {"person": by.person, "may_work": self.service.access.guarded and "cases" in by.rights}
 
     def _run(self) -> None:
         while not self._stopping.is_set():

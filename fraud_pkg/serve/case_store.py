@@ -23,8 +23,9 @@ from ..core.contract import DAY
 from ..core.errors import FraudError
 from ..core.sections import Cases
 from fraud_pkg.serve.case_tables import (
-    CASES, ENTITIES, EVENTS, LABELS_OUT, POSITIONS, READING, database_errors, migrate, open_engine,
+    CASES, ENTITIES, EVENTS, LABELS_OUT, POSITIONS, database_errors, migrate, open_engine,
 )
+from ..store.database import READING
 from .cases import EXPIRED, LABELS, OUTCOMES, RECORDED, REOPENED, NewCase
 
 # %% ../../nbs/serve/15_case_store.ipynb #2f2eed26

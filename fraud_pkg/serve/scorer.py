@@ -553,12 +553,16 @@ class _Recorder(_StoreAccess):
 class Scorer(_Recorder):
     "One bundle's decisions, with a store to read from and to record in."
 
-    def score(self, requests: Sequence[TransactionRequest], store: OnlineStore) -> Scored:
-        "Decides in order and records; raises `Refused`, `ModelFailed`, and `StoreError` if `[serve]` says to fail."
+    def score(self, requests: Sequence[TransactionRequest], store: OnlineStore, owners: Sequence[str] = ()) -> Scored:
+        """Decides in order and records whose payments they are; raises `Refused`, `ModelFailed`, and `StoreError` if
+        `[serve]` says to fail."""
         if len({request.transaction_id for request in requests}) < len(requests):
             raise refused_field(422, "transaction_id", "the same one twice in a request")
         payments = [self.to_payment(request) for request in requests]
         transactions = [self.to_transaction(payment) for payment in payments]
+        if owners:
+            transactions = [transaction._replace(owner=owner)
+                            for transaction, owner in zip(transactions, owners, strict=True)]
         snapshot = self._read(transactions, store)
         if snapshot is None:
             return self._decided(payments, transactions, None)

@@ -11,6 +11,7 @@ __all__ = ['EXACT', 'Name', 'OptionalName', 'OptionalCategory', 'Moment', 'TIMES
 
 # %% ../../nbs/serve/00_wire.ipynb #5cfb6782
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -221,10 +222,18 @@ def accepted_names(model: type[TransactionRequest]) -> dict[str, str]:
 # %% ../../nbs/serve/00_wire.ipynb #b28597cf
 class Refused(FraudError):
     "A request that cannot be answered: an HTTP status and what is wrong, field by field."
+    reason = ""  # in a word, for counters, of what was turned away before it was read
+    retry_after: int | None = None  # seconds
 
     def __init__(self, status: int, problems: Sequence[Mapping[str, str]]):
         self.status, self.problems = status, list(problems)
         super().__init__("; ".join(f"{p['field']}: {p['reason']}" for p in self.problems))
+
+    def because(self, reason: str, seconds: float | None = None) -> "Refused":
+        "The same, with its reason in a word, and the seconds after which another try makes sense."
+        self.reason = reason
+        self.retry_after = None if seconds is None else max(1, math.ceil(seconds))
+        return self
 
 def refused_field(status: int, field: str, reason: str) -> Refused:
     "A refusal because of one field."

@@ -238,6 +238,7 @@ class JournaledStore(_SnapshotStore):
 
     def commit(self, transactions: Sequence[Transaction], labels: Mapping[str, bool],
                advances: Mapping[str, OffsetAdvance], demand: Sequence[Demand] = ()) -> None:
+        self.make_room(transactions)
         for transaction in transactions:
             if transaction.transaction_id in self.state.transactions:
                 raise duplicate_conflict(transaction.transaction_id)

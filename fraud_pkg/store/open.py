@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from .dynamodb import DynamoStore
 from .memory import ChangeFile, MemoryStore, restore_snapshot
-from .redis import RedisConnection, RedisStore, without_password
+from .redis import RedisConnection, RedisStore
 from .tiles import LoadableStore, Retention, StoreError, StoreUnfit
 
 # %% ../../nbs/store/07_open.ipynb #1fc3cc78
@@ -38,6 +38,7 @@ def open_store(
     retention: Retention,   # what to remember: `retention_of` the contract
     timeout: float = 0.5,   # seconds that a server may take
     changes: Path | None = None,  # where a store in memory keeps changes of rules and lists; None: in memory too
+    most: int | None = None,  # bytes that a store in memory may take, about; None: any number
 ) -> LoadableStore:
     "The store at `url`; raises `StoreError` for an address that is none."
     parts = urlsplit(url)
@@ -47,7 +48,7 @@ def open_store(
             raise StoreError(f"[store] url = {url}: {snapshot.parent} is no folder that can be written; "
                              "expected one for the snapshot")
         store = restore_snapshot(snapshot, retention) if snapshot and snapshot.exists() else MemoryStore(retention)
-        store.changes = ChangeFile(changes)
+        store.changes, store.most = ChangeFile(changes), most
         return store
     if parts.scheme in REDIS_SCHEMES:
         store = RedisStore(url, retention, timeout)
@@ -55,5 +56,5 @@ def open_store(
         return store
     if parts.scheme == "dynamodb" and parts.netloc:
         return DynamoStore(parts.netloc, retention, timeout)
-    raise StoreError(f"[store] url = {without_password(url)}: expected memory://, memory:///FOLDER/FILE.npz, "
+    raise StoreError(f"[store] url = {url}: expected memory://, memory:///FOLDER/FILE.npz, "
                      f"redis://HOST:PORT/DB or dynamodb://TABLE{_instead(parts.scheme)}")

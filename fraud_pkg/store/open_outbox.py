@@ -13,7 +13,6 @@ from .journal import JournaledStore
 from .memory import ChangeFile
 from .open import REDIS_SCHEMES, refuse_unfit
 from .outbox import OutboxStore
-from .redis import without_password
 from .redis_outbox import RedisOutboxStore
 from .tiles import Retention, StoreError
 
@@ -24,12 +23,13 @@ def open_outbox_store(
     timeout: float,        # seconds that a server may take
     folder: Path,          # of the journal
     changes: Path | None = None,  # where a store in memory keeps changes of rules and lists; None: in memory too
+    most: int | None = None,  # bytes that a store in memory may take, about; None: any number
 ) -> OutboxStore:
     "The store at `url` for a stream; raises `StoreError` for an address that is none, or not for a stream."
     parts = urlsplit(url)
     if parts.scheme == "memory" and not parts.netloc:
         store = JournaledStore(folder, retention, Path(parts.path) if parts.path else None)
-        store.changes = ChangeFile(changes)
+        store.changes, store.most = ChangeFile(changes), most
         return store
     if parts.scheme in REDIS_SCHEMES:
         store = RedisOutboxStore(url, retention, timeout)
@@ -38,5 +38,5 @@ def open_outbox_store(
     if parts.scheme == "dynamodb":
         raise StoreError(f"[store] url = {url}: a batch and its position cannot be stored at once in DynamoDB; "
                          "let the service that has this store decide: [stream] via = URL")
-    raise StoreError(f"[store] url = {without_password(url)}: expected memory://, memory:///FOLDER/FILE.npz or "
+    raise StoreError(f"[store] url = {url}: expected memory://, memory:///FOLDER/FILE.npz or "
                      "redis://HOST:PORT/DB")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEWEST', 'CHANGES', 'CHANGE_COUNT', 'SCRIPTS_LUA', 'PROBE', 'entity_key', 'pair_key', 'transaction_key', 'hour_key',
-           'transaction_keys', 'expiry_of', 'without_password', 'unfit_reason', 'RedisConnection', 'RedisReader',
-           'RedisShared', 'RedisStore']
+           'transaction_keys', 'expiry_of', 'unfit_reason', 'RedisConnection', 'RedisReader', 'RedisShared',
+           'RedisStore']
 
 # %% ../../nbs/store/02_redis.ipynb #2315d348
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..core.contract import DAY
-from ..core.errors import one_line
+from ..core.errors import one_line, without_password
 from ..core.live_price import KEPT_HOURS, KEPT_SECONDS, REVIEWS, Counts, Demand
 from fraud_pkg.store.tiles import (
     NO_HISTORY, Retention, StoreError, StoreSnapshot, StoreUnfit, Transaction, check_history, pack_transaction,
@@ -386,11 +386,6 @@ def expiry_of(retention: Retention) -> int:
 # %% ../../nbs/store/02_redis.ipynb #cd09e6b8
 PROBE = "fraud:ready"  # a key that is written to see whether keys can be written
 
-def without_password(url: str) -> str:
-    "The address alone."
-    scheme, _, place = url.partition("://")
-    return f"{scheme}://{place.rsplit('@', 1)[-1]}"
-
 def unfit_reason(info: Mapping[str, Any]) -> str:
     "Why a server with this INFO is refused; empty for one that may be used."
     if info.get("cluster_enabled"):
@@ -466,6 +461,18 @@ class RedisReader(RedisConnection):
         return StoreSnapshot(histories, met, {i: unpack_transaction(row[1:]) for i, row in rows.items()},
                              frozenset(i for i, row in rows.items() if row[:1] == b"1"),
                              None if newest is None else int(newest), int(changes or 0))
+
+    def run_script(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        "The replies of a script to these keys and arguments, in one round trip; raises `StoreError`."
+        run = self._client.register_script(script)
+
+        def ask(client: Any) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for keys, arguments in calls:
+                    run(keys=keys, args=arguments, client=pipeline)
+                return pipeline.execute()
+
+        return self._ask(ask)
 
 # %% ../../nbs/store/02_redis.ipynb #6d245dee
 _Calls = Sequence[tuple[Sequence[str], Sequence[Any]]]  # keys and arguments of each

@@ -115,12 +115,17 @@ def _add_to_tile(tiles: list[Tile], number: int, counts: Sequence[int], oldest: 
     if tiles and tiles[0][0] <= oldest:
         del tiles[:bisect_left(tiles, (oldest + 1,))]
 
-def adjust(history: History, time: int, counts: Sequence[int], sizes: Collection[int] = TILES) -> None:
-    "Adds counts to the tiles of `time` that are there, of these sizes."
+def adjust(history: History, time: int, counts: Sequence[int], sizes: Collection[int] = TILES,
+           begin: bool = False) -> None:
+    "Adds counts to the tiles of `time` that are there, of these sizes; `begin`: to all of them."
     for tiles, size in zip(history.tiles, TILES, strict=True):
-        at = bisect_left(tiles, (time // size,))
-        if size in sizes and at < len(tiles) and tiles[at][0] == time // size:
+        at, number = bisect_left(tiles, (time // size,)), time // size
+        if size not in sizes:
+            continue
+        if at < len(tiles) and tiles[at][0] == number:
             tiles[at] = _added(tiles[at], counts)
+        elif begin:
+            tiles.insert(at, (number, *counts))
 
 # %% ../../nbs/store/00_tiles.ipynb #663fac96
 FORMAT = 1  # of the packed bytes
@@ -239,22 +244,24 @@ class Transaction(NamedTuple):
     cents: int
     postings: tuple[Posting, ...]
     place: tuple[float, float] | None = None  # latitude, longitude
+    owner: str = ""  # who had it decided, and may label it; empty: nobody in particular
 
 def transaction_row(transaction: Transaction) -> list:
     "What JSON can write."
-    return [*transaction[:3], [list(posting) for posting in transaction.postings], transaction.place]
+    owner = [transaction.owner] if transaction.owner else []
+    return [*transaction[:3], [list(posting) for posting in transaction.postings], transaction.place, *owner]
 
 def transaction_from_row(row: Sequence) -> Transaction:
     "What `transaction_row` made a row of."
-    transaction_id, time, cents, postings, place = row
+    transaction_id, time, cents, postings, place, *owner = row
     return Transaction(transaction_id, time, cents, tuple(Posting(*posting) for posting in postings),
-                       None if place is None else (place[0], place[1]))
+                       None if place is None else (place[0], place[1]), *owner)
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def pack_transaction(transaction: Transaction) -> bytes:
     "Its row as JSON in UTF-8."
-    return _to_json(transaction).encode()
+    return _to_json(transaction if transaction.owner else transaction[:5]).encode()
 
 def unpack_transaction(packed: bytes) -> Transaction:
     "What `pack_transaction` made bytes of."
@@ -295,18 +302,21 @@ def counts_of(posting: Posting, cents: int, first: bool) -> tuple[int, ...]:
     "What a payment adds to the tiles of one of its entities, in the order of COUNTERS."
     return (0, 0, 1, cents, int(first), 0) if posting.direction else (1, cents, 0, 0, int(first), 0)
 
-def _adjusted(packed: bytes, time: int, counts: Sequence[int], sizes: Collection[int] = TILES) -> bytes:
+def _adjusted(packed: bytes, time: int, counts: Sequence[int], sizes: Collection[int] = TILES,
+              begin: bool = False) -> bytes:
     "`adjust` for packed bytes."
     history = unpack_history(packed)
-    adjust(history, time, counts, sizes)
+    adjust(history, time, counts, sizes, begin)
     return pack_history(history)
 
 _NO_LONGER_FIRST = (0, 0, 0, 0, -1, 0)
 
 def post(transaction: Transaction, histories: Histories, pairs: MutableMapping[str, Pair],
-         retention: Retention) -> None:
-    "Counts a payment in the histories and pairs that it touches, made where they are missing."
-    _, time, cents, postings, place = transaction
+         retention: Retention, divided: Collection[str] = ()) -> None:
+    """Counts a payment in the histories and pairs that it touches, made where they are missing. Of the `divided` keys
+    the history is one part of several: what has to be taken back is in another one, and this one goes below zero.
+    """
+    _, time, cents, postings, place, _ = transaction
     met: dict[str, tuple[bool, int | None]] = {"": (False, None)}
     for posting in postings:
         key, _, pair = posting
@@ -316,7 +326,7 @@ def post(transaction: Transaction, histories: Histories, pairs: MutableMapping[s
         first, moved = met[pair]
         packed = histories.get(key, NO_HISTORY)
         if moved is not None:
-            packed = _adjusted(packed, moved, _NO_LONGER_FIRST)
+            packed = _adjusted(packed, moved, _NO_LONGER_FIRST, begin=key in divided)
         histories[key] = count_payment(packed, time, counts_of(posting, cents, first), place, retention)
 
 # %% ../../nbs/store/00_tiles.ipynb #8c2235c1
@@ -326,11 +336,13 @@ def label_counts(fraud: bool) -> tuple[int, ...]:
     "What a label changes in a tile."
     return (0, 0, 0, 0, 0, 1 if fraud else -1)
 
-def relabel(transaction: Transaction, fraud: bool, histories: Histories) -> None:
-    "Counts that a recorded payment is now known as fraud, or no longer."
+def relabel(transaction: Transaction, fraud: bool, histories: Histories, divided: Collection[str] = ()) -> None:
+    "Counts that a recorded payment is now known as fraud, or no longer; `divided`: as `post` has it."
     for posting in transaction.postings:
-        if posting.key in histories:
-            histories[posting.key] = _adjusted(histories[posting.key], transaction.time, label_counts(fraud), _LABELLED)
+        begin = posting.key in divided
+        if posting.key in histories or begin:
+            packed = histories.get(posting.key, NO_HISTORY)
+            histories[posting.key] = _adjusted(packed, transaction.time, label_counts(fraud), _LABELLED, begin)
 
 # %% ../../nbs/store/00_tiles.ipynb #107318de
 def withdraw(transaction: Transaction, fraud: bool, histories: Histories,

@@ -114,6 +114,7 @@ def add_decision(
     "Adds the scored record to `result`, with its transaction's key and for its transaction's partition."
     received = candidate.received
     value = write_record(record, format, messages)
+    result.decided[record["transaction_id"]] = received
     result.add(received, Output(topics.decisions, received.partition, received.key, value), "decided")
 
 def decide_batch(

@@ -37,8 +37,8 @@ def client_options(stream: Stream, environ: Mapping[str, str]) -> dict[str, Any]
     "How to reach the brokers; user and password are FRAUD_KAFKA_USER and FRAUD_KAFKA_PASSWORD. Raises `FraudError`."
     options: dict[str, Any] = {"bootstrap_servers": list(stream.bootstrap_servers),
                                "security_protocol": stream.security_protocol, "bootstrap_timeout_ms": 15_000}
-    if stream.ssl_cafile:
-        options["ssl_cafile"] = stream.ssl_cafile
+    files = {"ssl_cafile": stream.ssl_cafile, "ssl_certfile": stream.ssl_certfile, "ssl_keyfile": stream.ssl_keyfile}
+    options |= {name: file for name, file in files.items() if file}
     if stream.security_protocol.startswith("SASL"):
         user, password = environ.get("FRAUD_KAFKA_USER"), environ.get("FRAUD_KAFKA_PASSWORD")
         if not user or not password:

@@ -403,6 +403,7 @@ class BatchResult:
     labels: dict[str, bool] = field(default_factory=dict)          # to be set, by transaction id
     outputs: dict[TopicPartition, list[Output]] = field(default_factory=dict)  # by the partition that they came from
     scored: list[Scored] = field(default_factory=list)  # for metrics
+    decided: dict[str, Received] = field(default_factory=dict)  # the message of each decision, by transaction id
     outcomes: Tally = field(default_factory=Tally)      # decided, duplicate, label, or the kind of a dead letter
     corrected: Mapping[TopicPartition, int] = field(default_factory=dict)  # up to where there are outputs already
 

@@ -6,12 +6,14 @@
 __all__ = ['LAST_WAIT', 'COMMIT_INTERVAL', 'Offsets', 'Work', 'Probe', 'SentUntil', 'PROBE_INTERVAL', 'merge_partitions',
            'CircuitBreaker', 'Patience', 'observe_latency', 'DeliveryTracker', 'FinishedBatch', 'finish_batch',
            'TransactionalOutbox', 'DirectDelivery', 'newest_sent', 'decided_before', 'RegularProbe', 'Worker',
-           'NoModel', 'local_work', 'remote_work', 'know_contract', 'open_store', 'topics_read', 'open_worker',
-           'stop_on_signals', 'quiet_clients', 'run_worker', 'main']
+           'NoModel', 'local_work', 'remote_work', 'AuditAway', 'note_batch', 'audit_open', 'audited_work',
+           'know_contract', 'open_store', 'topics_read', 'open_worker', 'stop_on_signals', 'quiet_clients',
+           'run_worker', 'main']
 
 # %% ../../nbs/stream/05_worker.ipynb #efc3d3e9
 import contextlib
 import functools
+import hashlib
 import heapq
 import logging
 import os
@@ -22,9 +24,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kafka import TopicPartition
 
+# %% ../../nbs/stream/05_worker.ipynb #de16558b
+from ..core.audit import AuditError
 from ..core.contract import Contract
 from ..core.errors import FraudError
 from ..core.sections import Stream
@@ -32,13 +37,13 @@ from ..core.settings import Settings, load_settings
 from ..serve.logs import log_json_lines
 from ..serve.auth import load_control_key
 from ..serve.reload import Watcher
-from ..serve.service import Service
+from ..serve.service import Service, to_json
 from ..store.open_outbox import open_outbox_store
 from ..store.outbox import OffsetAdvance, OutboxStore
 from ..store.tiles import retention_of
 from fraud_pkg.stream.consumer import (
-    ConsumerLoop, Positions, Reader, Subscription, TopicGuard, TopicPositions, commit_offsets, newest_source,
-    partition_name, show_lag,
+    SOURCE_TOPIC, ConsumerLoop, Positions, Reader, StoredTopicIds, Subscription, TopicGuard, TopicIds, TopicPositions,
+    commit_offsets, newest_source, partition_name, show_lag,
 )
 from fraud_pkg.stream.decide import (
     RemoteService, decide_batch, decide_remotely, label_batch, label_remotely, open_pool,
@@ -48,6 +53,9 @@ from fraud_pkg.stream.kafka import (
     Delivery, Unavailable, make_topics, open_consumer, open_topic_watch, producer_of, transient_broker_errors,
 )
 from .messages import BatchResult, Output, Received, Topics, log, messages_of, pack, topics_of
+
+if TYPE_CHECKING:
+    from fraud_pkg.store.audit_heads import AuditLog
 
 # %% ../../nbs/stream/05_worker.ipynb #122d5632
 def merge_partitions(polled: Mapping[TopicPartition, Sequence[Received]]) -> dict[str, list[Received]]:
@@ -198,6 +206,7 @@ class TransactionalOutbox:
         self._tracker.send(batch.outputs, batch.offsets, batch.timestamps)
         return True
 
+# %% ../../nbs/stream/05_worker.ipynb #wrkdirct
 class DirectDelivery:
     "Sends a batch of which a service has recorded the transactions: dead letters first."
 
@@ -212,8 +221,14 @@ class DirectDelivery:
         if not self._tracker.settle():
             return False
         decisions = [output for output in batch.outputs if not output.headers]
-        self._tracker.send(decisions, batch.offsets, batch.timestamps)
+        self._tracker.send([self._with_source(output) for output in decisions], batch.offsets, batch.timestamps)
         return True
+
+    def _with_source(self, decision: Output) -> Output:
+        "Says which topic it was made of: where decisions are the positions, they tell whether it was made anew."
+        guard, topics = self._reader.guard, topics_of(self._reader.subscription.stream)
+        id = guard.topic_id(topics.transactions) if guard else b""
+        return decision._replace(headers=((SOURCE_TOPIC, id),)) if id else decision
 
 # %% ../../nbs/stream/05_worker.ipynb #b801ab6b
 SentUntil = Callable[[TopicPartition], int | None]  # the offset behind the newest message that a decision was sent of
@@ -226,7 +241,7 @@ def newest_sent(stream: Stream, environ: Mapping[str, str], partition: TopicPart
     with contextlib.closing(open_consumer(stream, environ)) as consumer:
         decisions = TopicPartition(topics.decisions, partition.partition)
         newest = newest_source(consumer, decisions, stream.batch)
-    return None if newest is None else newest + 1
+    return None if newest is None else newest[0] + 1
 
 def decided_before(believed: Mapping[TopicPartition, int | None], sent_until: SentUntil) -> dict[TopicPartition, int]:
     "Up to where decisions were sent that the store does not know, by partition."
@@ -362,6 +377,55 @@ def remote_work(remote: RemoteService, topics: Topics, format: str) -> Work:
 
     return work
 
+# %% ../../nbs/stream/05_worker.ipynb #932d8746
+class AuditAway(Unavailable):
+    "The audit log cannot be written now."
+    reason = "audit"
+
+def note_batch(audit: "AuditLog", result: BatchResult) -> int:
+    "Notes decisions and labels; the sequence of the last entry, 0 for none."
+    sequence = 0
+    for scored in result.scored:
+        for payment, decision in zip(scored.payments, scored.decisions, strict=True):
+            message = result.decided[decision["transaction_id"]]
+            content = to_json({"answer": decision, "request": hashlib.sha256(message.value or b"").hexdigest(),
+                               "source": [message.topic, message.partition, message.offset]})
+            sender = payment.texts["sender"] or ""
+            sequence = audit.note("decision", "", decision["transaction_id"], content, sender)
+    for transaction, fraud in result.labels.items():
+        sequence = audit.note("label", "", transaction, {"is_fraud": fraud})
+    return sequence
+
+
+# %% ../../nbs/stream/05_worker.ipynb #1fe1c686
+@contextlib.contextmanager
+def audit_open(settings: Settings, environ: Mapping[str, str]) -> Iterator["AuditLog | None"]:
+    "The audit log of a consumer; None without one, and then nothing of it is loaded. Raises `FraudError`."
+    if not (settings.audit.url or settings.audit.required):
+        yield None
+        return
+    from fraud_pkg.store.audit_heads import open_audit
+
+    audit = open_audit(settings, environ, "stream")
+    try:
+        yield audit
+    finally:
+        if audit:
+            audit.stop()
+
+def audited_work(work: Work, audit: "AuditLog") -> Work:
+    "Does the work, which is in the log when it returns; raises `AuditAway`."
+    def noted(messages: Mapping[str, Sequence[Received]], result: BatchResult) -> None:
+        if audit.failed:
+            raise AuditAway(audit.failed)
+        work(messages, result)
+        try:
+            audit.wait(note_batch(audit, result))
+        except AuditError as error:
+            raise AuditAway(str(error)) from error
+
+    return noted
+
 # %% ../../nbs/stream/05_worker.ipynb #e35feda8
 def know_contract(contract: Contract) -> None:
     "Messages of this contract can be read from now on."
@@ -372,8 +436,8 @@ def know_contract(contract: Contract) -> None:
 def open_store(settings: Settings, scores: bool) -> OutboxStore:
     "The store of a consumer that decides itself; raises `FraudError`."
     stream, folder = settings.stream, settings.root / settings.stream.state
-    store = open_outbox_store(settings.store.url, retention_of(settings.contract), settings.store.timeout, folder,
-                              settings.changes_file)
+    store = open_outbox_store(settings.store_url, retention_of(settings.contract), settings.store.timeout, folder,
+                              settings.changes_file, settings.store.memory_mb * 10**6)
     if scores or store.shared:
         return store
     store.close()
@@ -388,16 +452,18 @@ class _Parts:
     probe: Probe
     positions: Positions
     outbox: OutboxStore | None
+    topic_ids: TopicIds
 
 def _remote_parts(settings: Settings, environ: Mapping[str, str]) -> _Parts:
     stream = settings.stream
     pool = open_pool(environ.get("FRAUD_API_KEY"), settings.serve.timeout)
     remote = RemoteService(stream.via or "", pool, settings.contract, settings.serve.epoch)
     positions = TopicPositions(stream, functools.partial(open_consumer, stream, environ))
-    return _Parts(remote_work(remote, topics_of(stream), stream.format), remote.ping, positions, None)
+    return _Parts(remote_work(remote, topics_of(stream), stream.format), remote.ping, positions, None, positions)
 
 def _local_parts(
     settings: Settings, environ: Mapping[str, str], metrics: StreamMetrics, store: OutboxStore,
+    audit: "AuditLog | None",
 ) -> _Parts:
     service = Service(settings.serve, store, {})
     watcher = Watcher(service, settings, load_control_key(environ))
@@ -406,7 +472,8 @@ def _local_parts(
     watcher.rules.taken, watcher.rules.refused = metrics.use_rules, metrics.rules_refused.inc
     watcher.check()
     work = local_work(service, watcher, store, topics_of(settings.stream), settings.stream.format)
-    return _Parts(work, store.ping, store, store)
+    work = audited_work(work, audit) if audit else work
+    return _Parts(work, store.ping, store, store, StoredTopicIds(store))
 
 def topics_read(topics: Topics, scores: bool, shared: bool) -> tuple[str, ...]:
     "The topics of a worker: one without a shared store reads labels and transactions."
@@ -426,12 +493,14 @@ def open_worker(settings: Settings, environ: Mapping[str, str], scores: bool) ->
             parts = _remote_parts(settings, environ)
         else:
             store = stack.enter_context(contextlib.closing(open_store(settings, scores)))
-            parts = _local_parts(settings, environ, metrics, store)
+            audit = stack.enter_context(audit_open(settings, environ))
+            metrics.watch_store(store)
+            parts = _local_parts(settings, environ, metrics, store, audit)
         group = stream.group if scores else f"{stream.group}-labels"
         topics = topics_read(topics_of(stream), scores, parts.positions.shared)
         subscription = Subscription(stream, environ, topics, group)
         watch = stack.enter_context(contextlib.closing(open_topic_watch(stream, environ)))
-        guard = TopicGuard(watch, group, topics, parts.outbox)
+        guard = TopicGuard(watch, group, topics, parts.topic_ids)
         reader = Reader(subscription, parts.positions, metrics, parts.outbox is not None, guard)
         delivery = Delivery(functools.partial(producer_of, stream, environ), metrics)
         sent_until = functools.partial(newest_sent, stream, environ)

@@ -1,0 +1,264 @@
+"""The audit log of a real service: what a client was answered is in it, and whatever is done to it is found."""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+
+import boto3
+import httpx
+import pytest
+import servers
+import sqlalchemy as sa
+from typer.testing import CliRunner
+
+from fraud_pkg.cli import app
+from fraud_pkg.core.audit import AuditError, Entry, Head, entry_hash, read_head, write_head
+from fraud_pkg.core.settings import Settings
+from fraud_pkg.core.signatures import load_signer, new_key
+from fraud_pkg.model.example import example_bundle
+from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.store.audit_check import Chain, Range, entries_between, verify_log
+from fraud_pkg.store.audit_heads import open_heads
+from fraud_pkg.store.audit_log import ENTRIES, open_log
+
+SHOP = {"X-API-Key": "shop-0123456789abcdef"}
+EVE = {"X-API-Key": "eve-0123456789abcdef"}
+KEYS = {"FRAUD_API_KEYS": f"shop:{SHOP['X-API-Key']},eve@read+metrics:eve-0123456789abcdef"}
+
+
+@pytest.fixture(scope="module")
+def postgres_url(tmp_path_factory) -> Iterator[str]:
+    with servers.postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def log(request, tmp_path) -> Settings:
+    """Settings with an empty database of each kind, a folder for heads and a key that signs them."""
+    url = f"sqlite:///{tmp_path}/audit.db"
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+            connection.exec_driver_sql("CREATE SCHEMA public")
+        engine.dispose()
+    public = new_key(tmp_path / "audit.pem", servers.PROJECT)
+    example_bundle(tmp_path / "champion")
+    audit = {"url": url, "anchors": str(tmp_path / "heads"), "keys": f"log:{public}", "anchor_seconds": 0.2}
+    return Settings(root=tmp_path, audit=audit)
+
+
+def served(log: Settings) -> contextlib.AbstractContextManager:
+    audit = {f"audit__{name}": getattr(log.audit, name) for name in ("url", "anchors", "anchor_seconds")}
+    key = {"FRAUD_HEAD_KEY_FILE": str(log.root / "audit.pem")}
+    return servers.service(log.root, variables=KEYS | key, **audit)
+
+
+def entries(log: Settings) -> list[Entry]:
+    engine = open_log(log.audit.url, log.root)
+    found = list(itertools.chain.from_iterable(entries_between(engine, Range())))
+    engine.dispose()
+    return found
+
+
+def broken(log: Settings) -> list[str]:
+    return [str(chain.broken) for chain in verify_log(log) if chain.broken]
+
+
+class Clients:
+    """Some that decide and label all the time, and keep what they were answered."""
+
+    def __init__(self, url: str, number: int = 8):
+        self.url, self.answers, self.labels = url, {}, set()  # answers: request and answer by transaction
+        self._threads = [threading.Thread(target=self._run, args=(client,)) for client in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, client: int) -> None:
+        with contextlib.suppress(httpx.HTTPError), httpx.Client(base_url=self.url, headers=SHOP) as http:
+            for number in itertools.count():
+                name = f"t{client}-{number}"
+                payment = EXAMPLE | {"transaction_id": name, "sender": f"C{client}"}
+                answer = http.post("/predict", json=payment)
+                assert answer.status_code == 200, answer.text
+                self.answers[name] = answer.request.content, answer.json()
+                if number % 5 == 0:
+                    label = {"transaction_id": name, "is_fraud": True}
+                    assert http.post("/feedback", json={"labels": [label]}).status_code == 200
+                    self.labels.add(name)
+
+    def have(self, least: int) -> bool:
+        return len(self.answers) >= least
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_every_answer_is_in_the_log_though_the_service_is_killed(log):
+    known: dict[str, tuple[bytes, dict]] = {}
+    labels: set[str] = set()
+    for life in range(2):
+        with served(log) as (url, process):
+            clients = Clients(url)
+            servers.until(functools.partial(clients.have, 300), 60)
+            process.kill()
+            clients.join()
+        known |= {f"{life} {name}": answer for name, answer in clients.answers.items()}
+        labels |= clients.labels
+    written = entries(log)
+    decisions = [json.loads(entry.content) for entry in written if entry.kind == "decision"]
+    found = {(content["request"], json.dumps(content["answer"], sort_keys=True)) for content in decisions}
+    for request, answer in known.values():
+        assert (hashlib.sha256(request).hexdigest(), json.dumps(answer, sort_keys=True)) in found
+    assert labels <= {entry.subject for entry in written if entry.kind == "label"}
+    assert {entry.who for entry in written if entry.kind == "decision"} == {"shop"}
+    chains = verify_log(log)
+    assert [(chain.broken, chain.stopped, chain.signer) for chain in chains] == [(None, False, "log")] * 2
+    assert sum(chain.entries for chain in chains) == len(written)
+
+
+def statement(log: Settings, text: str) -> None:
+    engine = open_log(log.audit.url, log.root)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(text)
+    engine.dispose()
+
+
+def verify(log: Settings) -> tuple[int, str]:
+    """Exit status and output of `fraud audit verify`."""
+    given = itertools.chain.from_iterable(
+        ("-s", f"audit.{name}={value}")
+        for name, value in (("url", log.audit.url), ("anchors", log.audit.anchors), ("keys", ",".join(log.audit.keys)))
+    )
+    result = CliRunner().invoke(app, ["audit", "verify", *given])
+    return result.exit_code, result.output
+
+
+def of(chain: Chain, sequence: str) -> str:
+    return f"FROM audit_entries WHERE writer = '{chain.writer}' AND sequence {sequence}"
+
+
+def test_what_is_done_by_sql_is_found(log):
+    with served(log) as (url, _), httpx.Client(base_url=url, headers=SHOP) as http:
+        for number in range(20):
+            assert http.post("/predict", json=EXAMPLE | {"transaction_id": f"t{number}"}).status_code == 200
+    (chain,) = verify_log(log)
+    assert chain.broken is None and chain.stopped and chain.anchored == chain.entries
+    assert verify(log)[0] == 0
+    where = f"WHERE writer = '{chain.writer}' AND sequence = 7"
+    statement(log, f"UPDATE audit_entries SET account = NULL, salt = NULL {where}")  # an account that was removed
+    assert verify_log(log)[0].erased == 1
+    statement(log, f"UPDATE audit_entries SET content = replace(content, 'allow', 'block') {where}")
+    code, said = verify(log)
+    assert code == 1 and f"broken: writer {chain.writer}, sequence 7: was changed" in said
+    statement(log, f"UPDATE audit_entries SET content = replace(content, 'block', 'allow') {where}")
+    assert "sequence 7" in "".join(broken(log))  # not the text that it was: `block` stands in costs too
+    statement(log, f"DELETE {of(chain, '= 7')}")
+    assert f"writer {chain.writer}, sequence 7: missing; the next entry is 8" in broken(log)
+    statement(log, f"DELETE {of(chain, '>= 7')}")
+    assert "the end was cut off" in broken(log)[0] and "sequence 7: missing, up to" in broken(log)[0]
+    statement(log, "DELETE FROM audit_entries")
+    statement(log, "DELETE FROM audit_writers")
+    assert "sequence 1: missing, up to" in broken(log)[0]
+
+
+def test_a_chain_that_is_computed_anew_is_found(log):
+    """Whoever may write into the database, and has all of this code."""
+    with served(log) as (url, _):
+        assert httpx.post(f"{url}/predict", json=EXAMPLE, headers=SHOP).status_code == 200
+    written, engine, previous = entries(log), open_log(log.audit.url, log.root), None
+    with engine.begin() as connection:
+        for entry in written:
+            content = entry.content.replace('"allow"', '"block"') if entry.kind == "decision" else entry.content
+            forged = entry._replace(content=content, previous=previous or entry.previous)
+            previous = entry_hash(forged)
+            values = forged._replace(hash=previous)._asdict()
+            place = (ENTRIES.c.writer == entry.writer, ENTRIES.c.sequence == entry.sequence)
+            connection.execute(sa.update(ENTRIES).where(*place).values(**values))
+    engine.dispose()
+    assert "is not the entry that was anchored here: computed anew" in broken(log)[0]
+    without = log.model_copy(update={"audit": log.audit.model_copy(update={"anchors": ""})})
+    assert broken(without) == []  # what cannot be found without heads
+
+
+def test_nothing_is_answered_while_the_log_takes_nothing(log):
+    def post(http: httpx.Client, name: str) -> int:
+        return http.post("/predict", json=EXAMPLE | {"transaction_id": name}, timeout=30).status_code
+
+    with served(log) as (url, _), httpx.Client(base_url=url, headers=SHOP) as http:
+        assert post(http, "before") == 200
+        statement(log, "ALTER TABLE audit_entries RENAME TO elsewhere")
+        # Opening the log makes tables that are missing; away they are, so none is opened from here on.
+        engine = sa.create_engine(log.audit.url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE IF EXISTS audit_entries")
+        assert post(http, "meanwhile") == 503
+        assert post(http, "refused") == 503
+        assert [servers.status(f"{url}{path}") for path in ("/readyz", "/healthz")] == [503, 200]
+        assert "fraud_audit_up 0.0" in servers.fetch(f"{url}/metrics", **EVE)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO audit_entries")
+        engine.dispose()
+        servers.until(lambda: servers.status(f"{url}/readyz") == 200)
+        assert post(http, "after") == 200
+    written = [(entry.kind, entry.subject) for entry in entries(log)]
+    assert [subject for kind, subject in written if kind == "decision"] == ["before", "meanwhile", "after"]
+    withheld = json.loads(next(entry for entry in entries(log) if entry.kind == "withheld").content)
+    assert [entries(log)[place - 1].subject for place in (withheld["from"], withheld["to"])] == ["meanwhile"] * 2
+    assert broken(log) == []
+
+
+def test_several_services_share_a_database(log):
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(served(log))[0] for _ in range(2)]
+        clients = [Clients(url, 3) for url in urls]
+        servers.until(lambda: all(len(one.answers) > 100 for one in clients), 60)
+        assert broken(log) == []  # also while it is written
+        assert httpx.get(f"{urls[0]}/model", headers={"X-API-Key": "guess-0123456789abcdef"}).status_code == 401
+        stack.close()
+        for one in clients:
+            one.join()
+    assert [(chain.broken, chain.stopped) for chain in verify_log(log)] == [(None, True)] * 2
+    denied = [entry for entry in entries(log) if entry.kind == "denied"]
+    assert [(entry.who, entry.subject) for entry in denied] == [("", "/model")]
+    assert "guess" not in denied[0].content
+
+
+def test_a_service_does_not_start_without_what_is_required(log):
+    def said(**audit) -> str:
+        given = {f"audit__{name}": value for name, value in audit.items()}
+        with pytest.raises(AssertionError) as failed, servers.service(log.root, variables=KEYS, **given):
+            pass
+        return str(failed.value)
+
+    assert "[audit] required = yes: expected [audit] url and [audit] anchors and FRAUD_HEAD_KEY_FILE" in said(
+        required="yes"
+    )
+    assert "[audit] anchors = /dev/null/x: Not a directory" in said(url=log.audit.url, anchors="/dev/null/x")
+
+
+def test_heads_in_a_bucket(tmp_path, monkeypatch):
+    public = new_key(tmp_path / "audit.pem", servers.PROJECT)
+    signer = load_signer({"FRAUD_HEAD_KEY_FILE": str(tmp_path / "audit.pem")}, "FRAUD_HEAD_KEY")
+    with servers.moto(tmp_path) as environ:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(
+            Bucket="log", CreateBucketConfiguration={"LocationConstraint": environ["AWS_DEFAULT_REGION"]}
+        )
+        place = open_heads("s3://log/heads", tmp_path)
+        for writer, sequence in (("a", 9), ("a", 10), ("a", 2), ("b", 1)):
+            head = Head(writer, sequence, bytes(32))
+            place.put(head, write_head(head, signer))
+        newest = {writer: read_head(text, where) for writer, (where, text) in place.newest().items()}
+        assert {writer: head.sequence for writer, head in newest.items()} == {"a": 10, "b": 1}
+        with pytest.raises(AuditError, match=r"\[audit\] anchors = s3://absent/heads: "):
+            open_heads("s3://absent/heads", tmp_path).put(head, b"")
+    assert public == signer.public
