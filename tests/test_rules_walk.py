@@ -30,7 +30,7 @@ from fraud_pkg.train.samples import load_period
 # Days of the champion's log, of the wave before the rule, and with it.
 BASE, WAVE, RULED = 30, 5, 9
 NEW = "structuring"
-ANNA, RULER = "1" * 32, "2" * 32
+ANNA, RULER = "anna-0123456789abcdef", "boss-0123456789abcdef"
 KEYS = f"anna@cases:{ANNA},boss@rules:{RULER}"
 SETTINGS = {
     "features.engine": "local",
