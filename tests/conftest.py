@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import servers
+import sqlalchemy as sa
 from xdist.scheduler import LoadFileScheduling
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -197,6 +198,26 @@ def no_pictures():
 def redis_url(tmp_path_factory):
     with servers.redis(tmp_path_factory.mktemp("redis")) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def postgres_url(tmp_path_factory):
+    with servers.postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request, tmp_path) -> str:
+    """An address of each kind of database, which is empty."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tables.db"
+    address = request.getfixturevalue("postgres_url")
+    engine = sa.create_engine(address)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    engine.dispose()
+    return address
 
 
 def shared(name: str) -> Path:

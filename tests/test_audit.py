@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator
 
 import boto3
 import httpx
@@ -30,26 +29,12 @@ EVE = {"X-API-Key": "eve-0123456789abcdef"}
 KEYS = {"FRAUD_API_KEYS": f"shop:{SHOP['X-API-Key']},eve@read+metrics:eve-0123456789abcdef"}
 
 
-@pytest.fixture(scope="module")
-def postgres_url(tmp_path_factory) -> Iterator[str]:
-    with servers.postgres(tmp_path_factory.mktemp("postgres")) as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def log(request, tmp_path) -> Settings:
+@pytest.fixture
+def log(database_url, tmp_path) -> Settings:
     """Settings with an empty database of each kind, a folder for heads and a key that signs them."""
-    url = f"sqlite:///{tmp_path}/audit.db"
-    if request.param == "postgres":
-        url = request.getfixturevalue("postgres_url")
-        engine = sa.create_engine(url)
-        with engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-            connection.exec_driver_sql("CREATE SCHEMA public")
-        engine.dispose()
     public = new_key(tmp_path / "audit.pem", servers.PROJECT)
     example_bundle(tmp_path / "champion")
-    audit = {"url": url, "anchors": str(tmp_path / "heads"), "keys": f"log:{public}", "anchor_seconds": 0.2}
+    audit = {"url": database_url, "anchors": str(tmp_path / "heads"), "keys": f"log:{public}", "anchor_seconds": 0.2}
     return Settings(root=tmp_path, audit=audit)
 
 

@@ -33,24 +33,9 @@ ANNA, BEN, EVE, SHOP, SCRAPER = (f"{name}-0123456789abcdef" for name in ("anna",
 KEYS = {"FRAUD_API_KEYS": f"anna@cases:{ANNA},ben@write:{BEN},eve@read:{EVE},shop:{SHOP},prometheus@metrics:{SCRAPER}"}
 
 
-@pytest.fixture(scope="module")
-def postgres_url(tmp_path_factory) -> Iterator[str]:
-    with servers.postgres(tmp_path_factory.mktemp("postgres")) as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request, tmp_path) -> str:
-    """An address of each kind of database, which is empty."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/cases.db"
-    address = request.getfixturevalue("postgres_url")
-    engine = open_engine(address, tmp_path)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-        connection.exec_driver_sql("CREATE SCHEMA public")
-    engine.dispose()
-    return address
+@pytest.fixture
+def url(database_url) -> str:
+    return database_url
 
 
 # What people may do, in any order
