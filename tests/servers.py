@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import psycopg
 import pytest
 
 HOST = "127.0.0.1"
@@ -263,10 +264,24 @@ def postgres(folder: Path) -> Iterator[str]:
             "",
             "-F",
         ]
-        with running(command, answers(port), folder / "postgres.log", cwd=home):
+        with running(command, _takes_queries(port), folder / "postgres.log", cwd=home):
             yield f"postgresql+psycopg://fraud@{HOST}:{port}/postgres"
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _takes_queries(port: int) -> Callable[[], bool]:
+    """Whether PostgreSQL takes queries: it listens before it does, and refuses until it has started up."""
+
+    def check() -> bool:
+        with (
+            contextlib.suppress(psycopg.OperationalError),
+            psycopg.connect(host=HOST, port=port, user="fraud", dbname="postgres", connect_timeout=2) as connection,
+        ):
+            return connection.execute("SELECT 1").fetchone() == (1,)
+        return False
+
+    return check
 
 
 @contextlib.contextmanager
