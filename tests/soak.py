@@ -225,7 +225,7 @@ def decisions(system: System, topic: str) -> dict[str, list[tuple[bytes, bool]]]
         while any(consumer.position(partition) < end for partition, end in ends.items()):
             for records in consumer.poll(timeout_ms=1000).values():
                 for record in records:
-                    name = json.loads(record.value).get("transaction", {}).get("transaction_id", "")
+                    name = json.loads(record.value)["transaction_id"]
                     marked = any(header == "fraud-correction" for header, _ in record.headers)
                     found[name].append((record.value, marked))
     return found
