@@ -227,8 +227,10 @@ PROJECT_FILES = (
 )
 
 def _project_files(folder: Path) -> dict[str, Path]:
-    "The files of the project in `folder`, by name."
-    return {path.relative_to(folder).as_posix(): path for pattern in PROJECT_FILES for path in folder.glob(pattern)}
+    "The files of the project in `folder`, by name; what Python has compiled of them is not."
+    found = (path for pattern in PROJECT_FILES for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): path
+            for path in found if path.is_file() and path.parent.name != "__pycache__"}
 
 def place_project(
     image: Path,  # a project
