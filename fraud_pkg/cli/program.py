@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'store_app', 'rules_app', 'lists_app', 'stream_app', 'cases_app',
            'keys_app', 'audit_app', 'access_app', 'Overrides', 'parse_pairs', 'parse_overrides', 'settings_with',
-           'explain', 'run', 'main', 'print_table']
+           'explain', 'run', 'main', 'options', 'print_table']
 
 # %% ../../nbs/cli/00_program.ipynb #2d747411
 import json
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fraud_pkg.core.settings import Settings
 
 # %% ../../nbs/cli/00_program.ipynb #abe1a54a
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+# Markdown: in rich's own markup "[features]" would be a style, and vanish
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="Learns to spot fraudulent payments and stops them while they happen.",
                   epilog="All settings with their meaning: settings.ini")
 jobs_app = typer.Typer(no_args_is_help=True, help="The job notebooks: list, compile, run one.")
@@ -118,25 +119,52 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run())
 
+# %% ../../nbs/cli/00_program.ipynb #c1a7b002
+def _say_version(wanted: bool) -> None:
+    "Says it and ends."
+    if wanted:
+        from fraud_pkg import __version__
+        print(f"fraud {__version__}, Python {sys.version.split()[0]}")
+        raise typer.Exit
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True,
+                                          help="Show the version of the package and of Python.")] = False,
+) -> None:
+    "What `fraud` takes before a command."
+
 # %% ../../nbs/cli/00_program.ipynb #370350c9
+def _stacked(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    "For each row a block of lines `column: value`, without those that are empty."
+    width = max(map(len, columns), default=0)
+    blocks = ["\n".join(f"{column:{width}}  {value}" for column, value in zip(columns, row, strict=True) if value)
+              for row in rows]
+    return "\n\n".join(blocks)
+
 def print_table(
     title: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     right: Sequence[int] = (),  # columns that are aligned to the right
 ) -> None:
-    "Prints rows under their headings; None is an empty cell."
+    "Prints rows under their headings, or one below the other where they are too wide; None is an empty cell."
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    texts = [["" if value is None else str(value) for value in row] for row in rows]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
+    for row in texts:
+        table.add_row(*row)
     width = None if sys.stdout.isatty() else 200  # a file or a pipe has no width of its own
     console = Console(width=width, markup=False, highlight=False, emoji=False)
+    needed = Console(width=10_000).measure(table).maximum
+    if sys.stdout.isatty() and needed > console.width:
+        print(f"{title}\n\n{_stacked(columns, texts)}")
+        return
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
