@@ -116,7 +116,7 @@ def test_variables_and_secrets_are_told():
     told = set(re.findall(r"`([A-Z][A-Z_]+)`", table))
     assert used <= told, used - told
     outputs = set(re.findall(r'^output "([A-Z_]+)"', (PROJECT / "infra/aws/outputs.tf").read_text(), re.MULTILINE))
-    assert outputs <= used | {"FRAUD_CHAMPION_URL"} and {"AWS_DEPLOY_ROLE_ARN", "FRAUD_MODELS_BUCKET"} <= outputs
+    assert outputs <= used | {"FRAUD_CHAMPION_URL"} and {"AWS_DEPLOY_ROLES", "FRAUD_MODELS_BUCKET"} <= outputs
 
 
 # The steps of ci.yml, here
@@ -376,7 +376,8 @@ def test_roles_are_for_one_repository(client):
     iam = client("iam")
     subjects = {
         "fraud-ci-images": {"repo:owner/name:ref:refs/heads/main"},
-        "fraud-ci-deploy": {"repo:owner/name:environment:dev", "repo:owner/name:environment:prod"},
+        "fraud-ci-deploy-dev": {"repo:owner/name:environment:dev"},
+        "fraud-ci-deploy-prod": {"repo:owner/name:environment:prod"},
     }
     for role, expected in subjects.items():
         (statement,) = iam.get_role(RoleName=role)["Role"]["AssumeRolePolicyDocument"]["Statement"]
@@ -388,7 +389,7 @@ def test_roles_are_for_one_repository(client):
         for rule in policy(client, role):
             assert not any("*" in action for action in rule["Action"])
             assert rule["Resource"] != "*" or rule["Action"] == ["ecr:GetAuthorizationToken"]
-    actions = {action for rule in policy(client, "fraud-ci-deploy") for action in rule["Action"]}
+    actions = {action for rule in policy(client, "fraud-ci-deploy-prod") for action in rule["Action"]}
     assert not {
         action
         for action in actions
@@ -396,29 +397,65 @@ def test_roles_are_for_one_repository(client):
     }
 
 
-def test_functions_stay_within_their_boundary(client):
-    """The boundary allows what the stages' policies ask for, and the deploy role may write no policy without it."""
-    boundary = f"arn:aws:iam::{client('sts').get_caller_identity()['Account']}:policy/fraud-function-boundary"
-    for stage in ("dev", "prod"):
-        assert (
-            client("iam").get_role(RoleName=f"fraud-{stage}-api_handler")["Role"]["PermissionsBoundary"][
-                "PermissionsBoundaryArn"
-            ]
-            == boundary
-        )
-    (rule,) = (rule for rule in policy(client, "fraud-ci-deploy") if "iam:PutRolePolicy" in rule["Action"])
-    assert rule["Condition"] == {"StringEquals": {"iam:PermissionsBoundary": boundary}}
-    allowed = client("iam").get_policy_version(PolicyArn=boundary, VersionId="v1")["PolicyVersion"]["Document"][
-        "Statement"
-    ]
-    for stage in ("dev", "prod"):
-        for asked in json.loads((PROJECT / f"chalice_app/.chalice/policy-{stage}.json").read_text())["Statement"]:
-            wanted = [asked["Resource"]] if isinstance(asked["Resource"], str) else asked["Resource"]
-            resources = [resource.replace(":*:*:", ":eu-central-1:123456789012:") for resource in wanted]
-            for action, resource in itertools.product(asked["Action"], resources):
-                assert any(action in rule["Action"] and fnmatchcase(resource, rule["Resource"]) for rule in allowed), (
-                    f"{stage}: {action} on {resource}"
-                )
+def boundary(client, stage: str) -> str:
+    return f"arn:aws:iam::{client('sts').get_caller_identity()['Account']}:policy/fraud-function-boundary-{stage}"
+
+
+def allowed_by(client, arn: str) -> list[dict]:
+    return client("iam").get_policy_version(PolicyArn=arn, VersionId="v1")["PolicyVersion"]["Document"]["Statement"]
+
+
+def allows(rules: list[dict], action: str, resource: str) -> bool:
+    return any(
+        action in rule["Action"] and any(fnmatchcase(resource, pattern) for pattern in listed(rule["Resource"]))
+        for rule in rules
+    )
+
+
+def listed(resources: str | list[str]) -> list[str]:
+    return [resources] if isinstance(resources, str) else resources
+
+
+@pytest.mark.parametrize("stage", ["dev", "prod"])
+def test_functions_stay_within_their_boundary(client, stage):
+    """The boundary allows what the stage's policy asks for, and its deploy role may write no policy without it."""
+    arn = boundary(client, stage)
+    role = client("iam").get_role(RoleName=f"fraud-{stage}-api_handler")["Role"]
+    assert role["PermissionsBoundary"]["PermissionsBoundaryArn"] == arn
+    (rule,) = (rule for rule in policy(client, f"fraud-ci-deploy-{stage}") if "iam:PutRolePolicy" in rule["Action"])
+    assert rule["Condition"] == {"StringEquals": {"iam:PermissionsBoundary": arn}}
+    rules = allowed_by(client, arn)
+    for asked in json.loads((PROJECT / f"chalice_app/.chalice/policy-{stage}.json").read_text())["Statement"]:
+        for action, resource in itertools.product(asked["Action"], listed(asked["Resource"])):
+            named = resource.replace(":*:*:", ":eu-central-1:123456789012:").replace(
+                "fraud-models-*", "fraud-models-acme"
+            )
+            assert allows(rules, action, named), f"{stage}: {action} on {named}"
+
+
+@pytest.mark.parametrize(("stage", "other"), [("dev", "prod"), ("prod", "dev")])
+def test_a_stage_reaches_no_other(client, stage, other):
+    """Neither who deploys it nor its function: code, policies, bundles, state, keys, store and logs of the other."""
+    deploys, function = policy(client, f"fraud-ci-deploy-{stage}"), allowed_by(client, boundary(client, stage))
+    here = "eu-central-1:123456789012"
+    of = {
+        "lambda:UpdateFunctionCode": f"arn:aws:lambda:{here}:function:fraud-%s",
+        "iam:PutRolePolicy": "arn:aws:iam::123456789012:role/fraud-%s-api_handler",
+        "iam:PassRole": "arn:aws:iam::123456789012:role/fraud-%s-api_handler",
+        "s3:PutObject": "arn:aws:s3:::fraud-models-acme/%s/x/model.onnx",
+        "s3:GetObject": "arn:aws:s3:::fraud-models-acme/state/%s.json",
+        "logs:PutRetentionPolicy": f"arn:aws:logs:{here}:log-group:/aws/lambda/fraud-%s",
+        "dynamodb:DescribeTable": f"arn:aws:dynamodb:{here}:table/fraud-store-%s",
+    }
+    for action, resource in of.items():
+        assert allows(deploys, action, resource % stage) and not allows(deploys, action, resource % other), action
+    assert not allows(deploys, "s3:PutObject", "arn:aws:s3:::fraud-models-acme/champion/manifest.json")
+    for action, resource in {
+        "ssm:GetParameter": f"arn:aws:ssm:{here}:parameter/fraud/%s/api-keys",
+        "dynamodb:PutItem": f"arn:aws:dynamodb:{here}:table/fraud-store-%s",
+        "s3:GetObject": "arn:aws:s3:::fraud-models-acme/%s/x/model.onnx",
+    }.items():
+        assert allows(function, action, resource % stage) and not allows(function, action, resource % other), action
 
 
 RECORD = """
@@ -463,7 +500,7 @@ def test_deploy_role_may_do_what_chalice_does(client, account, tmp_path):
         )
         lines = done.stdout.replace("API Gateway", "apigateway").replace("CloudWatch Logs", "logs").splitlines()
         called |= {tuple(line.split()[1:]) for line in lines if line.startswith("called ")}
-    allowed = {action for rule in policy(client, "fraud-ci-deploy") for action in rule["Action"]}
+    allowed = {action for rule in policy(client, "fraud-ci-deploy-dev") for action in rule["Action"]}
     needed = {
         f"apigateway:{VERBS[re.match('[A-Z][a-z]+', operation)[0]]}"
         if service == "apigateway"

@@ -54,12 +54,14 @@ def fetch(stage: str, bucket: str, champion_url: str) -> None:
     champion = ROOT / "models/champion"
     champion.mkdir(parents=True, exist_ok=True)
     try:
-        for name in (
-            "manifest.json",
-            "model.onnx",
-            "reference.parquet",
-        ):  # verified by their hashes when they are packed
-            (champion / name).write_bytes(s3.get_object(Bucket=place, Key=f"{prefix}/{name}")["Body"].read())
+        # Verified when they are packed; the signature is there where somebody signs.
+        for name in ("manifest.sig", "manifest.json", "model.onnx", "reference.parquet"):
+            (champion / name).unlink(missing_ok=True)
+            try:
+                (champion / name).write_bytes(s3.get_object(Bucket=place, Key=f"{prefix}/{name}")["Body"].read())
+            except ClientError as error:
+                if name != "manifest.sig" or error.response["Error"]["Code"] != "NoSuchKey":
+                    raise
     except ClientError as error:
         reason = error.response["Error"]["Code"]
         sys.exit(

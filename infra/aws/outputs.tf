@@ -8,8 +8,9 @@ output "AWS_IMAGES_ROLE_ARN" {
   value = aws_iam_role.images.arn
 }
 
-output "AWS_DEPLOY_ROLE_ARN" {
-  value = aws_iam_role.deploy.arn
+output "AWS_DEPLOY_ROLES" {
+  description = "By stage, as JSON."
+  value       = jsonencode({ for stage, role in aws_iam_role.deploy : stage => role.arn })
 }
 
 output "ECR_REGISTRY" {

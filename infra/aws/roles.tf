@@ -11,15 +11,18 @@ locals {
     : "arn:aws:iam::${local.account}:oidc-provider/${local.issuer}"
   )
   # A job in an environment is known by the environment, any other by its branch. Never by a pull request.
-  may_assume = {
-    images = ["repo:${var.repository}:ref:refs/heads/${var.branch}"]
-    deploy = [for stage in var.stages : "repo:${var.repository}:environment:${stage}"]
-  }
-  policy_values = {
-    account  = local.account
-    region   = var.region
-    models   = module.bucket["models"].name
-    boundary = aws_iam_policy.function_boundary.arn
+  may_assume = merge(
+    { images = "repo:${var.repository}:ref:refs/heads/${var.branch}" },
+    { for stage in var.stages : stage => "repo:${var.repository}:environment:${stage}" },
+  )
+  # What a stage's policies may name: nothing of another stage.
+  stage_values = {
+    for stage in var.stages : stage => {
+      account = local.account
+      region  = var.region
+      models  = module.bucket["models"].name
+      stage   = stage
+    }
   }
 }
 
@@ -47,7 +50,7 @@ data "aws_iam_policy_document" "trust" {
     condition {
       test     = "StringEquals"
       variable = "${local.issuer}:sub"
-      values   = each.value
+      values   = [each.value]
     }
   }
 }
@@ -65,23 +68,29 @@ resource "aws_iam_role_policy" "images" {
   policy = templatefile("${path.module}/policies/images.json.tftpl", { account = local.account, region = var.region })
 }
 
-# Deploys the stages, and nothing else.
+# Deploys one stage, and nothing else.
 resource "aws_iam_role" "deploy" {
-  name                 = "fraud-ci-deploy"
-  assume_role_policy   = data.aws_iam_policy_document.trust["deploy"].json
+  for_each             = var.stages
+  name                 = "fraud-ci-deploy-${each.value}"
+  assume_role_policy   = data.aws_iam_policy_document.trust[each.value].json
   max_session_duration = 3600
 }
 
 resource "aws_iam_role_policy" "deploy" {
-  name   = "deploy"
-  role   = aws_iam_role.deploy.id
-  policy = templatefile("${path.module}/policies/deploy.json.tftpl", local.policy_values)
+  for_each = var.stages
+  name     = "deploy"
+  role     = aws_iam_role.deploy[each.value].id
+  policy = templatefile("${path.module}/policies/deploy.json.tftpl", merge(local.stage_values[each.value], {
+    boundary = aws_iam_policy.function_boundary[each.value].arn
+    api      = lookup(var.apis, each.value, "*")
+  }))
 }
 
 # The functions' own roles are made here and not by chalice: whoever deploys can write their policies, but never beyond this boundary, and can make no role.
 resource "aws_iam_policy" "function_boundary" {
-  name   = "fraud-function-boundary"
-  policy = templatefile("${path.module}/policies/function-boundary.json.tftpl", { account = local.account, region = var.region })
+  for_each = var.stages
+  name     = "fraud-function-boundary-${each.value}"
+  policy   = templatefile("${path.module}/policies/function-boundary.json.tftpl", local.stage_values[each.value])
 }
 
 data "aws_iam_policy_document" "lambda" {
@@ -99,5 +108,5 @@ resource "aws_iam_role" "function" {
   for_each             = var.stages
   name                 = "fraud-${each.value}-api_handler" # as chalice looks for it
   assume_role_policy   = data.aws_iam_policy_document.lambda.json
-  permissions_boundary = aws_iam_policy.function_boundary.arn
+  permissions_boundary = aws_iam_policy.function_boundary[each.value].arn
 }

@@ -55,3 +55,14 @@ variable "create_oidc_provider" {
   type        = bool
   default     = true
 }
+
+variable "apis" {
+  description = "API Gateway's id of a stage, once it is there: with it the stage's role touches no other API of the account. chalice gives its APIs no tags to tell them by."
+  type        = map(string)
+  default     = {}
+
+  validation {
+    condition     = alltrue([for id in values(var.apis) : can(regex("^[a-z0-9]{10}$", id))])
+    error_message = "Expected ids of REST APIs, such as {dev = \"a1b2c3d4e5\"}."
+  }
+}
