@@ -31,6 +31,7 @@ SMALL = {
     "decision.control_share": 0,  # what a test stops, it stops; tests/test_control.py has a control group
     "tensorflow.epochs": 3,
     "xgboost.rounds": 80,
+    "features.engine": "local",  # by Spark: test_parity.py; equal to the byte: nbs/features/07_table
     "features.spark_memory": "2g",
     "features.spark_master": "local[2]",
 }
@@ -171,7 +172,7 @@ def workspace(tmp_path_factory) -> Callable[..., Workspace]:
 
 @pytest.fixture(scope="session")
 def finished(workspace) -> Workspace:
-    """A workspace after its first run, with Spark; whoever needs a true champion takes it from here."""
+    """A workspace after its first run; whoever needs a true champion takes it from here."""
     made = workspace()
     made.printed = made.fraud("run").stdout
     return made

@@ -168,7 +168,7 @@ def test_sigterm_ends_the_job_and_what_it_started(tmp_path):
 
 def test_interrupt_leaves_nothing_half_written(workspace):
     space = workspace(
-        features__engine="local", pipeline__push="false", simulate__rows=300_000, simulate__fraud_rate=0.003
+        features__engine="local", pipeline__push="false", simulate__rows=150_000, simulate__fraud_rate=0.005
     )
     environ = os.environ | {"FRAUD_SET": json.dumps({key: str(value) for key, value in space.overrides.items()})}
     process = subprocess.Popen(

@@ -455,7 +455,6 @@ def test_workflow_scripts_run(tmp_path, asked):
 
     assert run("Settings").returncode == 0
     assert (tmp_path / "env").read_text().splitlines() == [
-        "FRAUD_PIPELINE_PUSH=false",
         "FRAUD_TRAIN_TRIALS=3",
         "AWS_REGION=eu-central-1",
     ]
@@ -464,6 +463,41 @@ def test_workflow_scripts_run(tmp_path, asked):
         command(job) for job in wanted
     ]
     assert done.returncode == (0 if wanted else 1)
+
+
+TEAM = {"FRAUD_PIPELINE_REMOTE": "s3://team/fraud", "FRAUD_REGISTRY_TRACKING_URI": "https://mlflow.example"}
+LOG, STREAM = {"FRAUD_DATA_SOURCE": "s3://team/log.parquet"}, {"FRAUD_STREAM_BOOTSTRAP_SERVERS": "127.0.0.1:9092"}
+BY_REMOTE = ["FRAUD_PIPELINE_PUSH=true", "FRAUD_PIPELINE_PULL=true"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "simulated", "environment"),
+    [
+        ({}, "true", ["FRAUD_PIPELINE_PUSH=false"]),
+        ({"FRAUD_PIPELINE_PUSH": "true"}, "true", ["FRAUD_PIPELINE_PUSH=true"]),
+        (LOG, None, []),
+        (STREAM, None, []),
+        (LOG | {"FRAUD_PIPELINE_REMOTE": "s3://team/fraud"}, None, []),
+        (LOG | TEAM, "false", BY_REMOTE),
+        (STREAM | TEAM, "false", BY_REMOTE),
+    ],
+)
+def test_payments_of_others_stay_out_of_githubs_cache(tmp_path, variables, simulated, environment):
+    """Whoever can read a repository can read its cache and its artifacts: they are for simulated data alone."""
+    script = next(step["run"] for step in steps() if step.get("id") == "data")
+    files = {name: tmp_path / name.lower() for name in ("GITHUB_ENV", "GITHUB_OUTPUT")}
+    for file in files.values():
+        file.touch()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+    environ |= {"PATH": f"{BIN}:{os.environ['PATH']}"} | {name: str(file) for name, file in files.items()} | variables
+    given = {"cwd": PROJECT, "env": environ, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script], **given)
+    assert done.returncode == (0 if simulated else 1), done.stderr
+    assert bool(simulated) != ("FRAUD_PIPELINE_REMOTE" in done.stderr)
+    assert files["GITHUB_OUTPUT"].read_text() == (f"simulated={simulated}\n" if simulated else "")
+    assert files["GITHUB_ENV"].read_text().splitlines() == environment
+    kept = [step for step in steps() if re.search("actions/(cache|upload-artifact)@", step.get("uses", ""))]
+    assert len(kept) == 2 and all("steps.data.outputs.simulated == 'true'" in step["if"] for step in kept)
 
 
 def test_workflow_scripts_are_clean(tmp_path):

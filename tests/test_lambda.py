@@ -200,9 +200,12 @@ def as_requests(transactions: list[dict], batch: int) -> list[tuple[str, str, by
     ]
 
 
-def test_ten_thousand_bodies_are_byte_equal(project, function, day, tmp_path):
+@pytest.mark.parametrize(
+    "count", [2_000, pytest.param(10_000, marks=pytest.mark.long(reason="the same with ten thousand bodies"))]
+)
+def test_bodies_are_byte_equal(project, function, day, tmp_path, count):
     """The same store to start from, a fifth of the transactions one by one, the others in batches, reasons for each."""
-    transactions, snapshot = day
+    transactions, snapshot = day[0][:count], day[1]
     with (
         function(FRAUD_STORE_URL=f"memory://{snapshot}", FRAUD_SERVE_EXPLAIN="all") as running,
         lambda_runtime.gateway(running) as here,
@@ -213,7 +216,7 @@ def test_ten_thousand_bodies_are_byte_equal(project, function, day, tmp_path):
             serve__explain="all",
         ) as (there, _),
     ):
-        requests = as_requests(transactions[:2_000], 1) + as_requests(transactions[2_000:], 100)
+        requests = as_requests(transactions[: count // 5], 1) + as_requests(transactions[count // 5 :], 100)
         assert differences(requests, here, there) == []
         model = httpx.get(f"{there}/model", headers=KEY).json()
         fresh = httpx.post(f"{there}/predict/batch", headers=KEY, json={"transactions": transactions[:500]}).json()[
@@ -354,6 +357,7 @@ def test_largest_batch_within_the_timeout(function, day):
         )
 
 
+@pytest.mark.long(reason="four deployments more; the first one is looked at in make test")
 def test_redeploy_second_stage_and_removal(project, tmp_path):
     """A new champion changes the package, an equal one does not; prod stands beside dev; what is removed leaves its
     data.
@@ -414,8 +418,7 @@ def test_champion_from_a_bucket(project, aws, tmp_path):
         ) and "hash does not match" in (tmp_path / "log2").read_text()
 
 
-@pytest.mark.parametrize("library", ["numpy", "pydantic-core"])
-def test_missing_library_fails_the_build(project, tmp_path, library):
+def test_missing_library_fails_the_build(project, tmp_path, library="numpy"):
     """A lock from which one library went, and a release that does not exist: no package, one line that names it."""
     lock = project.root / f"chalice_app/python{runtime()}.lock"
     text = lock.read_text()

@@ -404,7 +404,10 @@ def system(tmp_path_factory) -> Iterator[System]:
             "serve__on_store_error": "degrade",
         }
         ports = {
-            "fraud-api": [enter(fraud(folder, "serve")), enter(fraud(folder, "serve", **away))],
+            "fraud-api": [
+                enter(fraud(folder, "serve", audit__url=f"sqlite:///{folder}/audit.db")),
+                enter(fraud(folder, "serve", **away)),
+            ],
             "fraud-stream": [enter(fraud(folder, "stream", "score", **stream))],
             "fraud-sink": [enter(fraud(folder, "stream", "sink", **stream))],
         }

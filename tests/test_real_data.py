@@ -78,6 +78,9 @@ def cards(workspace):
     )
 
 
+@pytest.mark.long(
+    reason="99,992 payments with 28 columns; test_paysim_head learns from a real log, test_init.py reads this one"
+)
 def test_cards_with_attributes(cards):
     """From the file to a bundle; the amount alone would not do."""
     cards.fraud("run", "--job", "train_xgboost")

@@ -404,7 +404,7 @@ def killed(case: Case, times: int, seed: int, done: Callable[[], bool], command:
 
 @pytest.mark.parametrize(
     "times",
-    [6, pytest.param(20, marks=pytest.mark.long(reason="the same with twenty kills; six are tried in make test"))],
+    [3, pytest.param(20, marks=pytest.mark.long(reason="the same with twenty kills; three are tried in make test"))],
 )
 def test_killed_many_times(case, uninterrupted, world, times):
     """The same transactions again, with a consumer that is killed at random moments: the same bytes for each, and the

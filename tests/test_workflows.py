@@ -216,6 +216,7 @@ def test_the_comment_stays_in_its_block(tmp_path):
     assert (tmp_path / "said").read_text() == "pr comment 7 --body-file comment.md --edit-last --create-if-none\n"
 
 
+@pytest.mark.long(reason="every file scanned for secrets, a minute; each commit scans its own")
 def test_pre_commit(hooks, clone, tmp_path):
     """Every hook on a clean clone: over every file but the notebooks, which are large, and over one of these."""
     files = [
