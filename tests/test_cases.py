@@ -336,6 +336,17 @@ def test_killed_between_decision_and_case(tmp_path):
     assert len(found) == len(set(found))
 
 
+def test_a_database_without_an_encoding(tmp_path, postgres_url):
+    """As PostgreSQL makes it in the locale C: names in other alphabets come back as they were."""
+    with open_engine(postgres_url, tmp_path).connect() as connection:
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        connection.exec_driver_sql(
+            "CREATE DATABASE plain ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+        )
+    with open_engine(postgres_url.replace("/postgres", "/plain"), tmp_path).connect() as connection:
+        assert connection.exec_driver_sql("SELECT 'Zoë 银行'").scalar() == "Zoë 银行"
+
+
 def test_database_away(tmp_path, postgres_url):
     """Without its database the service decides as always; the queue says that it is away; nothing is lost."""
     with servers.postgres(tmp_path) as url, served(tmp_path, url) as (address, process):

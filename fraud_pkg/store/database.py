@@ -65,7 +65,8 @@ def open_engine(
         raise kind(f"{setting} = {url}: {one_line(error)}") from error
     if address.get_backend_name() != "sqlite":
         limits = {"connect_timeout": 5, "options": f"-c statement_timeout={waits * 1000}", **LOST_CONNECTION}
-        return sa.create_engine(address, pool_pre_ping=True, connect_args=limits)
+        text = {"client_encoding": "utf8"}  # also where the server has SQL_ASCII, which would give bytes
+        return sa.create_engine(address, pool_pre_ping=True, connect_args=limits | text)
     if not address.database:
         raise kind(f"{setting} = {url}: expected a file, sqlite:///data/FILE.db")
     file = root / address.database
