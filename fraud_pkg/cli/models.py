@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ModelName', 'GATE_RESULTS', 'PrivateFile', 'models_list', 'models_show', 'models_data', 'models_promote',
-           'models_publish', 'keys_new', 'keys_list', 'keys_trust', 'keys_rotate', 'keys_sign', 'models_shadow',
-           'models_rollback', 'watch_live']
+           'models_publish', 'models_document', 'keys_new', 'keys_list', 'keys_trust', 'keys_rotate', 'keys_sign',
+           'models_shadow', 'models_rollback', 'watch_live']
 
 # %% ../../nbs/cli/05_models.ipynb #783a037d
 import os
@@ -78,6 +78,18 @@ def models_publish(
     config = settings_with(overrides)
     manifest = publish_bundle(config.models_dir / "champion", url, verifier(config, CHAMPION))
     print(f"{manifest.version} is at {url}")
+
+# %% ../../nbs/cli/05_models.ipynb #6b1e999d
+@models_app.command("document")
+def models_document(
+    file: Annotated[Path | None, typer.Argument(help="Where to; reports/model-document.md unless given.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    "Write what a model risk function asks of the champion, with room for what people say."
+    from fraud_pkg.model.registry import list_models
+    from fraud_pkg.report.model_document import write_model_document
+    config = settings_with(overrides)
+    print(write_model_document(config, list_models(config), file))
 
 # %% ../../nbs/cli/05_models.ipynb #keyscod1
 PrivateFile = Annotated[Path, typer.Argument(help="A new file for the private key, outside of the project.")]
