@@ -31,7 +31,7 @@ check: $(READY)  ## before a commit, in three minutes: formatting, lint, types, 
 test: $(READY)  ## every test but the long ones; lists first what it needs, and at the end what it left out
 	@bash tests/run.sh
 
-test-long: $(READY)  ## the long ones: real data at full size, loops on several seeds, the jobs image
+test-long: $(READY)  ## the long ones: real data at full size, loops on several seeds, the jobs image, a real Kubernetes
 	@bash tests/run.sh --long
 
 coverage: $(READY)  ## the lines of the package that make test runs, notebooks and processes included (ARGS="pytest tests/test_serve.py")

@@ -23,6 +23,7 @@ notebooks() {  # folders: every cell is run, as nbdev-test would, and what it gi
     python tests/numbered.py nbs .nbval && PYTHONWARNINGS=ignore pytest -q -n 2 --dist loadscope -p no:cacheprovider --nbval "${@/#/.nbval/}"
 }
 
+[ "${1:-}" != --long ] || NEEDED+=("${NEEDED_LONG[@]}")
 need_all
 if [ "${1:-}" = --long ]; then
     part "exploration" notebooks explore
@@ -32,5 +33,5 @@ fi
 # The longest begin. The jobs' notebooks are run by papermill, end to end; exploration is left to make test-long.
 part "notebooks" notebooks train pipeline model features monitor serve store stream core data report cli index.ipynb
 echo "left to make test-long: the notebooks of nbs/explore"
-part "end to end" pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 tests
+part "end to end" pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 25 tests
 exit "$failed"

@@ -41,12 +41,12 @@ def environment(settings: Mapping[str, object], root: Path | None = None, **vari
     return environ | ({"FRAUD_ROOT": str(root)} if root else {}) | variables
 
 
-def until(holds: Callable[[], object], seconds: float = 10, what: object = "") -> None:
+def until(holds: Callable[[], object], seconds: float = 10, what: object = "", pause: float = 0.05) -> None:
     """Waits until it holds; fails after `seconds`. `what` may be a function that says what is missing."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not in {seconds:g} s: {what() if callable(what) else what}"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def free_port() -> int:

@@ -24,7 +24,8 @@ from joserfc import jwk, jwt
 from fraud_pkg.core.contract import Contract
 from fraud_pkg.core.errors import FraudError
 from fraud_pkg.core.settings import load_settings
-from fraud_pkg.model.example import example_bundle
+from fraud_pkg.features.definitions import feature_names
+from fraud_pkg.model.example import EXAMPLE_CONTRACT, example_bundle
 from fraud_pkg.serve.wire import EXAMPLE
 from fraud_pkg.store.open import open_store
 from fraud_pkg.store.tiles import StoreError, retention_of
@@ -338,3 +339,41 @@ def test_nothing_is_sent_beyond_loopback_without_tls(tmp_path):
             load_settings(file=tmp_path / "settings.ini", environ={}, cli=given)
         assert "S3CRET" not in str(caught.value)
         load_settings(file=tmp_path / "settings.ini", environ={}, cli=given | {"trust.plain_hosts": "*"})
+
+
+def test_eight_frauds_cannot_be_called_honest_by_a_system(tmp_path):
+    """A key that takes back frauds of its own payments changes no feature and no later decision; persons are asked."""
+    names = [f"f{number}" for number in range(8)]
+    taken_back = {"labels": [{"transaction_id": name, "is_fraud": False} for name in names]}
+    anna = "anna-0123456789abcdef"
+    places = {"cases__url": f"sqlite:///{tmp_path}/cases.db", "cases__outbox": tmp_path / "cases"}
+    with keyed(tmp_path, f"{KEYS}anna@cases:{anna}\n", limits__labels_per_hour=20, **places) as url:
+
+        def ask(path: str, content: dict, value: str = SHOP) -> dict:
+            return httpx.post(f"{url}/{path}", json=content, headers=key(value)).json()
+
+        def cases(state: str) -> list[dict]:
+            found = httpx.get(f"{url}/cases?state={state}", headers=key(anna)).json()["cases"]
+            return [case for case in found if case["transaction_id"] in names]
+
+        def fraud_features(name: str) -> dict[str, float]:
+            """What a later payment to the same account is told of frauds, when labels of now are known."""
+            later = payment(name, step=EXAMPLE["step"] + 24 * 9)
+            (decision,) = ask("predict/batch", {"transactions": [later], "features": True})["decisions"]
+            order = feature_names(EXAMPLE_CONTRACT)
+            return {name: decision["features"][order.index(name)] for name in order if "fraud" in name}
+
+        for name in names:
+            assert ask("predict", payment(name, amount=2000.0))["decision"] == "block"
+        clean = fraud_features("n0")
+        assert ask("feedback", label(*names), BEN)["recorded"] == 8
+        before = fraud_features("n1")
+        servers.until(lambda: len(cases("closed")) == 8)  # blocked, and so nobody's work
+        assert ask("feedback", taken_back) == {"recorded": 0, "unknown": [], "contested": names}
+        assert fraud_features("n2") == before != clean
+        servers.until(lambda: len(cases("open")) == 8)
+        assert {case["reopened_by"] for case in cases("open")} == {"key shop"}
+        assert "more than 20 in an hour" in str([ask("feedback", taken_back) for _ in range(2)])
+        assert ask("feedback", taken_back, BEN)["recorded"] == 8  # a person may, under a name
+        assert fraud_features("n3") == clean
+    assert "frauds that a system would take back wait for a person" in (tmp_path / "api.log").read_text()

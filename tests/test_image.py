@@ -58,7 +58,7 @@ def base_image() -> str:
     return STAND_IN
 
 
-def build(name: str, dockerfile: str) -> str:
+def build(name: str, dockerfile: str, *options: str, context: Path = PROJECT) -> str:
     """Builds an image as `make image` does without Docker; also here, where a build may neither make namespaces of its
     own nor trust other certificates than this machine's.
     """
@@ -82,9 +82,10 @@ def build(name: str, dockerfile: str) -> str:
         name,
         "--file",
         dockerfile,
+        *options,
         ".",
     ]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, cwd=context, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return name
 

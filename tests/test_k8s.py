@@ -34,6 +34,7 @@ from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.auth import digest_of, load_keys
 from fraud_pkg.serve.service import OPEN
 from fraud_pkg.serve.wire import EXAMPLE
+from fraud_pkg.core.pseudonyms import load_pseudonyms
 from fraud_pkg.core.settings import Settings, load_settings
 from fraud_pkg.stream.health import Health, StreamMetrics
 from fraud_pkg.stream.kafka import client_options
@@ -63,6 +64,7 @@ SECRETS = MINIKUBE_SECRETS | {
     "fraud-kafka": {"user", "password"},
     "fraud-signing-key": {"pem"},
     "fraud-audit": {"url", "pem"},
+    "fraud-privacy": {"keys"},
 }
 STORING = {"fraud-stream", "fraud-stream-labels"}  # consumers that ask the store
 FOLLOWER = "fraud-stream-cases"
@@ -491,6 +493,7 @@ SECRET_VALUES = {
     ("fraud-signing-key", "pem"): "PEM",
     ("fraud-audit", "url"): "postgresql+psycopg://audit:secret@audit-postgres:5432/audit",
     ("fraud-audit", "pem"): "PEM",
+    ("fraud-privacy", "keys"): f"1:{'00' * 32}",
 }
 
 
@@ -541,8 +544,9 @@ def test_settings_load_as_declared(render, tmp_path, overlay, components):
         mounts = {mount["name"]: mount["mountPath"] for mount in main["volumeMounts"]}
         settings, others = declared_settings(template, objects, tmp_path)
         production = overlay.endswith("production")
-        audit = {"FRAUD_HEAD_KEY"} if production else set()
-        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE", *OF_CASES, *audit}
+        keys = {"FRAUD_HEAD_KEY", "FRAUD_PRIVACY_KEY"} if production else set()
+        assert others == {"FRAUD_ROOT", "FRAUD_API_KEYS_FILE", *OF_CASES, *keys}
+        assert settings.privacy.required == production == bool(load_pseudonyms(settings, environ))
         assert settings.audit.required == production and bool(settings.audit.url) == production
         assert settings.cases.url == SECRET_VALUES["fraud-cases", "url"]
         assert settings.cases.labels == ("store" if overlay == "base" else "topic")  # one of them, whatever the track
@@ -585,7 +589,10 @@ def test_stream_settings_load_as_declared(render, tmp_path, overlay, components)
         follows = name == FOLLOWER
         account = {"FRAUD_KAFKA_USER", "FRAUD_KAFKA_PASSWORD"} if production else set()
         audit = {"FRAUD_HEAD_KEY"} if production and not follows else set()
-        assert others == {"FRAUD_ROOT"} | account | audit | (OF_CASES if follows else set())
+        decides = production and name == "fraud-stream"
+        private = {"FRAUD_PRIVACY_KEY"} if decides else set()
+        assert others == {"FRAUD_ROOT"} | account | audit | private | (OF_CASES if follows else set())
+        assert settings.privacy.required == decides == bool(load_pseudonyms(settings, environ))
         assert settings.audit.required == bool(audit)
         options = client_options(stream, environ)
         if production:

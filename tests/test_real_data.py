@@ -46,6 +46,7 @@ def average_precision(space, file: str = "reports/bakeoff/bakeoff.json") -> dict
     return {row["name"]: row["metrics"]["average_precision"]["value"] for row in space.json(file)["rows"]}
 
 
+@pytest.mark.long(reason="a training on a log that test_acquire reads and test_benchmarks makes features of")
 def test_paysim_head(workspace):
     """Eight hours, 81 frauds: labels that are known at once, and the rule that gives PaySim away."""
     space = workspace(
@@ -78,9 +79,7 @@ def cards(workspace):
     )
 
 
-@pytest.mark.long(
-    reason="99,992 payments with 28 columns; test_paysim_head learns from a real log, test_init.py reads this one"
-)
+@pytest.mark.long(reason="99,992 payments with 28 columns; test_init.py reads them")
 def test_cards_with_attributes(cards):
     """From the file to a bundle; the amount alone would not do."""
     cards.fraud("run", "--job", "train_xgboost")

@@ -24,6 +24,7 @@ from starlette.testclient import TestClient
 
 from fraud_pkg.core.errors import FraudError
 from fraud_pkg.core.files import staging_file
+from fraud_pkg.core.pseudonyms import load_pseudonyms
 from fraud_pkg.core.settings import load_settings
 from fraud_pkg.core.signatures import CHAMPION, CONTENDER, load_signer, new_key, verifier
 from fraud_pkg.model.bundle import (
@@ -237,6 +238,18 @@ def test_production_starts_with_keys_only(settings):
     assert len(deployments) == 2 and all("FRAUD_TRUST_REQUIRED" in text for text in deployments)
     stages = json.loads((PROJECT / "chalice_app/.chalice/config.json").read_text())["stages"]
     assert stages["prod"]["environment_variables"]["FRAUD_TRUST_REQUIRED"] == "yes"
+
+
+def test_production_starts_with_pseudonyms_only(settings):
+    with pytest.raises(FraudError, match=r"required = yes: expected \[privacy\] pseudonymise"):
+        load_pseudonyms(settings(privacy__required="yes"), {})
+    with pytest.raises(FraudError, match="FRAUD_PRIVACY_KEY"):
+        load_pseudonyms(settings(privacy__pseudonymise="accounts"), {})
+    for name in ("privacy", "jobs"):
+        text = (PROJECT / f"k8s/overlays/production/{name}.yaml").read_text()
+        assert "FRAUD_PRIVACY_REQUIRED" in text and "FRAUD_PRIVACY_KEY" in text
+    stages = json.loads((PROJECT / "chalice_app/.chalice/config.json").read_text())["stages"]
+    assert stages["prod"]["environment_variables"]["FRAUD_PRIVACY_REQUIRED"] == "yes"
 
 
 # --- models

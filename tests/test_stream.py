@@ -53,7 +53,7 @@ DECLARED = {f"attributes.{name}": text for name, text in SIMULATED_ATTRIBUTES.it
 }  # what the simulator brings, for its log in a file
 CONTRACT = load_settings(cli=DECLARED, file=PROJECT / "settings.ini", environ={}).contract
 RETENTION, MESSAGES = retention_of(CONTRACT), messages_of(CONTRACT)
-ROWS = 40_000
+ROWS = 20_000
 SESSION = (
     6 if "FRAUD_STREAM_BOOTSTRAP_SERVERS" in os.environ else 1
 )  # seconds; the least that a broker takes unless it is told otherwise, and what ours takes

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'jobs_app', 'models_app', 'deploy_app', 'store_app', 'rules_app', 'lists_app', 'stream_app', 'cases_app',
-           'keys_app', 'audit_app', 'access_app', 'Overrides', 'parse_pairs', 'parse_overrides', 'settings_with',
-           'explain', 'run', 'main', 'options', 'print_table']
+           'keys_app', 'audit_app', 'access_app', 'approvals_app', 'Overrides', 'parse_pairs', 'parse_overrides',
+           'settings_with', 'explain', 'run', 'main', 'options', 'print_table']
 
 # %% ../../nbs/cli/00_program.ipynb #2d747411
 import json
@@ -47,6 +47,9 @@ audit_app = typer.Typer(no_args_is_help=True, help="The audit log: check it, tak
 app.add_typer(audit_app, name="audit")
 access_app = typer.Typer(no_args_is_help=True, help="API keys of the service: make, list, replace, take back.")
 app.add_typer(access_app, name="access")
+approvals_app = typer.Typer(invoke_without_command=True,
+                            help="What waits for several persons' approval: show, approve, reject, apply.")
+app.add_typer(approvals_app, name="approvals")
 app.add_typer(rules_app, name="rules")
 app.add_typer(lists_app, name="lists")
 

@@ -6,15 +6,15 @@ everywhere."""
 # %% auto #0
 __all__ = ['NAME', 'RuleAction', 'LONGEST_EXPRESSION', 'Moment', 'MOST_RULES', 'FUNCTIONS', 'MOST_TOKENS', 'DEEPEST', 'Kind',
            'NO_RULING', 'normal_text', 'Rule', 'parse_rules', 'rules_json', 'rules_hash', 'Token', 'tokens_of',
-           'Lookup', 'Parsed', 'parse_expression', 'check_types', 'ListLookup', 'Ruling', 'RuleSet', 'Asked',
-           'ask_rules', 'checker_value', 'engine_value']
+           'Lookup', 'Parsed', 'parse_expression', 'read_names', 'check_types', 'ListLookup', 'Ruling', 'RuleSet',
+           'Asked', 'ask_rules', 'checker_value', 'engine_value']
 
 # %% ../../nbs/core/12_rules.ipynb #28eb40e6
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -222,6 +222,21 @@ def parse_expression(expression: str) -> Parsed:
             words.append(_own_name(text))
         at += 1
     return Parsed(" ".join(words), tuple(variables), tuple(lookups))
+
+# %% ../../nbs/core/12_rules.ipynb #16bbea59
+_EQUAL = (Token("sign", "=="), Token("sign", "!="))
+
+def read_names(expression: str, hidden: Collection[str]) -> list[str]:
+    "Those of the `hidden` texts that an expression reads, where it may only ask lists of them or compare them."
+    tokens, read = [Token("", ""), Token("", ""), *tokens_of(expression), Token("", ""), Token("", "")], {}
+    for at, token in enumerate(tokens):
+        if token.kind != "name" or token.text not in hidden or _lookup(tokens, at):
+            continue
+        before, behind = tokens[at - 2:at], tokens[at + 1:at + 3]
+        compared = ((before[1], before[0]), (behind[0], behind[1]))
+        if not any(sign in _EQUAL and other.kind == "name" and other.text in hidden for sign, other in compared):
+            read[token.text] = None
+    return list(read)
 
 # %% ../../nbs/core/12_rules.ipynb #59a053d3
 Kind = Literal["double", "int", "string", "bool"]

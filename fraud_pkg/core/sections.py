@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SPARK_MASTER', 'BLEND', 'CONTENDER', 'Share', 'Count', 'Positive', 'Rate', 'NotNegative', 'Names', 'Budgets', 'Pairs',
            'Networks', 'Contenders', 'Sizes', 'Windows', 'Days', 'Duration', 'Moment', 'Zone', 'Master', 'Topic',
-           'Broker', 'Brokers', 'ALGORITHMS', 'Section', 'Paths', 'Data', 'Columns', 'Simulate', 'Features', 'Cluster',
-           'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate', 'Registry', 'Monitor', 'Retrain',
-           'Pipeline', 'Trust', 'Store', 'Serve', 'Auth', 'Limits', 'Stream', 'Console', 'Rules', 'Cases', 'Audit']
+           'Broker', 'Brokers', 'ALGORITHMS', 'ACCOUNTS', 'KEPT_PLACES', 'Section', 'Paths', 'Data', 'Columns',
+           'Simulate', 'Features', 'Cluster', 'Split', 'Train', 'Xgboost', 'Tensorflow', 'Decision', 'Evaluate', 'Gate',
+           'Registry', 'Monitor', 'Retrain', 'Pipeline', 'Trust', 'Store', 'Serve', 'Auth', 'Limits', 'Stream',
+           'Console', 'Rules', 'Cases', 'Audit', 'Privacy']
 
 # %% ../../nbs/core/03_sections.ipynb #secimpo0
 import re
@@ -376,6 +377,9 @@ class Trust(Section):
     required: bool = False
     least_sequence: Count = 0
     state: str = ""
+    approvals: int = Field(1, ge=1, le=10)
+    approvers: Names = ()
+    approve_within: Duration = 604_800
     plain_hosts: Names = ()
 
 # %% ../../nbs/core/03_sections.ipynb #e827f664
@@ -444,6 +448,7 @@ class Limits(Section):
     burst: float = Field(5, gt=0, le=3600)
     wrong_keys: Count = 10
     longest_lockout: float = Field(3600, ge=1, le=86_400)
+    labels_per_hour: Count = 0
     trusted_proxies: Networks = ()
 
 # %% ../../nbs/core/03_sections.ipynb #streamc1
@@ -512,3 +517,30 @@ class Audit(Section):
     anchor_seconds: float = Field(60, gt=0, le=86_400)
     keys: Names = ()
     required: bool = False
+
+# %% ../../nbs/core/03_sections.ipynb #a61eba4b
+ACCOUNTS = "accounts"  # sender and receiver
+KEPT_PLACES = ("lake", "quarantine", "raw", "features", "scores", "reports", "cases", "audit", "dvc")
+
+def _kept_days(value: Any) -> Any:
+    "`'lake: 400, cases: 90'` -> days by place; whatever is not a text stays what it is. Raises `ValueError`."
+    days = _pairs(value)
+    for place, number in days.items():
+        if place not in KEPT_PLACES:
+            raise ValueError(f"{place} is no place; expected some of {', '.join(KEPT_PLACES)}")
+        if not str(number).isdigit() or int(number) < 1:
+            raise ValueError(f"{place}: {number}; expected whole days from 1 on")
+    return days
+
+class Privacy(Section):
+    "Personal data (core/20_pseudonyms)."
+    pseudonymise: Names = ()
+    required: bool = False
+    keep_days: Annotated[dict[str, int], BeforeValidator(_kept_days)] = {}
+
+    @field_validator("pseudonymise")
+    @classmethod
+    def _accounts_first(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and ACCOUNTS not in value:
+            raise ValueError(f"expected {ACCOUNTS} among them")
+        return value

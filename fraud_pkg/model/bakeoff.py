@@ -189,7 +189,7 @@ def write_scores(
     contents = {"bakeoff.json": {"rows": [e.row.model_dump() for e in entries]},
                 "history.json": {e.name: list(e.history) for e in entries if e.history}}
     folder = settings.data_dir / "scores" / name
-    with staging_dir(folder) as new:
+    with staging_dir(folder, shared=True) as new:
         pq.write_table(pa.table({**keys, **{e.name: e.probability for e in entries}}), new / "test.parquet")
         for file, content in contents.items():
             (new / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

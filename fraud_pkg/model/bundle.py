@@ -6,7 +6,7 @@
 __all__ = ['MODEL', 'MANIFEST', 'REFERENCE', 'SIGNATURE', 'LEARNED', 'MANIFEST_LIMIT', 'Word', 'Vocabulary', 'Sha256', 'Finite',
            'BundleError', 'Unreachable', 'MissingFile', 'Judged', 'Manifest', 'measured_version', 'learned_until',
            'manifest_text', 'sha256_hex', 'manifest_hash', 'Model', 'read_manifest', 'Bundle', 'load_bundle',
-           'sign_bundle', 'signed_sequence']
+           'sign_bundle', 'signed_sequence', 'approvals_of']
 
 # %% ../../nbs/model/00_bundle.ipynb #e207ea73
 import hashlib
@@ -24,7 +24,7 @@ from ..core.errors import FraudError, one_line
 from ..core.files import write_whole
 from ..core.onnx_file import OnnxFileError, check_onnx
 from ..core.policy import Policy
-from ..core.signatures import Signer, SignatureError, Verifier, read_signature, read_signature_file
+from ..core.signatures import Approved, Signer, SignatureError, Verifier, read_signature_file, read_signed
 from ..features.vocabulary import MOST, MOST_RARE
 from ..core.settings import NO_TELEMETRY  # noqa: F401  before onnxruntime: it turns off its telemetry
 import onnxruntime as ort
@@ -331,16 +331,30 @@ def sign_bundle(
     purpose: str,
     signer: Signer,
     after: int = 0,  # the sequence of what this replaces
+    approved: Approved | None = None,  # by persons, and for which sequence
 ) -> None:
-    "Writes the signature of a bundle's manifest."
+    "Writes the signature of a bundle's manifest, and its approvals behind it."
     manifest = Path(folder) / MANIFEST
-    write_whole(manifest.with_name(SIGNATURE), signer.sign(_read_limited(manifest), purpose, after))
+    sequence = approved.statement.sequence if approved else 0
+    text = signer.sign(_read_limited(manifest), purpose, after, sequence) + (approved.text if approved else b"")
+    write_whole(manifest.with_name(SIGNATURE), text)
     manifest.touch()  # by whose time services see that there is something new
+
+# %% ../../nbs/model/00_bundle.ipynb #sigcode2
+def _signed(folder: Path) -> tuple[int, Approved | None]:
+    text = read_signature_file(Path(folder) / SIGNATURE)
+    try:
+        if not text:
+            return 0, None
+        signature, approved = read_signed(text, str(folder))
+        return signature.sequence, approved
+    except SignatureError as error:
+        raise BundleError(str(error)) from error
 
 def signed_sequence(folder: Path) -> int:
     "The sequence of a bundle's signature; 0 without one. Raises `BundleError` for what is no signature."
-    text = read_signature_file(Path(folder) / SIGNATURE)
-    try:
-        return read_signature(text, str(folder)).sequence if text else 0
-    except SignatureError as error:
-        raise BundleError(str(error)) from error
+    return _signed(folder)[0]
+
+def approvals_of(folder: Path) -> Approved | None:
+    "What stands behind a bundle's signature about approvals, unverified; None for nothing. Raises `BundleError`."
+    return _signed(folder)[1]

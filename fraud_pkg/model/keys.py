@@ -17,10 +17,16 @@ from ..core.files import write_whole
 from ..core.settings import Settings
 from ..core.settings_file import change_settings
 from fraud_pkg.core.signatures import (
-    CHAMPION, SignatureError, TrustedKey, Verifier, load_signer, new_key, trusted_key, trusted_keys,
+    CHAMPION, ApprovalError, Approved, SignatureError, TrustedKey, Verifier, approvers, load_signer, new_key,
+    trusted_key, trusted_keys,
 )
-from .bundle import MANIFEST, load_bundle, read_manifest, sign_bundle, signed_sequence
-from ..store.audit_heads import audited
+from fraud_pkg.model.bundle import (
+    MANIFEST, approvals_of, load_bundle, read_manifest, sha256_hex, sign_bundle, signed_sequence,
+)
+from .registry import waiting_candidates
+from ..store.audit_heads import audited, author
+from ..store.lists import Candidate
+from ..store.proposals import open_changes, propose
 
 # %% ../../nbs/model/16_keys.ipynb #3ea51cc6
 def _write_keys(keys: Sequence[TrustedKey], settings: Settings) -> None:
@@ -68,22 +74,39 @@ def rotate_key(
     _write_keys([*kept, trusted_key(f"{name}:{public}")], settings)
     signer = load_signer({"FRAUD_SIGNING_KEY_FILE": str(file)})
     if champion.exists() and signer:
-        sign_bundle(champion, CHAMPION, signer, after=signed_sequence(champion))
+        sign_bundle(champion, CHAMPION, signer, signed_sequence(champion), approvals_of(champion))
     return (*kept, trusted_key(f"{name}:{public}"))
 
 # %% ../../nbs/model/16_keys.ipynb #byhandc1
+def _approved(folder: Path, version: str, former: int, settings: Settings) -> Approved | None:
+    "What persons have approved of a bundle that a person signs; raises `ApprovalError` while it waits for them."
+    asked, log = approvers(settings), open_changes(settings)
+    if not asked.asked:
+        return None
+    digest = sha256_hex((folder / MANIFEST).read_bytes())
+    waiting = {number: one for number, one in waiting_candidates(settings).items()
+               if one.change.action == "signing" and one.change.manifest == digest and one.change.sequence > former}
+    for one in waiting.values():
+        if not asked.lacking(one.names):
+            return one.approved
+    sequence = max(int(datetime.now(UTC).timestamp() * 1000), former + 1)
+    candidate = Candidate(kind="champion", at=datetime.now(UTC).isoformat(timespec="seconds"), by=author(),
+                          action="signing", version=version, manifest=digest, sequence=sequence)
+    number = next(iter(waiting), 0) or propose(log, candidate, asked)
+    raise ApprovalError(f"{folder}: proposal {number} waits for {asked.required} persons: fraud approvals; then again")
+
 def sign_champion(
     folder: Path,  # of a bundle
     settings: Settings,
     environ: Mapping[str, str],  # names the private key
 ) -> str:
-    "Signs a whole bundle as one that decides; returns its version."
+    "Signs a whole bundle as one that decides; returns its version. Raises `SignatureError`."
     signer = load_signer(environ)
     if signer is None:
         raise SignatureError("expected FRAUD_SIGNING_KEY_FILE to name the key to sign with")
     version = load_bundle(folder).manifest.version
     former = max(map(signed_sequence, (folder, settings.models_dir / "champion")))
-    sign_bundle(folder, CHAMPION, signer, former)
+    sign_bundle(folder, CHAMPION, signer, former, _approved(folder, version, former, settings))
     return version
 
 # %% ../../nbs/model/16_keys.ipynb #528ca2db

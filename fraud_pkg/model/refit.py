@@ -84,7 +84,7 @@ def _write_refit(
         "files": {**manifest.files, MODEL: digest},
     }).model_dump(mode="json")
     content["files"][MANIFEST] = manifest_hash(content)
-    with staging_dir(folder) as new:
+    with staging_dir(folder, shared=True) as new:
         for name in manifest.files:
             if name not in (MODEL, MANIFEST):
                 (new / name).write_bytes((bundle.folder / name).read_bytes())

@@ -153,7 +153,7 @@ def write_bundle(
     kept = sample_rows(recent, settings.monitor.reference_rows, settings.train.seed)
     x = kept.select(trained.names)
     vocabulary = {name: reference.vocabulary[name] for name in trained.names if name in reference.vocabulary}
-    with staging_dir(Path(folder)) as new:
+    with staging_dir(Path(folder), shared=True) as new:
         (new / MODEL).write_bytes(trained.onnx)
         score = calibration.apply(Model(trained.onnx, len(trained.names))(x))
         _write_reference(new / REFERENCE, trained.names, kept, score, policy, unseen)

@@ -18,6 +18,7 @@ from ..core.contract import HOUR, Contract
 from ..core.errors import FraudError
 from ..core.files import write_whole
 from ..core.settings import Settings
+from ..core.signatures import approvers
 from ..features.local import needed_columns
 from ..features.manifest import feature_manifest, read_manifest
 from ..model.bundle import Bundle, load_bundle
@@ -64,7 +65,7 @@ class RuleReport(BaseModel):
 def rules_in_force(settings: Settings, contract: Contract) -> Book:
     "Rules and lists of `[rules]` as they are now, sound for payments of this contract; raises `FraudError`."
     store = open_store(settings.store_url, retention_of(contract), settings.store.timeout, settings.changes_file)
-    return book_of(settings.rules, settings.rules_place, store, contract, settled=False)
+    return book_of(settings.rules, settings.rules_place, store, contract, settled=False, approvers=approvers(settings))
 
 def rule_report(book: Book, past: Past, bundle: Bundle, settings: Settings, learned_from_it: bool) -> RuleReport:
     "The figures of these rules on these payments."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OUTCOME_CHECKS', 'retraining_settings', 'last_labelled_step', 'Retraining', 'last_retraining', 'retrain',
-           'watch_and_retrain']
+           'promote_approved', 'watch_and_retrain']
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #1c08dd79
 import json
+import os
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -15,15 +16,17 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import FraudError
 from ..core.settings import Settings
-from ..core.signatures import CHAMPION, verifier
+from ..core.signatures import CHAMPION, approvers, load_signer, verifier
 from ..data.lake import newest_step
 from ..model.bundle import load_bundle
 from ..model.gate import Verdict
 from ..model.locations import publish_bundle
+from ..model.registry import take_approved
 from ..monitor.check_run import CheckRun, add_event, watch
 from ..monitor.live import MIN_WINDOWS
 from ..monitor.rule_report import write_live_rules
 from .run import ProgressListener, Run, refresh_page, run_pipeline
+from ..store.lists import Candidate
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #897e5536
 def retraining_settings(
@@ -102,16 +105,29 @@ def _outcome(run: Run, before: str, learned_until: int, settings: Settings) -> R
         gate=gate,
     )
 
+def _publish(settings: Settings) -> None:
+    "Copies the champion to an S3 `[serve] bundle`."
+    if settings.serve.bundle.startswith("s3://"):
+        publish_bundle(settings.models_dir / "champion", settings.serve.bundle, verifier(settings, CHAMPION))
+
 def retrain(settings: Settings, tell: ProgressListener = lambda event: None, failing: bool = False) -> Retraining:
     "Runs the pipeline on the stream's data and records the outcome; copies a new champion to an S3 `[serve] bundle`."
     before = load_bundle(settings.models_dir / "champion").manifest.version
     learned_until = last_labelled_step(settings)
     run = run_pipeline(retraining_settings(settings, failing), force=True, tell=tell)
     outcome = _outcome(run, before, learned_until, settings)
-    if outcome.promoted and settings.serve.bundle.startswith("s3://"):
-        publish_bundle(settings.models_dir / "champion", settings.serve.bundle, verifier(settings, CHAMPION))
+    if outcome.promoted:
+        _publish(settings)
     add_event(outcome.model_dump(mode="json"), settings)
     return outcome
+
+# %% ../../nbs/pipeline/06_retrain.ipynb #retappr1
+def promote_approved(settings: Settings) -> Candidate | None:
+    "Makes champion, and publishes, what enough persons have approved; None where nothing waits for that."
+    taken = take_approved(settings)
+    if taken:
+        _publish(settings)
+    return taken
 
 # %% ../../nbs/pipeline/06_retrain.ipynb #cbc9f32e
 OUTCOME_CHECKS = ("recall", "precision")  # what they alarm of costs money, whatever else has moved
@@ -122,6 +138,8 @@ def watch_and_retrain(
     learn: bool = True,  # False: only check
 ) -> tuple[CheckRun, Retraining | None]:  # what came of a retraining, None without one
     "Runs the live checks, retrains when their verdict asks for it, and brings both onto reports/index.html."
+    if approvers(settings).asked and load_signer(os.environ):
+        promote_approved(settings)
     check_run = watch(settings)
     wanted = learn and check_run.verdict == "retrain"
     if wanted and (reason := _nothing_new(settings)):

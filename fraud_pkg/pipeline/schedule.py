@@ -296,7 +296,7 @@ def _copy_bundle(champion: Path, url: str, settings: Settings) -> None:
         return
     names = sorted(load_bundle(champion, verifier=check).manifest.files)
     names += [SIGNATURE] if (champion / SIGNATURE).exists() else []
-    with staging_dir(Path(url)) as folder:
+    with staging_dir(Path(url), shared=True) as folder:
         for name in names:
             shutil.copyfile(champion / name, folder / name)
 

@@ -339,6 +339,7 @@ class LabelsRecorded(BaseModel):
     "Which labels reached a transaction."
     recorded: int
     unknown: list[str]  # ids that nobody recorded
+    contested: list[str] | None = None  # frauds that a system would take back; absent where there are none
 
 FAULTS = {
     400: "not JSON",
@@ -665,7 +666,7 @@ def build_app(settings: Settings, environ: Mapping[str, str], fill: Fill | None 
     metrics.watch_store(service.store)
     recent = RecentDecisions(settings.console.keep, settings.console.clients) if settings.console.enabled else None
     desk = open_desk(settings, environ, service, metrics) if open_desk else None
-    limits = RequestLimits(settings.limits)
+    service.label_limit = (limits := RequestLimits(settings.limits)).labels
     watcher.taken, watcher.refused, watcher.retried = metrics.use, metrics.refused.inc, metrics.retried.inc
     watcher.rules.taken, watcher.rules.refused = metrics.use_rules, metrics.rules_refused.inc
     if trail := open_trail(settings, environ, service, metrics) if open_trail else None:

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from starlette.requests import Request
 
 from ..core.audit import AuditError, canonical
+from ..core.pseudonyms import Pseudonyms
 from ..core.settings import Settings
 from ..model.bundle import MANIFEST, Bundle
 from .auth import Principal
@@ -25,6 +26,7 @@ from .scorer import Scored
 from .service import Answer, Service, refusal, to_json
 from .wire import Refused, refused_field
 from ..store.audit_heads import AuditLog, open_audit
+from ..store.lists import Entering
 
 # %% ../../nbs/serve/18_audit_trail.ipynb #ef7a9627
 Made = tuple[str, str, bytes, str]  # kind, subject, content, account
@@ -54,21 +56,23 @@ def of_labels(labels: Mapping[str, bool], body: bytes, answer: bytes) -> Iterato
         yield "label", transaction, canonical({"unknown": True, "request": request}), ""
 
 # %% ../../nbs/serve/18_audit_trail.ipynb #0a962702
-def of_history(body: bytes) -> Iterator[Made]:
+def of_history(body: bytes, pseudonyms: Pseudonyms | None = None) -> Iterator[Made]:
     "Of each value whose history was shown."
     asked = json.loads(body)
     for column, value in asked["values"].items():
         if value is not None:
-            yield "lookup", column, canonical({"path": "/history", "time": asked["time"]}), value
+            account = pseudonyms.of(column, str(value)) if pseudonyms else value
+            yield "lookup", column, canonical({"path": "/history", "time": asked["time"]}), account
 
-def of_lists(body: bytes) -> Iterator[Made]:
+def of_lists(body: bytes, pseudonyms: Pseudonyms | None = None) -> Iterator[Made]:
     "Of each value that a list gained or lost; it may be an account."
     asked = json.loads(body)
+    entering = Entering(pseudonyms, asked.get("of", ""))
     for one in asked.get("add", ()):
         kept = {name: value for name, value in one.items() if name != "value"}
-        yield "list", asked["name"], canonical({"action": "add", **kept}), one["value"]
+        yield "list", asked["name"], canonical({"action": "add", **kept}), entering.noted(one["value"])
     for value in asked.get("remove", ()):
-        yield "list", asked["name"], canonical({"action": "remove"}), value
+        yield "list", asked["name"], canonical({"action": "remove"}), entering.noted(value)
 
 def of_case(answer: bytes) -> Iterator[Made]:
     "Of a case that was opened by a person."
@@ -86,7 +90,8 @@ def of_steps(body: bytes, answer: bytes) -> Iterator[Made]:
 # %% ../../nbs/serve/18_audit_trail.ipynb #038a6dee
 LISTED = {"/events", "/cases", "/cases.csv"}  # which show many accounts at once
 
-def made_of(request: Request, route: str, answer: Answer, body: bytes) -> Sequence[Made]:
+def made_of(request: Request, route: str, answer: Answer, body: bytes,
+            pseudonyms: Pseudonyms | None = None) -> Sequence[Made]:
     "What an answer that was given leaves in the log."
     if answer.scored:
         return list(of_decisions(answer.scored, body, answer.body))
@@ -94,9 +99,9 @@ def made_of(request: Request, route: str, answer: Answer, body: bytes) -> Sequen
         return list(of_labels(answer.labels, body, answer.body))
     made: Iterator[Made] = iter(())
     if route == "/history":
-        made = of_history(body)
+        made = of_history(body, pseudonyms)
     elif route == "/lists":
-        made = of_lists(body)
+        made = of_lists(body, pseudonyms)
     elif route == "/cases/{case}":
         made = of_case(answer.body)
     elif route == "/cases" and request.method == "POST":
@@ -104,6 +109,7 @@ def made_of(request: Request, route: str, answer: Answer, body: bytes) -> Sequen
     elif route in LISTED:
         query = dict(request.query_params)
         account = query.pop("entity", "")
+        account = pseudonyms.of("sender", account) if pseudonyms and account else account
         made = iter([("lookup", route, canonical({"query": query}), account)])
     return list(made)
 
@@ -158,7 +164,7 @@ class AuditNotes:
         if answer.status in (401, 403):
             return self._deny(request, answer)
         sequence = 0
-        if answer.status == 200 and (made := made_of(request, route, answer, body)):
+        if answer.status == 200 and (made := made_of(request, route, answer, body, self._service.pseudonyms)):
             who = self._who(request)
             for kind, subject, content, account in made:
                 sequence = self.audit.note(kind, who, subject, content, account)

@@ -37,7 +37,8 @@ from ..core.files import code_revision, staging_dir
 from ..core.policy import DECISIONS, Decided, decide
 from ..core.rules import NO_RULING, Ruling
 from ..core.settings import Settings
-from ..core.signatures import CHAMPION, verifier
+from ..core.pseudonyms import hidden_columns
+from ..core.signatures import CHAMPION, approvers, verifier
 from ..data.acquire import check_source, quarantine_table
 from ..data.readers import SourceTable, read_file
 from ..features.definitions import feature_names
@@ -160,7 +161,7 @@ def repeated_ids(ids: pa.ChunkedArray) -> np.ndarray:
     repeated[np.unique(codes, return_index=True)[1]] = False
     return repeated
 
-def _quarantine(file: LakeFile, folder: Path, lines: np.ndarray) -> None:
+def _quarantine(file: LakeFile, folder: Path, lines: np.ndarray, withheld: bool) -> None:
     "Moves rows of a file, by `source_row`, from the good ones to the refused ones."
     raw, refused = folder / RAW / _part_file(file), folder / REFUSED / _part_file(file)
     good = pq.read_table(raw)
@@ -168,11 +169,11 @@ def _quarantine(file: LakeFile, folder: Path, lines: np.ndarray) -> None:
     pq.write_table(good.filter(pc.invert(moved)), raw, compression="lz4")
     source = _read_file(file)
     seen = {"transaction_id: seen before": np.ones(source.table.num_rows, bool)}
-    rows = quarantined_rows(file, quarantine_table(source, lines - 1, seen))
+    rows = quarantined_rows(file, quarantine_table(source, lines - 1, seen, withheld))
     both = pa.concat_tables([pq.read_table(refused), rows], promote_options="default")
     pq.write_table(both.sort_by("source_row"), refused)
 
-def refuse_repeated(files: Sequence[LakeFile], folder: Path) -> np.ndarray:
+def refuse_repeated(files: Sequence[LakeFile], folder: Path, withheld: bool = False) -> np.ndarray:
     "Quarantines rows whose identifier occurred in an earlier file; returns the times of all good rows, sorted."
     columns = ["time", "transaction_id", *SOURCE]
     table = pa.concat_tables([
@@ -180,7 +181,7 @@ def refuse_repeated(files: Sequence[LakeFile], folder: Path) -> np.ndarray:
     repeated = repeated_ids(table["transaction_id"])
     source_file, source_row = table["source_file"].to_numpy(), table["source_row"].to_numpy()
     for number in np.unique(source_file[repeated]).tolist():
-        _quarantine(files[number], folder, source_row[repeated & (source_file == number)])
+        _quarantine(files[number], folder, source_row[repeated & (source_file == number)], withheld)
     return np.sort(table["time"].to_numpy()[~repeated])
 
 # %% ../../nbs/serve/10_batch.ipynb #455c9c3c
@@ -405,7 +406,8 @@ class ScorePlan:
 def batch_rules_of(settings: Settings, contract: Contract) -> BatchRules:
     "Rules and lists as they hold now; raises `FraudError`."
     store = open_store(settings.store_url, retention_of(contract), settings.store.timeout, settings.changes_file)
-    book = book_of(settings.rules, settings.rules_place, store, contract)
+    book = book_of(settings.rules, settings.rules_place, store, contract, hidden=hidden_columns(settings),
+                   approvers=approvers(settings))
     return BatchRules(book, settings.data.epoch, time.time())
 
 # %% ../../nbs/serve/10_batch.ipynb #1ee645de
@@ -418,7 +420,7 @@ def plan_scores(
     secret: bytes = b"",  # of the control group
 ) -> ScorePlan:
     "Writes the quarantine; raises `FraudError` when there is too much in it."
-    times = refuse_repeated(files, folder)
+    times = refuse_repeated(files, folder, bool(settings.privacy.pseudonymise))
     quarantine, reasons = quarantine_of(folder, files, settings)
     pq.write_table(quarantine, folder / "_quarantine.parquet")
     rules = batch_rules_of(settings, bundle.manifest.contract)

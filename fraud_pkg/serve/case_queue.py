@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from sqlalchemy.engine import Connection
 
 from .case_store import CaseRefused, Steps
@@ -47,6 +47,17 @@ class CaseFilter(BaseModel):
     order: Order = "loss"
     cursor: Text | None = None
     limit: int = Field(50, ge=1, le=200)
+    _names: list[str] = PrivateAttr([])
+
+    def known_as(self, names: list[str]) -> "CaseFilter":
+        "The same for an entity that cases know by any of these names, as they do where it has pseudonyms."
+        self._names = names
+        return self
+
+    @property
+    def entities(self) -> list[str]:
+        "The names of the entity."
+        return self._names or [self.entity or ""]
 
 # %% ../../nbs/serve/16_case_queue.ipynb #13d58493
 class LinkedCase(BaseModel):
@@ -152,7 +163,7 @@ def _chosen(asked: CaseFilter, person: str, now: int) -> Iterator[Any]:  # now: 
     if asked.rule is not None:
         yield CASES.c.rule.is_(None) if asked.rule == "model" else CASES.c.rule == asked.rule
     if asked.entity is not None:
-        linked = sa.select(ENTITIES.c.case_id).where(ENTITIES.c.value == asked.entity)
+        linked = sa.select(ENTITIES.c.case_id).where(ENTITIES.c.value.in_(asked.entities))
         yield CASES.c.id.in_(linked)
     if asked.text is not None:
         yield CASES.c.transaction_id.contains(asked.text, autoescape=True)

@@ -293,6 +293,15 @@ class CaseStore(Closings):
                       **reopened)
             self.event(connection, [case_id], REOPENED, person, why)
 
+    def contest(self, transaction_id: str, key: str) -> bool:
+        "Opens the closed case of a payment again, whose fraud a system calls honest; raises `CasesError`."
+        with self.reading() as connection:
+            of_payment = CASES.c.transaction_id == transaction_id
+            case = connection.execute(sa.select(CASES.c.id).where(of_payment, CASES.c.state == "closed")).first()
+        if case is not None:
+            self.reopen(case.id, f"key {key}", "says that it was honest; it had been confirmed as fraud")
+        return case is not None
+
 # %% ../../nbs/serve/15_case_store.ipynb #ba93476b
 class LabelOut(NamedTuple):
     "What became known of a payment, and when (milliseconds since 1970)."

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from ..core.contract import Contract
 from ..core.control import draw, draw_key
 from ..core.errors import FraudError
+from ..core.files import private_dir
 from ..core.record import ScoredRecord
 from ..core.sections import Cases
 from ..features.labels import feature_label
@@ -163,15 +164,16 @@ class _OutboxFile:
 
         self.folder, self._lock = Path(folder), threading.Lock()
         with _outbox_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            private_dir(self.folder)
             self._owner = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
             try:
                 fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(self._owner)
                 raise OutboxTaken(f"{self.folder}: another process has it") from error
-            self._database = sqlite3.connect(self.folder / "outbox.sqlite", isolation_level=None,
-                                             check_same_thread=False)
+            file = self.folder / "outbox.sqlite"
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # it names accounts
+            self._database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
             self._database.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {OUTBOX_SCHEMA}")
 
     def close(self) -> None:

@@ -437,8 +437,9 @@ def history_route(service: Service) -> Callable[[bytes], Answer]:
             asked = HistoryRequest.model_validate_json(body)
         except ValidationError as error:
             raise parse_problems(error) from error
-        online = service.current().input.online
-        return Answer(200, to_json(entity_histories(service.store, asked, online)))
+        scorer = service.current()
+        scorer.wire.enter(asked.values)
+        return Answer(200, to_json(entity_histories(service.store, asked, scorer.input.online)))
     return handler
 
 # %% ../../nbs/serve/08_console.ipynb #5d86b03e

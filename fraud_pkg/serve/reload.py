@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..core.errors import FraudError
+from ..core.pseudonyms import hidden_columns, load_pseudonyms
 from ..core.settings import Settings
-from ..core.signatures import CHAMPION, CONTENDER, verifier
+from ..core.signatures import CHAMPION, CONTENDER, approvers, verifier
 from ..model.bundle import Bundle, Unreachable
 from ..model.locations import Retries, bundle_mark, fetch_bundle
 from .auth import Access, KeySources, TokenVerifier, load_control_key, load_keys
-from .rules import ActiveRules, RulesWatcher
+from .rules import ActiveRules, RulesWatcher, no_book
 from .scorer import Scorer
 from .service import Service, log
 from ..store.open import open_store
@@ -26,7 +27,7 @@ from ..store.tiles import retention_of
 # %% ../../nbs/serve/05_reload.ipynb #e827d86d
 def new_scorer(bundle: Bundle, settings: Settings, rules: ActiveRules, control_secret: bytes = b"") -> Scorer:
     "The bundle's scorer; requests may also carry the attributes of the settings."
-    scorer = Scorer(bundle, settings.serve, rules, settings.contract)
+    scorer = Scorer(bundle, settings.serve, rules, settings.contract, load_pseudonyms(settings))
     scorer.control_secret = control_secret
     return scorer
 
@@ -78,7 +79,7 @@ class BundleFinder:
         self.service, self.settings, self.control_secret = service, settings, control_secret
         self.refused: Callable[[], None] = lambda: None  # called for every bundle that was refused
         self.retried: Callable[[], None] = lambda: None  # called each time that such a bundle is tried again
-        self.rules = ActiveRules(settings.rules)
+        self.rules = ActiveRules(settings.rules, no_book(approvers(settings)), hidden=hidden_columns(settings))
         self._verifier = verifier(settings, CHAMPION, remembers=True)  # a former champion does not come back
         self._mark: tuple | None = None  # of the one that was taken
         self._retries = Retries(settings.serve.reload_seconds)
@@ -178,10 +179,12 @@ def open_service(settings: Settings, environ: Mapping[str, str], public: bool) -
     if public and not access.guarded:
         raise FraudError("expected API keys for an address that others reach; set FRAUD_API_KEYS=name:key, "
                          "FRAUD_API_KEYS_FILE or FRAUD_API_KEYS_SSM, or [auth] issuer")
+    pseudonyms = load_pseudonyms(settings, environ)  # without its key nothing starts
     retention = retention_of(settings.contract)
     store = open_store(settings.store_url, retention, settings.store.timeout, settings.changes_file,
                        settings.store.memory_mb * 10**6)
     service = Service(settings.serve, store, access)
+    service.pseudonyms = pseudonyms
     watcher = Watcher(service, settings, load_control_key(environ))
     watcher.access = AccessWatcher(access, sources, settings.auth.keys_seconds)
     return service, watcher

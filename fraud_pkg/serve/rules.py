@@ -4,23 +4,27 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'HOUR', 'DAY', 'PROBABILITY_DIGITS', 'NO_BOOK', 'SETTLED', 'log', 'rule_variables', 'PaymentValues', 'Book',
-           'moment_of', 'Rulings', 'Unsettled', 'load_rules', 'ActiveRules', 'book_of', 'RulesWatcher', 'rule_reasons']
+           'no_book', 'moment_of', 'Rulings', 'Unsettled', 'load_rules', 'ActiveRules', 'book_of', 'RulesWatcher',
+           'rule_reasons']
 
 # %% ../../nbs/serve/01_rules.ipynb #578dc1d4
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.contract import Contract
 from ..core.errors import FraudError
-from ..core.rules import Kind, Rule, RuleSet, Ruling, ask_rules, check_types, parse_rules
+from fraud_pkg.core.rules import (
+    Kind, Rule, RuleSet, Ruling, ask_rules, check_types, parse_rules, read_names, rules_json,
+)
 from ..core.sections import Rules
+from ..core.signatures import NO_APPROVERS, ApprovalError, Approvers
 from ..features.definitions import feature_names
 from ..features.payment import Payment
-from ..store.lists import NOTHING_HELD, Held, follow, publish_rules
+from ..store.lists import NOTHING_HELD, Held, follow, nothing_held, publish_rules
 from ..store.tiles import ChangeLog, OnlineStore, StoreError
 
 # %% ../../nbs/serve/01_rules.ipynb #3bf73e23
@@ -104,6 +108,11 @@ class Book(NamedTuple):
 
 NO_BOOK = Book(RuleSet(()), NOTHING_HELD)
 
+def no_book(approvers: Approvers) -> Book:
+    "The book before the first change, where changes need these persons' approval."
+    return Book(RuleSet(()), nothing_held(approvers))
+
+# %% ../../nbs/serve/01_rules.ipynb #rulings1
 def moment_of(time: int, epoch: datetime | None, clock: Callable[[], float] = time.time) -> float:
     "When a payment was, in seconds since 1970: by its own time where the data have dates, else by the clock."
     return clock() if epoch is None else epoch.timestamp() + time
@@ -148,9 +157,16 @@ def _text_of(place: Path | str, settled: float = SETTLED) -> str:  # settled: se
 
     return read_object(place).decode(errors="replace")
 
-def load_rules(text: str, source: str, contract: Contract, types: bool = True) -> RuleSet:
+def load_rules(
+    text: str, source: str, contract: Contract, types: bool = True,
+    hidden: Collection[str] = (),  # texts that are pseudonyms
+) -> RuleSet:
     "Rules that are sound for payments of this contract; raises `FraudError`."
     rules = parse_rules(text, source)
+    for rule in rules:
+        if read := read_names(rule.expression, hidden):
+            raise FraudError(f"{source}: rule {rule.name} reads {read[0]}, which is a pseudonym ([privacy]); expected "
+                             f"{read[0]} in lists.LIST")
     if types:
         check_types(rules, rule_variables(contract), source)
     compiled = RuleSet(rules, source)
@@ -162,8 +178,9 @@ def load_rules(text: str, source: str, contract: Contract, types: bool = True) -
 class _BookInForce:
     "The book that decides, and who is told of another one."
 
-    def __init__(self, config: Rules = Rules(), book: Book = NO_BOOK):
-        self.config, self.book = config, book
+    def __init__(self, config: Rules = Rules(), book: Book = NO_BOOK,
+                 hidden: Collection[str] = ()):                    # texts that are pseudonyms
+        self.config, self.book, self.hidden = config, book, hidden
         self.refused: Callable[[], None] = lambda: None        # called for rules that were not taken
         self.taken: Callable[[str], None] = lambda version: None  # called with every version that holds from now on
         self.ready = config.file == ""                         # whether there are rules to decide by
@@ -174,13 +191,17 @@ class _BookInForce:
         "Sound rules; raises `FraudError`."
         if self.contract is None:
             return RuleSet(parse_rules(text, source), source)
-        return load_rules(text, source, self.contract, self.config.check_types)
+        return load_rules(text, source, self.contract, self.config.check_types, self.hidden)
 
     def _take(self, book: Book) -> None:
         changed, self.book, self._complaint = book.version != self.book.version, book, ""
         if changed:
             log.info("rules %s: %s rules, %s lists", book.version, len(book.rules.rules), len(book.held.lists.lists))
             self.taken(book.version)
+
+    def use(self, rules: RuleSet) -> None:
+        "Decides by these rules from now on."
+        self._take(Book(rules, self.book.held))
 
     def refuse(self, error: FraudError) -> None:
         "Counts rules that were not taken, and logs why."
@@ -197,72 +218,70 @@ class _BookInForce:
 # %% ../../nbs/serve/01_rules.ipynb #7d649236
 class ActiveRules(_BookInForce):
     "The book in force, and how another one takes its place; shared by all scorers of a process."
+    _text = ""  # of the rules that were taken from the store
+
+    @property
+    def from_store(self) -> bool:
+        "Whether the rules that decide are those in the store."
+        return self.config.file == "store" or bool(self.config.file and self.book.held.approvers.asked)
 
     def follow(self, store: ChangeLog, number: int) -> None:
         "Takes what was changed up to `number`; a store that does not answer, or unsound rules, change nothing."
-        if number <= self.book.held.number:
+        before = self.book.held
+        if number <= before.number:
             return
         try:
-            held = follow(self.book.held, store)
+            held = follow(before, store)
         except StoreError as error:
             self.complain(error)
             return
         self._take(Book(self.book.rules, held))
-        if self.config.file == "store":
-            try:
+        try:
+            if self.from_store:
                 self._take(Book(self._published(held), held))
-            except FraudError as error:
-                self.refuse(error)
+            if held.approvers.asked and held.ignored > before.ignored:
+                raise ApprovalError(f"up to change {held.number}: {held.ignored} changes that too few persons have "
+                                    "approved do not count: fraud approvals")
+        except FraudError as error:
+            self.refuse(error)
 
     def _published(self, held: Held) -> RuleSet:
         "The rules that the store holds; raises `FraudError`."
-        if held.rules_hash == self.book.rules.hash:
+        if held.rules == self._text:
             return self.book.rules
-        return self.load(held.rules, "rules in the store")
-
-    def use(self, rules: RuleSet) -> None:
-        "Decides by these rules from now on."
-        self._take(Book(rules, self.book.held))
+        rules = self.load(held.rules, "rules in the store")
+        self._text = held.rules
+        return rules
 
 # %% ../../nbs/serve/01_rules.ipynb #873d254d
-def book_of(config: Rules, place: Path | str, store: ChangeLog, contract: Contract, settled: bool = True) -> Book:
-    "Rules and lists as they are now (of a file that was written long enough ago, if `settled`); raises `FraudError`."
+def book_of(
+    config: Rules,
+    place: Path | str,
+    store: ChangeLog,
+    contract: Contract,
+    settled: bool = True,           # whether a file counts only once it was written long enough ago
+    hidden: Collection[str] = (),   # texts that are pseudonyms
+    approvers: Approvers = NO_APPROVERS,
+) -> Book:
+    "Rules and lists as they are now; raises `FraudError`."
     if not config.file:
         return NO_BOOK
-    held = follow(NOTHING_HELD, store)
-    text, source = (held.rules, "rules in the store") if place == "store" else (
+    held = follow(nothing_held(approvers), store)
+    text, source = (held.rules, "rules in the store") if place == "store" or approvers.asked else (
         _text_of(place, SETTLED if settled else 0), str(place))
-    return Book(load_rules(text, source, contract, config.check_types), held)
+    return Book(load_rules(text, source, contract, config.check_types, hidden), held)
 
 # %% ../../nbs/serve/01_rules.ipynb #72538203
-class RulesWatcher:
-    "Keeps the rules in force those of `[rules] file`."
+class _RulesFile:
+    "What `[rules] file` names, against the rules in force."
 
     def __init__(self, active: ActiveRules, place: Path | str, store: OnlineStore):
         self.active, self.place, self._store = active, place, store
         self._seen: tuple[str, str] | None = None  # contract and text that were looked at
         self._by = f"file {place.name if isinstance(place, Path) else place}"
 
-    def check(self, contract: Contract) -> None:
-        "Takes the rules and lists that are there now, where they are sound for payments of this contract."
-        self.active.contract = contract
-        try:
-            self.active.follow(self._store, self._store.read([], [], []).changes)
-        except StoreError as error:  # a file holds without it: `[serve] on_store_error` says what a decision does
-            self.active.complain(error)
-            if self.place == "store":
-                return
-        if self.place in ("", "store"):
-            self.active.ready = True
-            return
-        try:
-            self._take(_text_of(self.place), contract)
-        except Unsettled:
-            return
-        except FraudError as error:
-            self.active.refuse(error)
-
     def _take(self, text: str, contract: Contract) -> None:
+        "Other rules in the file are used; raises `FraudError` for unsound ones."
         if (contract.fingerprint, text) == self._seen:
             return
         self._seen = contract.fingerprint, text
@@ -274,6 +293,43 @@ class RulesWatcher:
             self.active.complain(error)
         self.active.use(rules)
         self.active.ready = True
+
+    def _compare(self, text: str) -> None:
+        "Raises `ApprovalError` where the file holds other rules than those that persons have approved."
+        rules, approved = parse_rules(text, str(self.place)), self.active.book.held.rules
+        self.active.ready = self.active.ready or not rules
+        if rules_json(rules) != approved and (rules or approved):
+            raise ApprovalError(f"{self.place}: these rules have not been approved: fraud rules publish proposes them, "
+                                "fraud approvals shows what is missing")
+
+# %% ../../nbs/serve/01_rules.ipynb #watcher1
+class RulesWatcher(_RulesFile):
+    "Keeps the rules in force those of `[rules] file`."
+
+    def check(self, contract: Contract) -> None:
+        "Takes the rules and lists that are there now, where they are sound for payments of this contract."
+        self.active.contract = contract
+        try:
+            self.active.follow(self._store, self._store.read([], [], []).changes)
+        except StoreError as error:  # a file holds without it: `[serve] on_store_error` says what a decision does
+            self.active.complain(error)
+            if self.active.from_store:
+                return
+        held = self.active.book.held
+        if self.place in ("", "store"):
+            self.active.ready = True
+            return
+        self.active.ready = self.active.ready or bool(held.approvers.asked and held.rules)  # whatever the file holds
+        try:
+            text = _text_of(self.place)
+            if held.approvers.asked:
+                self._compare(text)
+            else:
+                self._take(text, contract)
+        except Unsettled:
+            return
+        except FraudError as error:
+            self.active.refuse(error)
 
 # %% ../../nbs/serve/01_rules.ipynb #0bf3605e
 def rule_reasons(rule: str | None) -> list[dict[str, Any]]:

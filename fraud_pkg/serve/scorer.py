@@ -24,6 +24,7 @@ from ..core.control import ControlGroup, Marked, control_key
 from ..core.errors import FraudError
 from ..core.live_price import Demand, gains_of, step_of
 from ..core.policy import DECISIONS, LIMITS, Decided, Policy, decide, segment_prices
+from ..core.pseudonyms import Pseudonyms
 from ..core.record import Control
 from ..core.rules import NO_RULING, Ruling
 from ..core.sections import Serve
@@ -356,6 +357,7 @@ class BundleRequests(BundleModel):
         serve: Serve,
         rules: ActiveRules,
         further: Contract | None = None,  # whose attributes a request may carry beside those of the bundle
+        pseudonyms: Pseudonyms | None = None,  # of what is personal; None: values are kept as they come
     ):
         super().__init__(bundle, serve)
         self.rules = rules
@@ -367,7 +369,7 @@ class BundleRequests(BundleModel):
         if serve.live_price and self.manifest.policy.alert_budget:
             self.prices = HourPrices(self.manifest.policy, self.manifest.files[MANIFEST][:12], self.epoch)
         self._rulings = Rulings(rules.book, self.contract, self.epoch)
-        self.wire = Wire(self.contract, self.manifest.columns, self.manifest.prefixes, further, self.epoch)
+        self.wire = Wire(self.contract, self.manifest.columns, self.manifest.prefixes, further, self.epoch, pseudonyms)
 
     def to_payment(self, request: TransactionRequest) -> Payment:
         "A request of `wire.model` as a payment; raises `Refused` for an impossible moment."
@@ -531,8 +533,9 @@ class _StoreAccess(Decider):
 class _Recorder(_StoreAccess):
     "Decides, records, and keeps what it decided."
 
-    def __init__(self, bundle: Bundle, serve: Serve, rules: ActiveRules, further: Contract | None = None):
-        super().__init__(bundle, serve, rules, further)
+    def __init__(self, bundle: Bundle, serve: Serve, rules: ActiveRules, further: Contract | None = None,
+                 pseudonyms: Pseudonyms | None = None):
+        super().__init__(bundle, serve, rules, further, pseudonyms)
         self.recent = RecentScores()
 
     def _decide_and_record(self, payments: Sequence[Payment], transactions: Sequence[Transaction],

@@ -7,9 +7,9 @@ out."""
 __all__ = ['log', 'RETRY_AFTER', 'Handler', 'OPEN', 'PATH_RIGHTS', 'NAMED', 'Asked', 'PREDICT', 'TOGETHER', 'SMALL', 'WORKERS',
            'Answer', 'to_json', 'refusal', 'BatchRequest', 'FeedbackRequest', 'batch_model', 'feedback_model',
            'with_features', 'describe_attribute', 'describe_entity', 'describe_contract', 'describe', 'StoreStatus',
-           'new_entities', 'ActiveModel', 'StatusHandlers', 'LabelHandlers', 'Handlers', 'ListEntry', 'ListRequest',
-           'rules_in_force', 'change_list', 'who_may_what', 'RouteTable', 'Routes', 'GuardedService', 'Service',
-           'parsed_requests', 'answer_together', 'Gathered', 'Room', 'FairTurns']
+           'new_entities', 'ActiveModel', 'StatusHandlers', 'LabelChecks', 'LabelHandlers', 'Handlers', 'ListEntry',
+           'ListRequest', 'rules_in_force', 'change_list', 'who_may_what', 'RouteTable', 'Routes', 'GuardedService',
+           'Service', 'parsed_requests', 'answer_together', 'Gathered', 'Room', 'FairTurns']
 
 # %% ../../nbs/serve/04_service.ipynb #09c64741
 import asyncio
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ..core.contract import Attribute, Contract, Entity, duration_text
 from ..core.errors import FraudError, one_line
+from ..core.pseudonyms import Pseudonyms
 from ..core.rules import NAME
 from ..core.sections import Serve
 from ..model.bundle import Manifest
@@ -37,7 +38,8 @@ from fraud_pkg.serve.wire import (
     Label, Refused, TransactionRequest, parse_problems, refuse_repeated_names, refused_field,
 )
 from ..store.tiles import OnlineStore, StoreError
-from ..store.lists import Entry, ListKind, add_entries, remove_entries
+from ..store.limits import Buckets
+from ..store.lists import Entering, Entry, ListKind, add_entries, remove_entries
 
 # %% ../../nbs/serve/04_service.ipynb #6954ebc3
 log = logging.getLogger("fraud_pkg")
@@ -179,6 +181,7 @@ class ActiveModel:
         self.scorer: Scorer | None = None  # replaced as a whole by `use`
         self.shadow: Scorer | None = None  # by `use_shadow`
         self.begins_now: list[str] = []    # entities that the store knows too little of
+        self.pseudonyms: Pseudonyms | None = None  # of what is personal; None: values are kept as they come
 
     def use(self, scorer: Scorer) -> None:
         "Decides with this scorer from now on."
@@ -227,7 +230,41 @@ class StatusHandlers(ActiveModel):
         return Answer(200, to_json({"status": "ready", "model": scorer.manifest.version}))
 
 # %% ../../nbs/serve/04_service.ipynb #labelhan
-class LabelHandlers(StatusHandlers):
+class LabelChecks(StatusHandlers):
+    "Which labels are taken, of whom."
+    label_limit: Buckets | None = None  # how many one key may give; None: any number
+    contested: Callable[[str, Sequence[str]], None] = staticmethod(lambda by, names: None)
+    "Told who would take back which frauds; persons decide about them."
+
+    def _within(self, number: int, by: Principal) -> None:
+        "Raises `Refused` where a key gives more labels than it may."
+        if self.label_limit is None or not self.label_limit.rate or not by.name:
+            return
+        most = int(self.label_limit.burst)
+        if number > most:
+            reason = f"{number}; expected at most {most} in an hour"
+            raise refused_field(429, "labels", reason).because("labels_per_hour")
+        if wait := self.label_limit.take(by.owner, number):
+            reason = f"more than {most} in an hour; come again later"
+            raise refused_field(429, "labels", reason).because("labels_per_hour", wait)
+
+    def _not_taken(self, given: Mapping[str, bool], by: Principal) -> tuple[set[str], list[str]]:
+        "Of recorded payments, those of others, and frauds that a system would take back; none for a person."
+        if "label_all" in by.rights:
+            return set(), []
+        snapshot = self.store.read([], [], given)
+        others = {name for name, transaction in snapshot.recorded.items() if transaction.owner != by.owner}
+        back = [name for name in given if name in snapshot.frauds and not given[name] and name not in others]
+        for names, what in ((sorted(others), "labels of payments that another key had decided"),
+                            (back, "frauds that a system would take back wait for a person")):
+            if names:
+                log.warning(what, extra={"fields": {"by": by.name, "transactions": names[:20]}})
+        if back:
+            self.contested(by.name, back)
+        return others, back
+
+# %% ../../nbs/serve/04_service.ipynb #labelha2
+class LabelHandlers(LabelChecks):
     "What became known."
 
     def record_labels(self, body: bytes, by: Principal = ANYBODY) -> Answer:
@@ -237,22 +274,14 @@ class LabelHandlers(StatusHandlers):
             raise parse_problems(error) from error
         refuse_repeated_names(body)
         given = {label.transaction_id: label.is_fraud for label in labels}
-        others = self._of_others(given, by)
-        lost = {*others, *self.store.label({name: fraud for name, fraud in given.items() if name not in others})}
-        known = {name: fraud for name, fraud in given.items() if name not in lost}
+        self._within(len(given), by)
+        others, back = self._not_taken(given, by)
+        taken = {name: fraud for name, fraud in given.items() if name not in others and name not in back}
+        lost = {*others, *self.store.label(taken)}
+        known = {name: fraud for name, fraud in taken.items() if name not in lost}
         unknown = [name for name in given if name in lost]
-        return Answer(200, to_json({"recorded": len(known), "unknown": unknown}), labels=known)
-
-    def _of_others(self, names: Iterable[str], by: Principal) -> set[str]:
-        "Those of the payments that are recorded, and that this one may not label."
-        if "label_all" in by.rights:
-            return set()
-        recorded = self.store.read([], [], names).recorded
-        others = {name for name, transaction in recorded.items() if transaction.owner != by.owner}
-        if others:
-            fields = {"by": by.name, "transactions": sorted(others)[:20]}
-            log.warning("labels of payments that another key had decided", extra={"fields": fields})
-        return others
+        told = {"recorded": len(known), "unknown": unknown, **({"contested": back} if back else {})}
+        return Answer(200, to_json(told), labels=known)
 
 # %% ../../nbs/serve/04_service.ipynb #b50ecb08
 class Handlers(LabelHandlers):
@@ -289,6 +318,7 @@ class ListRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     name: str = Field(pattern=NAME)
     kind: ListKind | None = Field(None, description="of a list that is new")
+    of: str = Field("", description="where accounts are pseudonyms: the column whose values a list of texts holds")
     add: list[ListEntry] = []
     remove: list[str] = []
 
@@ -301,25 +331,30 @@ def rules_in_force(service: ActiveModel, body: bytes) -> Answer:
     return Answer(200, to_json({"version": book.version, "rules": rules, "lists": lists}))
 
 def change_list(service: ActiveModel, body: bytes, by: Principal) -> Answer:
-    "Adds and removes values, for the owner of a key; raises `Refused` and `StoreError`."
+    "Adds and removes values, or proposes it, for the owner of a key; raises `Refused` and `StoreError`."
     try:
         asked = ListRequest.model_validate_json(body)
     except ValidationError as error:
         raise parse_problems(error) from error
     now, name = datetime.now(UTC).isoformat(timespec="seconds"), by.name or "api"
+    approvers, proposed = service.current().rules.book.held.approvers, []
+    entering = Entering(service.pseudonyms, asked.of)
     try:
         if asked.add:
             values = {one.value: Entry(until=one.until, note=one.note) for one in asked.add}
-            add_entries(service.store, asked.name, values, name, now, asked.kind)
+            held = add_entries(service.store, asked.name, values, name, now, asked.kind, entering, approvers)
+            proposed.append(held.number)
         if asked.remove:
-            remove_entries(service.store, asked.name, asked.remove, name, now)
+            held = remove_entries(service.store, asked.name, asked.remove, name, now, entering, approvers)
+            proposed.append(held.number)
     except StoreError:
         raise
     except (FraudError, ValidationError) as error:
         raise refused_field(422, "list", one_line(error, 200)) from error
     number = service.store.read([], [], []).changes
     service.current().rules.follow(service.store, number)
-    return Answer(200, to_json({"list": asked.name, "changes": number}))
+    waits = {"proposals": proposed} if approvers.asked else {}  # persons approve them: fraud approvals
+    return Answer(200, to_json({"list": asked.name, "changes": number, **waits}))
 
 # %% ../../nbs/serve/04_service.ipynb #whomay00
 def who_may_what(access: Access, body: bytes) -> Answer:

@@ -31,6 +31,7 @@ from ..core.errors import FraudError
 from ..core.record import field_name
 from ..core.rules import normal_text
 from ..core.names import name_score
+from ..core.pseudonyms import Pseudonyms
 from ..features.payment import Payment
 
 # %% ../../nbs/serve/00_wire.ipynb #863ff7bf
@@ -381,8 +382,8 @@ def _seconds(moment: datetime | int | None, epoch: datetime | None) -> int | Non
     return moment if isinstance(moment, int) else None
 
 # %% ../../nbs/serve/00_wire.ipynb #f68ba28d
-class Wire(RequestReader):
-    "Makes payments of the requests of one contract."
+class _PaymentTexts(RequestReader):
+    "Reads requests, and what their texts are from here on: with prefixes, and pseudonyms of what is personal."
 
     def __init__(
         self,
@@ -391,10 +392,30 @@ class Wire(RequestReader):
         prefixes: Mapping[str, str] | None = None,  # before every sender or receiver, by column
         further: Contract | None = None,
         epoch: datetime | None = None,
+        pseudonyms: Pseudonyms | None = None,       # None: texts stay as they are
     ):
         super().__init__(contract, columns, further, epoch)
+        self.pseudonyms = pseudonyms
         self._prefixes = {name: prefix for name, prefix in (prefixes or {}).items() if prefix}
+        self.enters = bool(self._prefixes or pseudonyms)  # whether texts change at all
         self._texts = _fields_of(["sender", "receiver", *contract.categories])
+
+    def enter(self, texts: dict[str, str | None]) -> None:
+        "Makes of texts by column what histories, rules and lists know them by."
+        pseudonyms = self.pseudonyms
+        for name, prefix in self._prefixes.items():
+            text = texts.get(name)
+            if text and not text.startswith(prefix) and not (pseudonyms and pseudonyms.is_one(text)):
+                texts[name] = prefix + text
+        if pseudonyms:
+            pseudonyms.replace(texts)
+
+# %% ../../nbs/serve/00_wire.ipynb #f86a6d29
+class Wire(_PaymentTexts):
+    "Makes payments of the requests of one contract."
+
+    def __init__(self, contract: Contract, *args: Any, **options: Any):
+        super().__init__(contract, *args, **options)
         self._numbers = _fields_of(a.name for a in contract.of_kind("number", "money", "flag"))
         self._moments = _fields_of(a.name for a in contract.of_kind("moment"))
         self._place = contract.places[0].stored if contract.places else ()
@@ -403,9 +424,8 @@ class Wire(RequestReader):
         "What its features are made of; raises `Refused` for an impossible time."
         said = request.__dict__
         texts = {name: said[field] for name, field in self._texts}
-        for name, prefix in self._prefixes.items():
-            if (text := texts[name]) and not text.startswith(prefix):
-                texts[name] = prefix + text
+        if self.enters:
+            self.enter(texts)
         return Payment(said["transaction_id"], time_of(request, self.epoch), round(said["amount"] * 100), texts,
                        said["sender_balance"], said["receiver_balance"],
                        {name: said[field] for name, field in self._numbers},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HeadPlace', 'HeadFolder', 'HeadBucket', 'open_heads', 'Anchors', 'HeadKeeper', 'AuditLog', 'settings_content',
-           'open_audit', 'Noting', 'audited']
+           'open_audit', 'Noting', 'author', 'audited']
 
 # %% ../../nbs/store/13_audit_heads.ipynb #360a1bdb
 import contextlib
@@ -249,10 +249,14 @@ class Noting(Protocol):
 def _nothing(kind: str, subject: str, content: Mapping[str, Any], account: str = "") -> None:
     "There is no log."
 
+def author() -> str:
+    "Who runs this, as the machine says."
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
 @contextlib.contextmanager
 def audited(settings: Settings, environ: Mapping[str, str], role: str, who: str = "") -> Iterator[Noting]:
     "Notes what a person does with a command; nothing is kept where `[audit] url` is empty. Raises `FraudError`."
-    who = who or f"{getpass.getuser()}@{socket.gethostname()}"
+    who = who or author()
     audit = open_audit(settings, environ, role, who)
     if audit is None:
         yield _nothing

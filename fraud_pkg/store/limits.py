@@ -196,23 +196,25 @@ def share_lockouts(lockouts: Lockouts, server: RedisReader) -> None:
 SHARE_SECONDS = 0.2  # between two times that services tell each other
 
 class RequestLimits:
-    "What `[limits]` allows, by key and by address."
+    "What `[limits]` allows, by key and by address, and of labels by key."
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.addresses = Addresses(limits.trusted_proxies)
         self.by_key = Buckets(limits.key_rate, limits.key_rate * limits.burst, clock=clock)
         self.by_address = Buckets(limits.address_rate, limits.address_rate * limits.burst, clock=clock)
+        self.labels = Buckets(limits.labels_per_hour / 3600, limits.labels_per_hour, clock=clock)
         self.lockouts = Lockouts(limits.wrong_keys, limits.longest_lockout, clock=clock)
 
     def shared_by(self, server: RedisReader) -> Callable[[], None]:
         "What to call again and again: tells a server, and learns; raises `StoreError`."
-        parts = (self.by_key, self.by_address, self.lockouts)
+        parts = (self.by_key, self.by_address, self.labels, self.lockouts)
         for part in parts:
             part.shared = True
 
         def share() -> None:
             share_buckets(self.by_key, "key", server)
             share_buckets(self.by_address, "address", server)
+            share_buckets(self.labels, "label", server)
             share_lockouts(self.lockouts, server)
 
         return share

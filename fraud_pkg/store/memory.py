@@ -283,7 +283,7 @@ def _exclusive(path: Path | None) -> Iterator[None]:
 def _append_line(path: Path, line: bytes) -> None:
     "Adds a line, on the disk afterwards; raises `StoreError`."
     try:
-        with path.open("ab") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as file:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.contract import Contract
 from ..core.errors import FraudError, one_line
+from ..core.pseudonyms import Pseudonyms
 from ..features.payment import OnlinePayments, Payment
 from ..serve.scorer import Scored, Scorer, contradicts
 from ..serve.service import to_json
@@ -43,6 +44,7 @@ class Candidate(NamedTuple):
     request: TransactionRequest
     payment: Payment
     transaction: Transaction
+    key: bytes | None = None  # of the message of its decision
 
 def _candidate(message: Received, reader: PaymentReader) -> Candidate:
     "Raises `InvalidMessage`."
@@ -51,7 +53,9 @@ def _candidate(message: Received, reader: PaymentReader) -> Candidate:
         payment = reader.to_payment(request)
     except Refused as refused:
         raise InvalidMessage("contract", refused.problems) from refused
-    return Candidate(message, request, payment, reader.to_transaction(payment))
+    # Producers take the account for a key.
+    key = (payment.texts["sender"] or "").encode() if reader.wire.pseudonyms else message.key
+    return Candidate(message, request, payment, reader.to_transaction(payment), key)
 
 # %% ../../nbs/stream/04_decide.ipynb #5badcd1c
 def candidates(
@@ -115,7 +119,7 @@ def add_decision(
     received = candidate.received
     value = write_record(record, format, messages)
     result.decided[record["transaction_id"]] = received
-    result.add(received, Output(topics.decisions, received.partition, received.key, value), "decided")
+    result.add(received, Output(topics.decisions, received.partition, candidate.key, value), "decided")
 
 def decide_batch(
     scorer: Scorer, store: OnlineStore, messages: Sequence[Received], topics: Topics, format: str, result: BatchResult,
@@ -246,11 +250,12 @@ class LabelClient(ServiceClient):
 class RemoteContract:
     "The contract of a service's model as its `/model` describes it, and its payments."
 
-    def __init__(self, described: Mapping[str, Any], further: Contract, epoch: datetime | None):
+    def __init__(self, described: Mapping[str, Any], further: Contract, epoch: datetime | None,
+                 pseudonyms: Pseudonyms | None = None):
         contract = Contract.model_validate(described["declared"])
         self.contract, self.fingerprint = contract, contract.fingerprint
         self.messages = messages_of(contract, dated=epoch is not None)
-        self.wire = Wire(contract, described["columns"], described["prefixes"], further, epoch)
+        self.wire = Wire(contract, described["columns"], described["prefixes"], further, epoch, pseudonyms)
         self._online = OnlinePayments(contract, {name: () for name in contract.categories})
 
     def to_payment(self, request: TransactionRequest) -> Payment:
@@ -272,9 +277,10 @@ class RemoteService(LabelClient):
         pool: Any,
         further: Contract,         # whose attributes may be there, used or not
         epoch: str | None = None,  # the moment of time 0, where the model does not know it
+        pseudonyms: Pseudonyms | None = None,  # those of the service, of what it decided
     ):
         super().__init__(url, pool)
-        self._further, self._epoch = further, epoch
+        self._further, self._epoch, self._hidden = further, epoch, pseudonyms
         self._described: dict[str, Any] = {}
 
     def current(self) -> RemoteContract:
@@ -282,7 +288,7 @@ class RemoteService(LabelClient):
         _, described = self.call("GET", "/model")
         if described != self._described:
             epoch = parse_epoch(described["epoch"] or self._epoch)
-            self._contract, self._described = RemoteContract(described, self._further, epoch), described
+            self._contract, self._described = RemoteContract(described, self._further, epoch, self._hidden), described
         return self._contract
 
     def decide(self, found: Sequence[Candidate], fingerprint: str) -> Iterator[tuple[Candidate, RemoteAnswer]]:

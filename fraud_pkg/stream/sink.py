@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from ..core.contract import DAY, Contract
 from ..core.errors import FraudError, one_line
-from ..core.files import staging_file
+from ..core.files import private_dir, staging_file
 from ..core.record import LabelRecord, ScoredRecord
 from ..core.settings import Settings
 from ..data.lake import decision_table, label_table
@@ -74,7 +74,7 @@ class LakePositions:
     def __init__(self, folder: Path, labels: str = "labels"):  # the topic of labels; every other one has decisions
         self.folder = Path(folder)
         self.labels = labels
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_dir(self.folder)
 
     def files(self, partition: TopicPartition) -> list[LakeFile]:
         "The files of a partition, in their order."

@@ -33,6 +33,7 @@ from ..core.audit import AuditError
 from ..core.contract import Contract
 from ..core.errors import FraudError
 from ..core.sections import Stream
+from ..core.pseudonyms import load_pseudonyms
 from ..core.settings import Settings, load_settings
 from ..serve.logs import log_json_lines
 from ..serve.auth import load_control_key
@@ -457,7 +458,8 @@ class _Parts:
 def _remote_parts(settings: Settings, environ: Mapping[str, str]) -> _Parts:
     stream = settings.stream
     pool = open_pool(environ.get("FRAUD_API_KEY"), settings.serve.timeout)
-    remote = RemoteService(stream.via or "", pool, settings.contract, settings.serve.epoch)
+    remote = RemoteService(stream.via or "", pool, settings.contract, settings.serve.epoch,
+                           load_pseudonyms(settings, environ))
     positions = TopicPositions(stream, functools.partial(open_consumer, stream, environ))
     return _Parts(remote_work(remote, topics_of(stream), stream.format), remote.ping, positions, None, positions)
 
@@ -466,6 +468,7 @@ def _local_parts(
     audit: "AuditLog | None",
 ) -> _Parts:
     service = Service(settings.serve, store, {})
+    service.pseudonyms = load_pseudonyms(settings, environ)  # without its key nothing starts
     watcher = Watcher(service, settings, load_control_key(environ))
     watcher.taken = metrics.use
     watcher.refused, watcher.retried = metrics.refused.inc, metrics.retried.inc
