@@ -6,7 +6,6 @@
 __all__ = ['figure', 'budget_text', 'signature_text', 'model_document', 'write_model_document']
 
 # %% ../../nbs/report/08_model_document.ipynb #0bf7f91b
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import Any, TYPE_CHECKING
 from ..core.errors import FraudError
 from ..core.files import write_whole
 from ..core.settings import Settings
-from ..model.bundle import MANIFEST, SIGNATURE, signed_sequence
+from ..model.bundle import MANIFEST, SIGNATURE, sha256_hex, signed_sequence
 from .charts import environment
 from .pages import collect
 
@@ -58,11 +57,11 @@ def model_document(
     live = content["live"]
     facts: dict[str, Any] = {
         "settings": settings, "versions": versions, "budget": budget_text(settings.decision.alert_budget),
-        "digest": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(), "signature": signature_text(folder),
+        "digest": sha256_hex((folder / MANIFEST).read_bytes()), "signature": signature_text(folder),
         "fingerprint": content["contract"].fingerprint, "live_verdict": live.verdict if live else "",
+        "figure": figure,
     }
     templates = environment().overlay(autoescape=False)
-    templates.filters["figure"] = figure
     return templates.get_template("model_document.md").render(**content | facts)
 
 def write_model_document(
