@@ -39,6 +39,7 @@ from fraud_pkg.core.errors import FraudError  # noqa: E402
 from fraud_pkg.core.settings import Settings, load_settings  # noqa: E402
 from fraud_pkg.features.histories import LogTable, log_histories  # noqa: E402
 from fraud_pkg.model.bundle import MODEL, Bundle, load_bundle  # noqa: E402
+from fraud_pkg.serve.auth import parse_key  # noqa: E402
 from fraud_pkg.serve.fill import fill_store  # noqa: E402
 from fraud_pkg.serve.rules import ActiveRules  # noqa: E402
 from fraud_pkg.serve.scorer import Scorer  # noqa: E402
@@ -231,7 +232,7 @@ def bodies(piece: list[dict], run: str) -> list[bytes]:
 def opened(world: World, url: str) -> Service:
     """The service of both endpoints, with the store at `url`."""
     scorer = Scorer(load_bundle(world.bundle), world.settings.serve, ActiveRules())
-    service = Service(world.settings.serve, open_store(url, scorer.retention, 5), {"benchmark": KEY.encode()})
+    service = Service(world.settings.serve, open_store(url, scorer.retention, 5), [parse_key(f"benchmark:{KEY}")])
     service.use(scorer)
     return service
 

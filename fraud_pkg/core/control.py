@@ -55,7 +55,7 @@ class ControlGroup(NamedTuple):
     def choose(
         self,
         transaction_ids: Sequence[str],     # n
-        amount: np.ndarray,                 # [n] currency units
+        amount: Sequence[float] | np.ndarray,  # [n] currency units
         decisions: np.ndarray,              # [n] the policy's, index into DECISIONS
         rulings: Sequence[int | None],      # n decisions of rules; None: no rule decides
     ) -> dict[int, Marked]:

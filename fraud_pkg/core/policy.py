@@ -134,32 +134,40 @@ def _decide_one(p: float, amount: float, policy: Policy, whole: float, own: floa
         return decision, 4, costs
     return decision, 3 if amount < policy.least_review else 1, costs
 
-def _decide_few(p: list[float], amount: list[float], policy: Policy, whole: list[float], own: list[float]) -> Decided:
+def _decide_few(p: Sequence[float], amount: Sequence[float], policy: Policy, whole: Sequence[float],
+                own: Sequence[float]) -> Decided:
     "`decide` for a few payments."
-    rows = [_decide_one(*row[:2], policy, *row[2:]) for row in zip(p, amount, whole, own, strict=True)]
+    rows = [_decide_one(chance, money, policy, one, other)
+            for chance, money, one, other in zip(p, amount, whole, own, strict=True)]
     decisions, limits, costs = zip(*rows, strict=True)
     return Decided(np.array(decisions, np.int8), np.array(limits, np.int8), np.array(costs).T,
-                   np.array([max(prices) for prices in zip(whole, own, strict=True)]))
+                   np.array(list(map(max, whole, own))))
 
 # %% ../../nbs/core/05_policy.ipynb #decmany1
-def _is_sound(p: list[float], amount: list[float]) -> bool:
-    return all(0 <= value <= 1 for value in p) and all(map(math.isfinite, amount))
+def _is_sound(p: Sequence[float], amount: Sequence[float]) -> bool:
+    return all([0 <= value <= 1 for value in p]) and all(map(math.isfinite, amount))
+
+def _listed(values: Sequence[float] | np.ndarray) -> Sequence[float]:
+    return values.tolist() if isinstance(values, np.ndarray) else values
 
 def decide(
-    probability: np.ndarray,  # [n] calibrated
-    amount: np.ndarray,  # [n] currency units
+    probability: Sequence[float] | np.ndarray,  # [n] calibrated
+    amount: Sequence[float] | np.ndarray,  # [n] currency units
     policy: Policy,
     segments: np.ndarray | None = None,  # [n] object, values of `policy.segment`; None where it has none
     review_price: Sequence[float] | np.ndarray | float | None = None,  # [n] or of all; None: the policy's
 ) -> Decided:
     "The decision for each payment; raises `FraudError` for what is no probability or no amount."
-    p, amount = np.asarray(probability, np.float64), np.asarray(amount, np.float64)
-    whole = np.full(p.shape, policy.review_price if review_price is None else review_price, np.float64)
-    own = segment_prices(policy, segments, p.size) if policy.segment_prices else np.zeros(p.shape)
-    values, money = (p.tolist(), amount.tolist()) if 0 < len(p) <= FEW else ([], [])
+    price, n = policy.review_price if review_price is None else review_price, len(probability)
+    own = segment_prices(policy, segments, n) if policy.segment_prices else None
+    values, money = (_listed(probability), _listed(amount)) if 0 < n <= FEW else ([], [])
     if values and _is_sound(values, money):
-        return _decide_few(values, money, policy, whole.tolist(), own.tolist())
+        whole = [price] * n if isinstance(price, (int, float)) else _listed(price)
+        return _decide_few(values, money, policy, whole, [0.0] * n if own is None else own.tolist())
+    p, amount = np.asarray(probability, np.float64), np.asarray(amount, np.float64)
     _check_numbers(p, amount)
+    whole = np.full(n, price, np.float64)
+    own = np.zeros(n) if own is None else own
     costs, prices = decision_costs(p, amount, policy), np.maximum(whole, own)
     decisions = _priced(p, amount, costs, policy, prices).argmin(axis=0)  # the first of equally cheap ones
     unlimited = costs.argmin(axis=0)

@@ -111,10 +111,11 @@ class RecordedPayments(OwnFeatures):
         super().__init__(contract, vocabulary)
         self._entities = [(plan, EntityKeys(plan.entity, plan.direction)) for plan in entity_plans(contract)]
 
-    def transaction(self, payment: Payment) -> Transaction:
+    def transaction(self, payment: Payment, owner: str = "") -> Transaction:
         "The payment as the store records it; its postings are in the order of the entities."
-        postings = tuple([posting for _, posting in self.entity_postings(payment.texts)])
-        return Transaction(payment.transaction_id, payment.time, payment.cents, postings, payment.place)
+        texts = payment.texts
+        postings = tuple([posting for _, keys in self._entities if (posting := keys.posting(texts))])
+        return Transaction(payment.transaction_id, payment.time, payment.cents, postings, payment.place, owner)
 
     def entity_postings(self, texts: Mapping[str, str | None]) -> Iterator[tuple[EntityPlan, Posting]]:
         "What a payment with these texts is to each entity that it has."

@@ -181,28 +181,28 @@ def is_known(packed: bytes) -> bool:
 _NUMBER = struct.Struct("<I")  # a tile begins with it
 
 def _end_of(tiles: bytes, number: int) -> int:
-    "Where the tiles up to `number` end, in bytes; at the end of all, but for late payments."
+    "Where the tiles up to `number` end, in bytes, some being later."
     def number_at(place: int) -> int:
         return _NUMBER.unpack_from(tiles, place * TILE.size)[0]
 
-    count = len(tiles) // TILE.size
-    late = count and number_at(count - 1) > number
-    return TILE.size * (bisect_right(range(count), number, key=number_at) if late else count)
+    return TILE.size * bisect_right(range(len(tiles) // TILE.size), number, key=number_at)
 
 def _counted(tiles: bytes, number: int, counts: Sequence[int], oldest: int) -> bytes:
     "`_add_to_tile` in the bytes of the tiles of one size."
+    size, end = TILE.size, len(tiles)
     if number > oldest:
-        end = _end_of(tiles, number)
-        at = end - TILE.size
-        last = TILE.unpack_from(tiles, at) if end else None
-        if last and last[0] == number:
-            tiles = tiles[:at] + TILE.pack(*_added(last, counts)) + tiles[end:]
+        last = TILE.unpack_from(tiles, end - size) if end else (-1,)
+        if last[0] > number:  # a late payment
+            end = _end_of(tiles, number)
+            last = TILE.unpack_from(tiles, end - size) if end else (-1,)
+        if last[0] == number:
+            tiles = tiles[:end - size] + TILE.pack(*_added(last, counts)) + tiles[end:]
         else:
             tiles = tiles[:end] + TILE.pack(number, *counts) + tiles[end:]
     first = 0
     while first < len(tiles) and _NUMBER.unpack_from(tiles, first)[0] <= oldest:
-        first += TILE.size
-    return tiles[first:]
+        first += size
+    return tiles[first:] if first else tiles
 
 def _placed(places: bytes, time: int, place: tuple[float, float]) -> bytes:
     "The two latest places with this one."
@@ -464,7 +464,11 @@ class LoadableStore(OnlineStore, Protocol):
 # %% ../../nbs/store/00_tiles.ipynb #eab5c9cd
 def read_for(store: OnlineStore, transactions: Sequence[Transaction]) -> StoreSnapshot:
     "What a store knows of all that these payments touch."
-    postings = [posting for transaction in transactions for posting in transaction.postings]
-    return store.read(dict.fromkeys(posting.key for posting in postings),
-                      dict.fromkeys(posting.pair for posting in postings if posting.pair),
-                      [transaction.transaction_id for transaction in transactions])
+    keys: dict[str, None] = {}
+    pairs: dict[str, None] = {}
+    for transaction in transactions:
+        for key, _, pair in transaction.postings:
+            keys[key] = None
+            if pair:
+                pairs[pair] = None
+    return store.read(keys, pairs, [transaction.transaction_id for transaction in transactions])
