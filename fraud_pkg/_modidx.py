@@ -6752,6 +6752,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fraud_pkg/train/tensorflow.py'),
                                             'fraud_pkg.train.tensorflow._moments': ( 'train/tensorflow.html#_moments',
                                                                                      'fraud_pkg/train/tensorflow.py'),
+                                            'fraud_pkg.train.tensorflow._silent_start': ( 'train/tensorflow.html#_silent_start',
+                                                                                          'fraud_pkg/train/tensorflow.py'),
                                             'fraud_pkg.train.tensorflow._to_trained': ( 'train/tensorflow.html#_to_trained',
                                                                                         'fraud_pkg/train/tensorflow.py'),
                                             'fraud_pkg.train.tensorflow._views': ( 'train/tensorflow.html#_views',
