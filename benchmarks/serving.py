@@ -50,7 +50,7 @@ from fraud_pkg.store.open import open_store  # noqa: E402
 from fraud_pkg.store.tiles import History, LoadableStore, Retention, pack_history, retention_of  # noqa: E402
 
 KEY = "a-key-for-this-run"
-KEYS = {"FRAUD_API_KEYS": f"benchmark:{KEY}"}
+KEYS = {"FRAUD_API_KEYS": f"benchmark@decide+label+metrics:{KEY}"}
 HEADERS = {"content-type": "application/json", "x-api-key": KEY}
 COLUMNS = ("time", "type", "amount", "sender", "sender_balance", "receiver", "receiver_balance")  # beside the id
 PAYSIM, WIDE = "PaySim's contract", "six entities, five windows, eight attributes"
@@ -514,7 +514,8 @@ def turn(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dic
 
 def alerts(port: int) -> float:
     """The share of alerts among a service's decisions so far."""
-    with urllib.request.urlopen(f"http://{servers.HOST}:{port}/metrics") as response:
+    asked = urllib.request.Request(f"http://{servers.HOST}:{port}/metrics", headers=HEADERS)
+    with urllib.request.urlopen(asked) as response:
         counts = {
             kind: float(count)
             for kind, count in re.findall(r'fraud_decisions_total{decision="(\w+)"} (\S+)', response.read().decode())

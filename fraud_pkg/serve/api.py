@@ -103,16 +103,18 @@ async def read_body(
     room: Room,      # for what is in work
 ) -> bytes:
     "The body of a request; raises `Refused` when it is too large, too slow, cut off, or there is no room for it."
-    too_large = refused_field(413, "body", f"larger than {most} bytes")
+    def too_large() -> Refused:
+        return refused_field(413, "body", f"larger than {most} bytes")
+
     if _declared_size(request) > most:
-        raise too_large
+        raise too_large()
     parts, size = [], 0
     try:
         async with asyncio.timeout(seconds):
             async for part in body_parts(request.receive):
                 size += len(part)
                 if size > most:
-                    raise too_large
+                    raise too_large()
                 if size > SMALL:
                     room.take(request, size)
                 parts.append(part)
