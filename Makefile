@@ -37,7 +37,7 @@ test-long: $(READY)  ## the long ones: real data at full size, loops on several 
 coverage: $(READY)  ## the lines of the package that make test runs, notebooks and processes included (ARGS="pytest tests/test_serve.py")
 	@bash tests/coverage.sh $(ARGS)
 
-BENCHMARKS = serving streaming features train scale rules
+BENCHMARKS = serving streaming capacity features train scale rules
 # The Fraud Detection Handbook's transactions, where they are: make bench HANDBOOK=transactions.parquet
 HANDBOOK ?=
 

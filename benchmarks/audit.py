@@ -41,7 +41,7 @@ def load(port: int, lines: Path, connections: int, seconds: int, sent: int) -> d
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
     url = f"http://{servers.HOST}:{port}"
     done = subprocess.run(
-        ["wrk", *options, url, "--", str(lines), str(sent), KEY], capture_output=True, text=True, check=True
+        ["wrk", *options, url, "--", str(lines), str(sent), KEY, "h"], capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["failed"], found

@@ -1,9 +1,9 @@
 -- For wrk: posts transactions of a file, each with an id of its own; time goes on when the file begins again.
--- wrk ... -- FILE BEGIN KEY, where a line of FILE is a time in seconds, a tab and the rest of the transaction as JSON, and BEGIN is how many were sent before.
-local lines, period, sent, key = {}, 0, 0, ""
+-- wrk ... -- FILE BEGIN KEY RUN, where a line of FILE is a time in seconds, a tab and the rest of the transaction as JSON, BEGIN is how many were sent before, and RUN begins each id.
+local lines, period, sent, key, run = {}, 0, 0, "", ""
 
 function init(args)
-  sent, key = tonumber(args[2]), args[3]
+  sent, key, run = tonumber(args[2]), args[3], args[4]
   local first, last
   for line in io.lines(args[1]) do
     local time, rest = line:match("^(%d+)\t(.+)$")
@@ -17,7 +17,7 @@ function request()
   local line = lines[sent % #lines + 1]
   local time = line.time + math.floor(sent / #lines) * period
   sent = sent + 1
-  local body = string.format('{"transaction_id":"h-%d","time":%d,%s', sent, time, line.rest)
+  local body = string.format('{"transaction_id":"%s-%d","time":%d,%s', run, sent, time, line.rest)
   return wrk.format("POST", "/predict", { ["Host"] = "localhost", ["Content-Type"] = "application/json", ["X-API-Key"] = key }, body)
 end
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -98,6 +98,7 @@ class Row:
 class World:
     """What everybody decides about."""
 
+    name: str  # of its contract, in DECLARED
     root: Path  # of settings.ini and of everything that is made
     settings: Settings
     bundle: Path
@@ -185,7 +186,9 @@ def prepare(root: Path, plan: Plan, given: Path | None, name: str = PAYSIM) -> W
     described = f"{name}, {manifest.name}, {len(manifest.features)} features, {size:,.0f} kB"
     source = f"{manifest.version} ({described}), {origin}"
     stream = [request(row, contract) for row in future]
-    return World(root, settings, bundle.folder, source, root / "store.npz", past, stream, root / "pipeline.joblib")
+    return World(
+        name, root, settings, bundle.folder, source, root / "store.npz", past, stream, root / "pipeline.joblib"
+    )
 
 
 def in_turns(stream: list[dict], rounds: int) -> Iterator[list[dict]]:
@@ -315,10 +318,10 @@ def in_process(world: World, plan: Plan, redis_url: str, name: str) -> tuple[lis
             bodies(piece[: plan.slow_calls], "s"),
         )
     figures = {what: spread(times) for what, times in kept.items()}
-    most = 200 if name == PAYSIM else None
+    most = 120 if name == PAYSIM else None
     rows = [
         *decision_rows(f"memory store, {name}", ours, figures, most),
-        *decision_rows(f"Redis store, {name}", shared, figures, None),
+        *decision_rows(f"Redis store, {name}", shared, figures, 400 if name == PAYSIM else None),
         Row(
             f"the model alone, features given, {name}",
             figures["alone"],
@@ -342,7 +345,8 @@ def decision_rows(
     rows = []
     for what, spent in kinds.items():
         found = spread(spent)
-        judged = {"aim": f"< {most:.0f} us", "met": found["p50"] < most} if most else {}
+        aim = most and (1.5 * most if what.endswith("reasons") else most)  # reasons: half an allow
+        judged = {"aim": f"< {aim:.0f} us", "met": found["p50"] < aim} if aim else {}
         label = f"{what}; {place}"
         rows.append(Row(label, found, "mlflow pyfunc, same model, features given", peer["pyfunc"], **judged))
         if spent is every:
@@ -435,6 +439,7 @@ class Endpoint:
     port: int
     process: psutil.Process
     sent: int = 0
+    run: str = "h"  # begins the ids of its payments
 
     def cpu(self) -> float:
         """Seconds that it has computed."""
@@ -442,42 +447,67 @@ class Endpoint:
         return times.user + times.system
 
 
+def service_environ(world: World, **more: str) -> dict[str, str]:
+    """Variables of the service, with the past in its memory unless they say otherwise."""
+    snapshot = world.root / f"http-{servers.free_port()}.npz"  # a copy: the service writes it when it ends
+    return clean(
+        **KEYS
+        | {
+            "PYTHONPATH": str(PROJECT),
+            "FRAUD_ROOT": str(world.root),
+            "FRAUD_SERVE_BUNDLE": str(world.bundle),
+            "FRAUD_CASES_URL": "",
+            "FRAUD_SERVE_FILL": "no",
+            "FRAUD_SET": json.dumps(DECLARED[world.name]),
+            "FRAUD_STORE_URL": f"memory://{shutil.copy(world.snapshot, snapshot)}",
+        }
+        | more
+    )
+
+
+@contextlib.contextmanager
+def endpoint(
+    name: str, command: Sequence[str], port: int, world: World, environ: dict[str, str], pin: bool = True
+) -> Iterator[Endpoint]:
+    """A server of one worker, kept to the first processor unless `pin` says no."""
+    whole = [sys.executable, *command]
+    started = servers.running(
+        pinned(0, *whole) if pin else whole,
+        servers.answers(port),
+        world.root / f"{name}.log",
+        seconds=60,
+        env=environ,
+    )
+    with started as process:
+        yield Endpoint(port, psutil.Process(process.pid))
+
+
+@contextlib.contextmanager
+def our_service(world: World, name: str = "ours", pin: bool = True, **more: str) -> Iterator[Endpoint]:
+    port = servers.free_port()
+    environ = service_environ(world, FRAUD_SERVE_PORT=str(port), **more)
+    with endpoint(name, ["-m", "fraud_pkg.serve.server"], port, world, environ, pin) as found:
+        yield found
+
+
 @contextlib.contextmanager
 def endpoints(world: World) -> Iterator[dict[str, Endpoint]]:
     """Our service and the peers, each a process with one worker."""
-    root, ports = world.root, {name: servers.free_port() for name in ("ours", "constant", "typed", "sklearn")}
-    environ = clean(
-        **KEYS,
-        PYTHONPATH=str(PROJECT),
-        FRAUD_ROOT=str(root),
-        FRAUD_SERVE_PORT=str(ports["ours"]),
-        FRAUD_SERVE_BUNDLE=str(world.bundle),
-        FRAUD_CASES_URL="",
-        FRAUD_SERVE_FILL="no",
-        FRAUD_SET=json.dumps(DECLARED[PAYSIM]),
-        FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, root / 'http.npz')}",
-    )  # a copy: the service writes it when it ends
-    commands = {
-        "ours": ["-m", "fraud_pkg.serve.server"],
-        **{
-            name: [str(HERE / "peers.py"), name, str(ports[name]), str(world.pipeline)]
-            for name in ("constant", "typed", "sklearn")
-        },
-    }
     with contextlib.ExitStack() as stack:
-        started = {
-            name: stack.enter_context(
-                servers.running(
-                    pinned(0, sys.executable, *command),
-                    servers.answers(ports[name]),
-                    root / f"{name}.log",
-                    seconds=60,
-                    env=environ,
-                )
-            )
-            for name, command in commands.items()
-        }
-        yield {name: Endpoint(ports[name], psutil.Process(process.pid)) for name, process in started.items()}
+        found = {"ours": stack.enter_context(our_service(world))}
+        for name in ("constant", "typed", "sklearn"):
+            port = servers.free_port()
+            command = [str(HERE / "peers.py"), name, str(port), str(world.pipeline)]
+            found[name] = stack.enter_context(endpoint(name, command, port, world, clean(PYTHONPATH=str(PROJECT))))
+        yield found
+
+
+def as_lines(world: World) -> str:
+    """The stream as `load.lua` reads it: the time, and the rest of a request without its id."""
+    return "".join(
+        f"{row['time']}\t{json.dumps({name: row[name] for name in row if name != 'time'})[1:]}\n"
+        for row in world.stream
+    )
 
 
 def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
@@ -485,9 +515,8 @@ def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dic
     unless all are answered with 200.
     """
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
-    command = pinned(
-        -1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", str(lines), str(endpoint.sent), KEY
-    )
+    arguments = [str(lines), str(endpoint.sent), KEY, endpoint.run]
+    command = pinned(-1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", *arguments)
     before = endpoint.cpu()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -526,13 +555,7 @@ def alerts(port: int) -> float:
 def over_http(world: World, plan: Plan) -> list[Row]:
     """The twin and its peers under the same load, in turns."""
     lines = world.root / "stream.txt"
-    lines.write_text(
-        "".join(
-            f"{row['time']}\t{json.dumps({name: row[name] for name in row if name != 'time'})[1:]}\n"
-            for row in world.stream
-        ),
-        encoding="utf-8",
-    )
+    lines.write_text(as_lines(world), encoding="utf-8")
     labels = {
         "constant": "FastAPI, a constant",
         "typed": "FastAPI, a constant, request and answer typed",
@@ -549,9 +572,10 @@ def over_http(world: World, plan: Plan) -> list[Row]:
             ]
             figures = {name: middle([one[name] for one in rounds]) for name in found}
             ours = figures.pop("ours")
-            reached = ours["per_second"] >= 0.6 * figures["constant"]["per_second"]
+            least = 0.45 if connections == 1 else 0.6
+            reached = ours["per_second"] >= least * figures["typed"]["per_second"]
             rows += [
-                Row(what, ours, labels[name], figure, *((">= 0.60", reached) if name == "constant" else ()))
+                Row(what, ours, labels[name], figure, *((f">= {least:.2f}", reached) if name == "typed" else ()))
                 for name, figure in figures.items()
             ]
         say(f"  {found['ours'].sent:,} decisions, {alerts(found['ours'].port):.0%} of them alerts")
@@ -660,8 +684,8 @@ def cold_rows(folders: dict[str, Path], environ: dict[str, str], world: World, p
             figures["ours"],
             "a handler that returns a constant",
             figures["constant"],
-            "< 600 ms",
-            figures["ours"]["p50_ms"] < 600,
+            "< 250 ms",
+            figures["ours"]["p50_ms"] < 250,
         ),
         Row("Lambda, cold start", figures["ours"], "scikit-learn pipeline in a handler", figures["pipeline"]),
     ]
@@ -685,8 +709,8 @@ def warm_rows(ours: Path, peer: Path, environ: dict[str, str], world: World, pla
             figures[kind],
             "scikit-learn pipeline in a handler",
             spread(theirs),
-            "< 300 us",
-            figures[kind]["p50"] < 300,
+            "< 250 us",
+            figures[kind]["p50"] < 250,
         )
         for kind, words in (("allow", "allow"), ("alert", "alert, with reasons"))
     ]

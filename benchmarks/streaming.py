@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 import serving
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 from measure import machine, say, write_json
-from serving import DECLARED, HEADERS, HERE, KEYS, PAYSIM, PROJECT, World, clean, live_through, prepare, servers
+from serving import DECLARED, HEADERS, HERE, PROJECT, World, clean, live_through, prepare, servers
 
 from fraud_pkg.store.open import open_store
 from fraud_pkg.store.tiles import retention_of
@@ -109,7 +108,7 @@ def loop(address: str, source: str, target: str, work: Callable) -> None:
 # Ours.
 
 
-def environ_of(world: World, address: str, name: str, **more: str) -> dict[str, str]:
+def environ_of(world: World, address: str, name: str, **more: str | int) -> dict[str, str]:
     settings = {
         "stream.bootstrap_servers": address,
         "stream.transactions": TOPIC,
@@ -125,7 +124,7 @@ def environ_of(world: World, address: str, name: str, **more: str) -> dict[str, 
     return clean(
         PYTHONPATH=str(PROJECT),
         FRAUD_ROOT=str(world.root),
-        FRAUD_SET=json.dumps({key: str(value) for key, value in settings.items()} | DECLARED[PAYSIM]),
+        FRAUD_SET=json.dumps({key: str(value) for key, value in settings.items()} | DECLARED[world.name]),
     )
 
 
@@ -141,7 +140,7 @@ def process_of(command: list[str], environ: dict[str, str], log: Path) -> Iterat
 
 
 @contextlib.contextmanager
-def ours(world: World, address: str, name: str, **more: str) -> Iterator[subprocess.Popen]:
+def ours(world: World, address: str, name: str, **more: str | int) -> Iterator[subprocess.Popen]:
     with process_of(
         [sys.executable, "-m", "fraud_pkg.stream.worker"],
         environ_of(world, address, name, **more),
@@ -168,37 +167,21 @@ def peer(world: World, address: str, name: str, *arguments: str) -> Iterator[sub
         yield process
 
 
-def topics(world: World, address: str, name: str) -> None:
+def topics(world: World, address: str, name: str, **more: str | int) -> None:
     """Makes the topics of a consumer."""
     settings = load_settings(
-        cli=json.loads(environ_of(world, address, name)["FRAUD_SET"]), file=world.root / "settings.ini", environ={}
+        cli=json.loads(environ_of(world, address, name, **more)["FRAUD_SET"]),
+        file=world.root / "settings.ini",
+        environ={},
     )
     make_topics(settings.stream, {})
 
 
 def throughput(world: World, address: str, redis: str, count: int, rounds: int) -> dict[str, list[float]]:
     """Transactions per second of each, in turns, on the same messages."""
-    environ = clean(
-        **KEYS,
-        PYTHONPATH=str(PROJECT),
-        FRAUD_ROOT=str(world.root),
-        FRAUD_SERVE_PORT=str(servers.free_port()),
-        FRAUD_SERVE_BUNDLE=str(world.bundle),
-        FRAUD_CASES_URL="",
-        FRAUD_SERVE_FILL="no",
-        FRAUD_SET=json.dumps(DECLARED[PAYSIM]),
-        FRAUD_STORE_URL=f"memory://{shutil.copy(world.snapshot, world.root / 'http.npz')}",
-    )
-    port = environ["FRAUD_SERVE_PORT"]
     contract = world.settings.contract
     found: dict[str, list[float]] = {"memory store": [], "Redis store": [], "copy": [], "http": []}
-    with servers.running(
-        [sys.executable, "-m", "fraud_pkg.serve.server"],
-        servers.answers(int(port)),
-        world.root / "api.log",
-        seconds=60,
-        env=environ,
-    ):
+    with serving.our_service(world, "api", pin=False) as api:
         for number in range(rounds):
             for what in found:
                 say(f"round {number + 1}: {what}")
@@ -212,7 +195,7 @@ def throughput(world: World, address: str, redis: str, count: int, rounds: int) 
                         live_through(store, world.past, contract)
                     running = ours(world, address, name, store__url=url)
                 else:
-                    running = peer(world, address, name, *([port] if what == "http" else []))
+                    running = peer(world, address, name, *([str(api.port)] if what == "http" else []))
                 with running as process:
                     found[what].append(
                         per_second(address, f"{TOPIC}-{name}", size, process, world.root / f"{name}.log")
@@ -281,8 +264,9 @@ def table(figures: dict[str, list[float]], late: dict[str, float], rate: int, so
         for name, label in labels.items()
     ]
     note = (
-        f"Model: {source}. Aim: at least 5,000 transactions/s with the memory store: "
-        f"{'met' if middle['memory store'] >= 5000 else 'missed'}. "
+        f"Model: {source}. Aim: at least 8,000 transactions/s with the memory store "
+        f"({'met' if middle['memory store'] >= 8000 else 'missed'}) and 5,000 with Redis "
+        f"({'met' if middle['Redis store'] >= 5000 else 'missed'}). "
         f"Produced to decided at {rate} transactions/s: median {late['p50_ms']:.1f} ms, "
         f"p99 {late['p99_ms']:.1f} ms, worst {late['worst_ms']:.0f} ms."
     )

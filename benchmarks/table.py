@@ -14,6 +14,9 @@ from pathlib import Path
 from measure import markdown
 
 HERE = Path(__file__).resolve().parent
+SCALE = HERE.parent / "docs/scale.md"
+SHOWN_THERE = ("What a payment costs", "What Redis keeps", "What so many payments a second need", "Growth")
+BEGIN, END = "<!-- written by benchmarks/table.py -->", "<!-- end -->"
 
 
 def read(file: Path) -> dict:
@@ -125,6 +128,14 @@ def headlines(results: dict) -> str:
     return "\n".join(["| | here | alternative |", "|---|---|---|", *lines])
 
 
+def with_tables(page: str, results: dict) -> str:
+    """The page, with the tables of `SHOWN_THERE` that were measured between its marks."""
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    shown = [markdown(table) for title in SHOWN_THERE for table in results["tables"] if table["title"] == title]
+    return "\n\n".join([head + BEGIN, *shown, END + tail])
+
+
 def main() -> None:
     keep = "--keep" in sys.argv
     files = [Path(name) for name in sys.argv[1:] if name != "--keep"]
@@ -136,6 +147,7 @@ def main() -> None:
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     head = f"{of['processor']}, {of['cores']} cores, {of['memory_gib']} GiB, Python {of['python']}."
     (HERE / "results.md").write_text("\n\n".join([head, *map(markdown, results["tables"])]) + "\n", encoding="utf-8")
+    SCALE.write_text(with_tables(SCALE.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(headlines(results))
 
 

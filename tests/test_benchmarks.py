@@ -3,6 +3,10 @@ be difficult; and their tables hold what was measured.
 """
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -147,6 +151,33 @@ def test_tables_come_together(tmp_path, monkeypatch):
     assert table.together(files[:1], before)["tables"][0]["rows"] == one["rows"]
     with pytest.raises(SystemExit, match="another machine"):
         table.together(files[:1], before | {"machine": {"cores": 999}})
+
+
+PROGRAMS = re.search(r"^BENCHMARKS = (.*)$", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[
+    1
+].split()
+
+
+@pytest.mark.long(reason="each benchmark once, on little data: minutes each")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_it_runs(name, tmp_path):
+    if not shutil.which("wrk"):
+        pytest.skip("wrk is missing (Debian package wrk)")
+    environ = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, str(PROJECT / f"benchmarks/{name}.py"), "--quick", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert found["machine"] and all(one["rows"] for one in found["tables"])
+
+
+def test_the_page_on_scale_has_the_latest_figures():
+    results = json.loads((PROJECT / "benchmarks/results.json").read_text(encoding="utf-8"))
+    page = table.SCALE.read_text(encoding="utf-8")
+    assert table.with_tables(page, results) == page, "run python benchmarks/table.py"
+    titles = {"tables": [{"title": "Growth", "note": "n", "columns": ["a"], "rows": [["1"]]}]}
+    assert "| 1 |" in table.with_tables(f"x {table.BEGIN} old {table.END} y", titles)
+    assert "old" not in table.with_tables(f"x {table.BEGIN} old {table.END} y", titles)
 
 
 def test_the_readme_has_the_latest_figures():
