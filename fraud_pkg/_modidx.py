@@ -215,6 +215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fraud_pkg/core/checks.py')},
             'fraud_pkg.core.closure': { 'fraud_pkg.core.closure._absolute_name': ( 'core/closure.html#_absolute_name',
                                                                                    'fraud_pkg/core/closure.py'),
+                                        'fraud_pkg.core.closure._import_statements': ( 'core/closure.html#_import_statements',
+                                                                                       'fraud_pkg/core/closure.py'),
                                         'fraud_pkg.core.closure.imports_of': ('core/closure.html#imports_of', 'fraud_pkg/core/closure.py'),
                                         'fraud_pkg.core.closure.module_closure': ( 'core/closure.html#module_closure',
                                                                                    'fraud_pkg/core/closure.py'),

@@ -8,6 +8,7 @@ __all__ = ['imports_of', 'module_closure', 'with_packages']
 # %% ../../nbs/core/18_closure.ipynb #99f11518
 import ast
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from .errors import FraudError
@@ -22,6 +23,10 @@ def _absolute_name(node: ast.ImportFrom, package: str, wing: str) -> str:
     return ".".join([*base, node.module] if node.module else base)
 
 # %% ../../nbs/core/18_closure.ipynb #258e1498
+@lru_cache(maxsize=1024)  # jobs share most of their modules, and parsing one takes some milliseconds
+def _import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)))
+
 def imports_of(
     source: str,
     folder: Path,    # of the package
@@ -29,10 +34,10 @@ def imports_of(
 ) -> set[str]:
     "Modules of the package that a piece of source imports, such as `core.settings`."
     imported = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in _import_statements(source):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             module = _absolute_name(node, folder.name, wing)
             is_package = folder.parent.joinpath(*module.split(".")).is_dir()
             imported |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
