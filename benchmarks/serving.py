@@ -441,6 +441,10 @@ class Endpoint:
     sent: int = 0
     run: str = "h"  # begins the ids of its payments
 
+    @property
+    def url(self) -> str:
+        return f"http://{servers.HOST}:{self.port}"
+
     def cpu(self) -> float:
         """Seconds that it has computed."""
         times = self.process.cpu_times()
@@ -511,20 +515,30 @@ def as_lines(world: World) -> str:
 
 
 def load(endpoint: Endpoint, lines: Path, connections: int, seconds: int) -> dict[str, float]:
-    """Requests per second, median and 99th percentile in microseconds, processor time of one; raises `FraudError`
-    unless all are answered with 200.
-    """
+    """As many requests as `connections` can make that wait for their answers."""
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
-    arguments = [str(lines), str(endpoint.sent), KEY, endpoint.run]
-    command = pinned(-1, "wrk", *options, f"http://{servers.HOST}:{endpoint.port}", "--", *arguments)
+    command = ["wrk", *options, endpoint.url, "--", str(lines), str(endpoint.sent), KEY, endpoint.run]
+    return figures_of(endpoint, command, connections)
+
+
+def steady(endpoint: Endpoint, lines: Path, rate: float, seconds: int) -> dict[str, float]:
+    """So many requests a second, whether or not those before were answered."""
+    arguments = [endpoint.url, str(lines), str(endpoint.sent), KEY, endpoint.run, f"{rate:.0f}", str(seconds), "32"]
+    return figures_of(endpoint, [sys.executable, str(HERE / "paced.py"), *arguments], 0)
+
+
+def figures_of(endpoint: Endpoint, command: list[str], in_flight: int) -> dict[str, float]:
+    """Requests per second, median and 99th percentile in microseconds, processor time of one, while a client on the
+    last processor runs; raises `FraudError` unless all are answered with 200.
+    """
     before = endpoint.cpu()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(pinned(-1, *command), capture_output=True, text=True)
     if done.returncode:
-        raise FraudError(f"wrk: {(done.stderr or done.stdout).strip()}")
+        raise FraudError(f"{command[0]}: {(done.stderr or done.stdout).strip()}")
     found = json.loads(done.stdout.splitlines()[-1])
     if found["failed"]:
-        raise FraudError(f"wrk: {found['failed']} of {found['requests']} requests to port {endpoint.port} failed")
-    endpoint.sent += found["requests"] + connections  # those in flight at the end were sent too
+        raise FraudError(f"{found['failed']} of {found['requests']} requests to port {endpoint.port} failed")
+    endpoint.sent += found["requests"] + in_flight  # those in flight at the end were sent too
     return {
         "per_second": found["requests"] / found["seconds"],
         "p50": found["p50"],
@@ -578,6 +592,11 @@ def over_http(world: World, plan: Plan) -> list[Row]:
                 Row(what, ours, labels[name], figure, *((f">= {least:.2f}", reached) if name == "typed" else ()))
                 for name, figure in figures.items()
             ]
+        half = ours["per_second"] / 2
+        say(f"HTTP, half of that: {half:,.0f}/s")
+        late = middle([steady(found["ours"], lines, half, 2 * plan.seconds) for _ in range(plan.rounds)])
+        what = "HTTP, at half the rate of 32 connections, from when it was due"
+        rows.append(Row(what, late, aim="p99 < 5 ms", met=late["p99"] < 5_000))
         say(f"  {found['ours'].sent:,} decisions, {alerts(found['ours'].port):.0%} of them alerts")
     return rows
 
