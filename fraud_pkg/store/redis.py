@@ -193,7 +193,7 @@ end
 
 # %% ../../nbs/store/02_redis.ipynb #2a971101
 _RECORD_LUA = """
-local function record(text, at, retention)  -- counts a payment whose keys begin there; returns where the next ones do
+local function record(text, at, retention)  -- counts a payment whose keys begin there; returns where the next ones do, and its time
   local row = cjson.decode(text)
   local time, cents, postings, place = row[2], row[3], row[4], row[5]
   local keys, next_at = keys_of(postings, at)
@@ -214,7 +214,7 @@ local function record(text, at, retention)  -- counts a payment whose keys begin
     end
   end
   transactions[KEYS[at]] = '0' .. text
-  return next_at
+  return next_at, time
 end
 """
 
@@ -299,9 +299,9 @@ end
 _RECORD_SCRIPT = SCRIPTS_LUA + """
 local text, seconds, retention = ARGV[1], ARGV[2], retention_from(3)
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-local newest = record(text, 1, retention)
+local newest, time = record(text, 1, retention)
 save(seconds)
-advance_newest(KEYS[newest], cjson.decode(text)[2], seconds)
+advance_newest(KEYS[newest], time, seconds)
 if KEYS[newest + 1] then
   count_in_hour(KEYS[newest + 1], ARGV[7], 1, ARGV[9])
   if ARGV[8] == '1' then count_in_hour(KEYS[newest + 1], 'reviews', 1, ARGV[9]) end
