@@ -25,14 +25,14 @@ end
 local k, a, newest = 2 + advances, 9 + 3 * advances, -1
 for i = 0, count - 1 do
   if redis.call('EXISTS', KEYS[k]) == 1 then return {advances, tostring(i)} end
-  local row = cjson.decode(ARGV[a + i])
+  local _, next_k, time
   if transactions[KEYS[k]] then
-    local _, next_k = keys_of(row[4], k)
-    k = next_k
+    _, next_k = keys_of(cjson.decode(ARGV[a + i])[4], k)
   else
-    k = record(ARGV[a + i], k, retention)
-    newest = math.max(newest, row[2])
+    next_k, time = record(ARGV[a + i], k, retention)
+    newest = math.max(newest, time)
   end
+  k = next_k
 end
 for i = 0, labels - 1 do
   local _, next_k = label(ARGV[a + count + i], k)
