@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-long coverage bench lab mlflow export pictures lock minikube image clean
+.PHONY: help setup run check test test-long coverage bench lab mlflow export pictures docs lock minikube image clean
 MAKEFLAGS += --no-print-directory
 
 # The Python to make .venv with; the first of these that exists.
@@ -50,10 +50,11 @@ bench: $(READY)  ## every benchmark beside its peers, about an hour; one table: 
 COMMA := ,
 
 lab: $(READY) .lab/explore  ## JupyterLab, with the exploration notebooks open (ARGS="--no-browser")
-	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/workspaces/explore $(ARGS)
+	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	  --LabApp.app_settings_dir="$(CURDIR)/nbs/explore/lab" --LabApp.default_url=/lab/workspaces/explore $(ARGS)
 
 # Imported once, and anew when the project's own has changed: until then tabs stay as one leaves them.
-.lab/explore: nbs/explore/lab.jupyterlab-workspace | $(READY)
+.lab/explore: nbs/explore/lab/explore.jupyterlab-workspace | $(READY)
 	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab workspaces import $< >/dev/null
 	@touch $@
 
@@ -71,7 +72,7 @@ $(READY): requirements.lock pyproject.toml
 	@echo "setting up .venv (about 3 GB; once)"
 	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
-	@.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --require-hashes -r requirements.lock
+	@.venv/bin/uv pip install $$([ -t 2 ] || echo --quiet) --compile-bytecode --python .venv/bin/python --require-hashes -r requirements.lock
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $(READY)
 
@@ -80,14 +81,18 @@ export: $(TOOLS)  ## generated files anew: fraud_pkg/ (with the console's files)
 	@for assets in nbs/*/assets; do wing=$$(basename $$(dirname $$assets)); rm -rf fraud_pkg/$$wing/assets; cp -R $$assets fraud_pkg/$$wing/assets; done
 	@nbdev-clean
 	@nbdev-clean --fname jobs
+	@python docs/record.py
 	@jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
 	@fraud jobs compile
 	@python -m fraud_pkg.monitor.dashboards
 	@python docs/reference.py
 	@cp settings.ini k8s/base/settings.ini
 
-pictures: $(READY)  ## the pictures of the docs, of the last run, in Chromium
+pictures: $(READY)  ## the pictures of the docs and the figures that they quote (docs/run.json), of the last run, in Chromium
 	@python docs/pictures.py
+
+docs: $(READY)  ## the site of the docs, in site/: open site/index.html, without a server or a network (npm brings Mermaid)
+	@python docs/site/build.py $(ARGS)
 
 # What a function imports; what onnxruntime needs for other things than inference, and cel for its command line, stays out.
 LAMBDA_LOCK = uv pip compile --quiet --only-binary :all: --generate-hashes --no-emit-index-url --no-header pyproject.toml --constraint .lambda.txt \

@@ -1,9 +1,11 @@
-"""The pictures of the docs: the report of the last run and the console on its payments, as Chromium shows them. `make
-pictures`; give another folder to take its run.
+"""The pictures of the docs: the report of the last run and the console on its payments, as Chromium shows them; and
+docs/run.json, what texts quote of that run (docs/record.py). `make pictures`; give another folder to take its run.
 """
 
+import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import urllib.request
@@ -14,7 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import measure  # noqa: E402
+import record  # noqa: E402
 import servers  # noqa: E402
 from browser import PHONE, chromium, visit  # noqa: E402
 
@@ -62,22 +66,44 @@ def send(url: str, folder: Path) -> None:
         urllib.request.urlopen(request, timeout=60).read()
 
 
-def console(browser, folder: Path) -> None:
-    """A service of its own, with the champion of the run."""
+def ask(url: str, payment: str) -> dict:
+    request = urllib.request.Request(f"{url}/predict", payment.encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+def answered(url: str) -> tuple[dict, list[dict]]:
+    """What the service says to the payment of docs/decide.md, when it knows nobody yet, and to those of the tour."""
+    text = (ROOT / "docs/decide.md").read_text(encoding="utf-8")
+    payment = re.search(r"/predict --data '(\{.*?\})'", text, re.DOTALL)
+    assert payment, "docs/decide.md: no payment in it"
+    names = ("transaction_id", "step", "type", "amount", "sender_balance", "receiver")
+    lines = re.findall(r"^pay (t-\S+) (\S+) (\S+) (\S+) (\S+) (\S+)$", (ROOT / "docs/tour.md").read_text("utf-8"), re.M)
+    tour = []
+    for line in lines:
+        numbers = {name: float(value) for name, value in zip(names, line, strict=True) if name in names[3:5]}
+        named = dict(zip(names, line, strict=True)) | numbers | {"step": int(line[1]), "sender": "C1001"}
+        tour.append(ask(url, json.dumps(named)))
+    return ask(url, payment[1]), tour
+
+
+def console(browser, folder: Path) -> tuple[dict, list[dict]]:
+    """A service of its own, with the champion of the run; what it answers to the examples of the docs."""
     port = servers.free_port()
-    url, environ, command = (
-        f"http://127.0.0.1:{port}",
-        os.environ | {"FRAUD_SERVE_PORT": str(port), "FRAUD_SERVE_FILL": "no"},  # they are sent
-        [sys.executable, "-m", "fraud_pkg.cli", "serve"],
-    )
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        servers.running(command, servers.answers(port), Path(scratch) / "log", cwd=folder, env=environ),
-    ):
+    url, command = f"http://127.0.0.1:{port}", [sys.executable, "-m", "fraud_pkg.cli", "serve"]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        environ = os.environ | {
+            "FRAUD_SERVE_PORT": str(port),
+            "FRAUD_SERVE_FILL": "no",  # payments are sent
+            "FRAUD_CASES_URL": f"sqlite:///{scratch}/cases.db",
+            "FRAUD_CASES_OUTBOX": f"{scratch}/cases",
+        }
+        log = Path(scratch) / "log"
+        stack.enter_context(servers.running(command, servers.answers(port), log, cwd=folder, env=environ))
+        examples = answered(url)
         send(url, folder)
         with visit(browser, url, WIDE) as seen:
             seen.page.locator("#filter .allow").click()
-            seen.page.locator("#rows .row").first.click()  # what is stopped
+            seen.page.locator("#rows .row").first.click(position={"x": 40, "y": 16})  # stopped; not on a link
             seen.page.locator(".reasons").first.wait_for()
             seen.page.locator("#filter .allow").click()
             seen.page.wait_for_timeout(500)  # the accounts, asked of the store
@@ -85,6 +111,7 @@ def console(browser, folder: Path) -> None:
         with visit(browser, url, PHONE, dark=True) as seen:
             seen.page.locator("#rows .row").first.wait_for()
             save("console-phone", seen.page.screenshot())
+    return examples
 
 
 def main(folder: Path) -> None:
@@ -93,7 +120,9 @@ def main(folder: Path) -> None:
     TARGET.mkdir(exist_ok=True)
     with chromium() as browser:
         report(browser, folder)
-        console(browser, folder)
+        examples = console(browser, folder)
+    run = record.record(folder, measure.machine(), *examples)
+    record.RECORD.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in sorted(TARGET.glob("*.webp")):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 

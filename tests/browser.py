@@ -1,9 +1,12 @@
 """A real browser on a page: what it complains of, whom it talks to, what axe finds, how it looks."""
 
 import contextlib
+import functools
 import os
+import threading
 import time
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -101,3 +104,18 @@ def visit(browser: Browser, address: str, size: tuple[int, int] = DESKTOP, dark:
         made.page.goto(address)
         yield made
         assert not made.faults, "\n".join(made.faults)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def over_http(folder: Path) -> Iterator[str]:
+    """Pages over HTTP: axe reads style sheets by request, which a page from disk may not make."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

@@ -4,6 +4,7 @@ what is there.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 from conftest import PROJECT
 
 BIN = Path(sys.executable).parent
-LEFT_OUT = {".venv", ".git", ".dvc_store", "data", "models", "mlartifacts", "reports", ".hypothesis", "tmp", ".nbval"}
+LEFT_OUT = {
+    *(".venv", ".git", ".dvc_store", "data", "models", "mlartifacts", "reports", ".hypothesis", "tmp", ".nbval"),
+    *("site", ".docs"),
+}
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
@@ -39,6 +43,9 @@ def test_making_them_again_changes_nothing(tmp_path):
             "k8s/monitoring/*.yaml",
             "k8s/monitoring/dashboards/*",
             ".github/workflows/*.yml",
+            "docs/*.md",
+            "docs/decisions/contenders.md",
+            "docs/pictures/*.svg",
             "docs/reference/*.md",
         )
         for file in PROJECT.glob(pattern)
@@ -78,10 +85,45 @@ def test_no_notebook_keeps_a_control():
     assert controls and not kept, kept
 
 
-def test_the_workspace_opens_every_exploration_notebook():
-    workspace = json.loads((PROJECT / "nbs/explore/lab.jupyterlab-workspace").read_text(encoding="utf-8"))
-    opened = {value["data"]["path"] for key, value in workspace["data"].items() if key.startswith("notebook:")}
-    assert opened == {str(file.relative_to(PROJECT)) for file in (PROJECT / "nbs/explore").glob("*.ipynb")}
-    assert workspace["data"]["layout-restorer:data"]["main"]["dock"]["widgets"] == [
-        key for key in workspace["data"] if key.startswith("notebook:")
+def test_exploration_begins_with_a_list_of_its_notebooks():
+    folder = PROJECT / "nbs/explore"
+    listed = re.findall(r"\]\((\w+\.ipynb)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(file.name for file in folder.glob("*.ipynb"))
+    workspace = json.loads((folder / "lab/explore.jupyterlab-workspace").read_text(encoding="utf-8"))
+    widgets = workspace["data"]["layout-restorer:data"]["main"]["dock"]["widgets"]
+    assert [name.partition(":")[0] for name in widgets] == ["markdownviewer-widget", "notebook"]  # one kernel
+    assert all((PROJECT / workspace["data"][name]["data"]["path"]).is_file() for name in widgets)
+
+
+def test_code_of_exploration_fits_a_laptop():
+    """100 columns beside JupyterLab's files, on a screen of 1280 pixels."""
+    wide = [
+        f"{file.name}, cell {cell['id']}: {line.rstrip()}"
+        for file in sorted((PROJECT / "nbs/explore").glob("*.ipynb"))
+        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
+        for line in cell["source"]
+        if cell["cell_type"] == "code" and len(line.rstrip()) > 100
     ]
+    assert not wide, "\n".join(wide)
+
+
+def test_texts_quote_the_recorded_run():
+    """docs/run.json is what `make pictures` left of the run that it pictured."""
+    sys.path.insert(0, str(PROJECT / "docs"))
+    try:
+        import record
+    finally:
+        sys.path.pop(0)
+    run = json.loads(record.RECORD.read_text(encoding="utf-8"))
+    assert record.stale(run) == [], "make export"
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert record.table(run) in readme and len(readme.encode()) <= 9_000
+    other = run | {"features": 7, "seconds": 700.0}
+    assert [fault.split(":")[0] for fault in record.stale(other)] == [
+        "nbs/index.ipynb",
+        "nbs/index.ipynb",
+        "docs/tour.md",
+    ]
+    assert record.corrected("often about ten minutes", r"about (\w+) minutes", "five") == "often about five minutes"
+    for name, svg in record.badges().items():
+        assert (record.PICTURES / name).read_text(encoding="utf-8") == svg, f"{name}: make export"

@@ -1,18 +1,14 @@
 """The report's pages in a real browser: from disk and over HTTP, by day, by night and on a phone."""
 
-import contextlib
-import functools
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import DESKTOP, PHONE, browser, visit  # noqa: F401
+from browser import DESKTOP, PHONE, browser, over_http, visit  # noqa: F401
 
 from fraud_pkg.core.cost import Payments, expected_cost, money_saved, solve_prices, with_budget
 from fraud_pkg.core.policy import DECISIONS, Policy, decide
@@ -30,21 +26,6 @@ from fraud_pkg.train.samples import load_period
 
 LOOKS = {"light": (DESKTOP, False), "dark": (DESKTOP, True), "phone": (PHONE, False)}
 RICHEST = ("index", "champion", "what_if", "rules")  # a phone shows axe nothing new on the others
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def over_http(folder: Path) -> Iterator[str]:
-    """Pages over HTTP: axe reads style sheets by request, which a page from disk may not make."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +53,24 @@ def check_page(browser, url: str, page: str, look: str) -> None:  # noqa: F811
 def test_pages_are_accessible_and_fit(browser, served, look):  # noqa: F811
     for page in PAGES:
         check_page(browser, served, page, look)
+
+
+def test_pages_of_jobs_and_of_evidently_belong_to_the_report(browser, finished):  # noqa: F811
+    """A link back, the colours that are asked for, and no place of this machine."""
+    reports = finished.root / "reports"
+    pages = [*sorted((reports / "jobs").glob("*.html")), *sorted((reports / "monitor").glob("*.html"))]
+    assert {"train_xgboost.html", "drift.html", "performance.html"} <= {page.name for page in pages}
+    for page in [*pages, *reports.glob("*.html")]:
+        text = page.read_text(encoding="utf-8")
+        assert str(finished.root) not in text and str(Path.home()) + "/" not in text, page.name
+        back = re.findall(r'href="(\.\./\w+\.html)', text)
+        assert page.parent == reports or (back and all((page.parent / link).is_file() for link in back)), page.name
+    for dark in (False, True):
+        for page in (reports / "jobs/train_xgboost.html", reports / "monitor/drift.html"):
+            with visit(browser, page.as_uri(), dark=dark) as seen:
+                red = seen.page.evaluate("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0]
+                assert (int(red) < 80) == dark, page.name
+                assert seen.page.evaluate("document.documentElement.scrollWidth") <= DESKTOP[0], page.name
 
 
 RULES = """

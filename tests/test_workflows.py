@@ -712,25 +712,6 @@ def test_release_notes(tmp_path):
         notes("v1.2.0", tmp_path)
 
 
-def test_links_of_pages():
-    linked = script("site").linked
-    assert linked('<a href="nbs/features/01_kernel.ipynb">') == '<a href="nbs/features/01_kernel.html">'
-    assert linked('<a href="docs/decisions/README.md">') == '<a href="docs/decisions/index.html">'
-    assert linked('<a href="https://example.org/x.md">') == '<a href="https://example.org/x.md">'
-
-
-def test_pages_lead_somewhere(tmp_path):
-    """Every link of a text leads to a page, or to a notebook that becomes one."""
-    script("site").texts(tmp_path)
-    pages = list(tmp_path.rglob("*.html"))
-    assert {"index.html", "CONTRIBUTING.html", "threat-model.html"} <= {page.name for page in pages}
-    for page in pages:
-        for link in re.findall(r'href="(?!https?:)([^"#]+)', page.read_text()):
-            target = (page.parent / link).resolve()
-            notebook = PROJECT / target.relative_to(tmp_path.resolve()).with_suffix(".ipynb")
-            assert target.exists() or notebook.exists(), f"{page.relative_to(tmp_path)}: {link}"
-
-
 FREE = re.compile(
     r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|CC0|Unlicense|MPL|Mozilla|Zope|CNRI-Python|TCL|AFL",
     re.IGNORECASE,

@@ -17,13 +17,15 @@ NEEDED=(
     "crun crun the test of the image"
     "debootstrap debootstrap the test of the image"
 )
-# Beside it, what only the long tests need: the node of a Kubernetes. It also takes a Go of 1.21 or newer and kubectl.
+# Beside it, what only the long tests need: the node of a Kubernetes, which also takes a Go of 1.21 or newer and kubectl,
+# and npm.
 NEEDED_LONG=(
     "containerd containerd the test on Kubernetes"
     "runc runc the test on Kubernetes"
     "/usr/lib/cni/bridge containernetworking-plugins the test on Kubernetes"
     "iptables iptables the test on Kubernetes"
     "ipset ipset the test on Kubernetes"
+    "npm npm the site of the docs"
 )
 [ "${CI:-}" != true ] || NEEDED+=("go golang-go the check of workflows")
 

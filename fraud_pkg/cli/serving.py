@@ -44,9 +44,10 @@ def serve(overrides: Overrides = None) -> None:
 
     from fraud_pkg.model.locations import bundle_mark
     from fraud_pkg.serve.fill import fill_at_start
-    from fraud_pkg.serve.server import run_server
+    from fraud_pkg.serve.server import require_free_port, run_server
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = settings_with(overrides)
+    require_free_port(config)
     if bundle_mark(config.bundle_place) is None:
         print(f"no champion in {config.bundle_place} yet: not ready until there is one (fraud run makes it)",
               file=sys.stderr)

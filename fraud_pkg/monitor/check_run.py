@@ -26,7 +26,7 @@ from ..core.settings import Settings
 from ..data.lake import NoDecisions, newest_step, read_decisions, read_labels
 from ..model.bundle import Bundle, learned_until, load_bundle
 from .drift import (
-    MonitorRecord, drift_report, drift_table, feature_frame, performance_report, plot_drift)
+    MonitorRecord, drift_report, drift_table, feature_frame, performance_report, plot_drift, save_performance)
 from fraud_pkg.monitor.live import (
     CheckSummary, DecisionWindow, JudgedWindow, LiveVerdict, Reference, decide_verdict, judge_window, load_window,
     plot_windows, sum_up)
@@ -317,7 +317,7 @@ def _write_performance(folder: Path, check_run: CheckRun, settings: Settings, re
                          end_step=labelled[-1].end_step)
     assert window.fraud is not None
     report = performance_report(window.fraud, window.stopped)
-    report.save_html(str(folder / "performance.html"))
+    save_performance(report, folder / "performance.html", "../../drift.html#live")
 
 # %% ../../nbs/monitor/03_check_run.ipynb #f7f31881
 def _moved_features(table: "pd.DataFrame") -> list[dict[str, Any]]:
@@ -338,13 +338,13 @@ def write_check_run(check_run: CheckRun, settings: Settings) -> Path:
     current = _newest_rows(lake, check_run.windows, reference, settings.monitor.current_rows)
     seen = reference.seen[[*reference.names]].to_numpy(np.float32)
     before = feature_frame(seen, reference.names, reference.seen["score"].to_numpy(), bundle.manifest.vocabulary)
-    drift = drift_report(before, current, threshold)
+    drift = drift_report(before, current, threshold, drifted_share=settings.monitor.drifted_share)
     table = drift_table(drift, before, current, threshold)
     content = {**check_run.to_dict(), "drift": _moved_features(table)}
     first, last = check_run.period
     target = settings.reports_dir / "watch" / f"{first:06d}-{last:06d}"
     with staging_dir(target) as folder:
-        drift.save_html(folder / "drift.html")
+        drift.save_html(folder / "drift.html", "../../drift.html#live")
         _write_performance(folder, check_run, settings, reference)
         (folder / "verdict.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         figures = {"windows": plot_windows(check_run.windows, f"champion {check_run.champion}"),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_SHARE', 'PSI', 'DRIFTED_SHARE', 'PAGE_COLUMNS', 'UNKNOWN_WORD', 'RARE_WORD', 'psi', 'category_psi',
-           'missing_psi', 'DriftReport', 'drift_report', 'drift_table', 'plot_drift', 'performance_report',
-           'performance_numbers', 'MonitorRecord', 'FeatureDrift', 'DriftRecord', 'DriftReason', 'DriftJudgement',
-           'DriftVerdict', 'drift_record', 'judge_drift', 'words_of', 'feature_frame', 'reference_frame',
-           'current_period', 'monitor_batch']
+           'missing_psi', 'link_back', 'DriftReport', 'drift_report', 'drift_table', 'plot_drift', 'performance_report',
+           'save_performance', 'performance_numbers', 'MonitorRecord', 'FeatureDrift', 'DriftRecord', 'DriftReason',
+           'DriftJudgement', 'DriftVerdict', 'drift_record', 'judge_drift', 'words_of', 'feature_frame',
+           'reference_frame', 'current_period', 'monitor_batch']
 
 # %% ../../nbs/monitor/00_drift.ipynb #e9e6ada5
 import functools
@@ -139,12 +139,13 @@ def _column_drift(
         options=DataDriftOptions(all_features_stattest=PSI, all_features_threshold=threshold))
 
 # %% ../../nbs/monitor/00_drift.ipynb #909f4853
-DRIFTED_SHARE = 0.5  # of the columns: from here on Evidently's page speaks of dataset drift
+DRIFTED_SHARE = 0.5  # of the columns, by Evidently's own preset: from here on its page speaks of dataset drift
 
 def _drift_html(
     columns: Mapping[str, "ColumnDataDriftMetrics"],  # those with a row in the table
     scores: Mapping[str, float],  # the index of each column that is counted
     threshold: float,
+    drifted_share: float = DRIFTED_SHARE,
 ) -> str:
     "The page of Evidently's `DataDriftPreset`: the count of drifted columns, and a table."
     from evidently.core.metric_types import render_widgets
@@ -161,13 +162,30 @@ def _drift_html(
     drifted = sum(score > threshold for score in scores.values())
     share = drifted / len(scores)
     counts: dict[str, Any] = {"number_of_columns": len(scores), "number_of_drifted_columns": drifted,
-                              "share_of_drifted_columns": share, "dataset_drift": share >= DRIFTED_SHARE}
-    summary = DatasetDriftMetricResults(drift_share=DRIFTED_SHARE, **counts)
+                              "share_of_drifted_columns": share, "dataset_drift": share >= drifted_share}
+    summary = DatasetDriftMetricResults(drift_share=drifted_share, **counts)
     names = _dataset_columns(list(columns), [name for name, c in columns.items() if c.column_type == "cat"])
     table = DataDriftTableResults(drift_by_columns=dict(columns), dataset_columns=names, **counts)
     widgets = DataDriftMetricsRenderer().render_html(computed(DatasetDriftMetric(), summary))
     widgets += DataDriftTableRenderer().render_html(computed(DataDriftTable(), table))
     return render_widgets([group_widget(title="", widgets=widgets)], as_iframe=False)
+
+# %% ../../nbs/monitor/00_drift.ipynb #backcode
+_BACK = ('<p style="font: 16px system-ui, sans-serif; margin: .6rem 1rem">'
+         '<a style="color: light-dark(#0b57d0, #86b1ff)" href="{}">Back to the report</a></p>')
+
+def link_back(
+    page: str,  # of Evidently
+    back: str,  # a relative address; empty for the page as it is
+) -> str:
+    "The page with a link on top; raises `ValueError` for one without a body."
+    if not back:
+        return page
+    head, body, rest = page.partition("<body>")
+    if not body:
+        raise ValueError("a page without <body>: the link back has no place")
+    head = head.replace("<head>", '<head><meta name="color-scheme" content="light dark">', 1)
+    return head + body + _BACK.format(back) + rest
 
 # %% ../../nbs/monitor/00_drift.ipynb #5e9dabde
 PAGE_COLUMNS = 25  # those that moved most have their histograms on the page
@@ -178,15 +196,20 @@ class DriftReport:
     scores: Mapping[str, float]
     html: str
 
-    def save_html(self, path: Path | str) -> None:
+    def save_html(
+        self,
+        path: Path | str,
+        back: str = "",  # where a link on top leads; none without
+    ) -> None:
         "Writes the page."
-        Path(path).write_text(self.html, encoding="utf-8")
+        Path(path).write_text(link_back(self.html, back), encoding="utf-8")
 
 def drift_report(
     reference: "pd.DataFrame",  # numbers, NaN where missing, or words, None where missing
     current: "pd.DataFrame",  # the same columns
     threshold: float,  # of the population stability index
     shown: int = PAGE_COLUMNS,
+    drifted_share: float = DRIFTED_SHARE,  # of the columns: from here on the page speaks of dataset drift
 ) -> DriftReport:
     "The drift of all columns that have values in both; raises `FraudError` when there is none."
     names = [name for name in reference.columns if reference[name].notna().any() and current[name].notna().any()]
@@ -195,7 +218,7 @@ def drift_report(
     scores = {name: _column_psi(reference[name], current[name]) for name in names}
     moved_most = sorted(names, key=scores.__getitem__, reverse=True)[:shown]
     columns = {name: _column_drift(name, reference, current, threshold) for name in names if name in moved_most}
-    return DriftReport(scores, _drift_html(columns, scores, threshold))
+    return DriftReport(scores, _drift_html(columns, scores, threshold, drifted_share))
 
 # %% ../../nbs/monitor/00_drift.ipynb #7a90028c
 def drift_table(
@@ -254,6 +277,14 @@ def performance_report(
     task = BinaryClassification(target="is_fraud", prediction_labels="stopped")  # 1 is fraud
     current = Dataset.from_pandas(rows, data_definition=DataDefinition(classification=[task]))
     return Report([ClassificationPreset()]).run(current, None)
+
+def save_performance(
+    report: "Snapshot",  # of `performance_report`
+    path: Path,
+    back: str,  # where a link on top leads
+) -> None:
+    "Writes Evidently's page."
+    path.write_text(link_back(report.get_html_str(as_iframe=False), back), encoding="utf-8")
 
 def performance_numbers(
     report: "Snapshot",  # of `performance_report`
@@ -410,8 +441,8 @@ def _write_batch(batch: _Batch, verdict: DriftVerdict, folder: Path) -> None:
 
     contents = {"drift": batch.record.to_dict(), "performance": batch.numbers, "verdict": verdict.to_dict()}
     with staging_dir(folder) as folder:
-        batch.drift.save_html(folder / "drift.html")
-        batch.performance.save_html(str(folder / "performance.html"))
+        batch.drift.save_html(folder / "drift.html", "../drift.html")
+        save_performance(batch.performance, folder / "performance.html", "../drift.html")
         for name, content in contents.items():
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         figure = plot_drift(batch.table, batch.record.threshold)
@@ -436,7 +467,7 @@ def monitor_batch(settings: Settings) -> DriftVerdict:
     reference = reference_frame(bundle)
     current = feature_frame(drawn.x, names, bundle.probability(drawn.x), bundle.manifest.vocabulary)
     threshold = settings.monitor.psi_threshold
-    drift = drift_report(reference, current, threshold)
+    drift = drift_report(reference, current, threshold, drifted_share=settings.monitor.drifted_share)
     table = drift_table(drift, reference, current, threshold)
     record = drift_record(table, threshold)
     performance, numbers = _performance(bundle, test, bundle.probability(test.x))

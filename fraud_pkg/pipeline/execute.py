@@ -132,6 +132,8 @@ def render_html(notebook: Path) -> Path:
     exporter = HTMLExporter(template_name="basic", preprocessors=[CoalesceStreamsPreprocessor(enabled=True)])
     body, _ = exporter.from_notebook_node(nb)
     style = from_template("job_page.css") + HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(":root.dark .highlight")
+    style += dark
     page = notebook.with_suffix(".html")
     text = from_template("job_page.html", page_title=notebook.stem, page_style=style, page_body=body)
     page.write_text(text, encoding="utf-8")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Record', 'AnyModel', 'SHARE', 'MEASURES', 'REFERENCES', 'POINTS', 'POINT_COLOURS', 'read_json', 'to_model',
-           'read_model', 'picture', 'read_history', 'read_jobs', 'read_benchmarks', 'share_axis', 'is_champion',
-           'contender_colours', 'curves_plot', 'BarList', 'contender_bars', 'metric_bar', 'references', 'card_curve',
-           'money_plot', 'is_miscalibrated', 'loss_rows', 'reliability_plot', 'recall_of_all', 'is_weak', 'recall_bars',
-           'money_bars', 'influence_bars', 'LiveWindow', 'live_windows', 'WindowDot', 'Timeline', 'windows_plot',
-           'judged_recall', 'judged_features', 'LiveChecks', 'read_live_checks', 'drift_bars', 'runs_plot', 'job_bars']
+           'read_model', 'picture', 'read_history', 'read_jobs', 'share_axis', 'is_champion', 'contender_colours',
+           'curves_plot', 'BarList', 'contender_bars', 'metric_bar', 'references', 'card_curve', 'money_plot',
+           'is_miscalibrated', 'loss_rows', 'reliability_plot', 'recall_of_all', 'is_weak', 'recall_bars', 'money_bars',
+           'influence_bars', 'LiveWindow', 'live_windows', 'WindowDot', 'Timeline', 'windows_plot', 'judged_recall',
+           'judged_features', 'LiveChecks', 'read_live_checks', 'drift_bars', 'runs_plot', 'job_bars']
 
 # %% ../../nbs/report/01_figures.ipynb #49b78fa2
 import base64
@@ -87,23 +87,6 @@ def read_jobs(reports: Path) -> list[dict]:
         page = Path("jobs") / f"{record['job']}.html"
         record["page"] = str(page) if (reports / page).is_file() else None
     return sorted(records, key=lambda record: record["started"])
-
-# %% ../../nbs/report/01_figures.ipynb #b458e3d4
-def _is_table(table: Record) -> bool:
-    "Whether it has all that is drawn, and each row is as long as its columns."
-    return {"title", "columns", "rows"} <= set(table) and all(len(r) == len(table["columns"]) for r in table["rows"])
-
-def read_benchmarks(root: Path) -> dict[str, Any] | None:  # machine, tables
-    "What `make bench` has left, None without it; raises `FraudError` for what is no list of tables."
-    path = root / "benchmarks/results.json"
-    content = read_json(path)
-    if content is None:
-        return None
-    tables = content.get("tables") if isinstance(content, dict) else None
-    if not isinstance(tables, list) or not all(_is_table(table) for table in tables):
-        shape = '{"machine": {...}, "tables": [{"title", "note", "columns", "rows"}]}'
-        raise FraudError(f"{path}: expected {shape}, each row as long as its columns; make bench writes it again")
-    return {"machine": content.get("machine", {}), "tables": tables}
 
 # %% ../../nbs/report/01_figures.ipynb #a053b926
 SHARE = ".0%"

@@ -256,6 +256,8 @@ def _write_lines(file: Path, lines: Sequence[str]) -> None:
     "Whole or not at all, for its owner alone; raises `FraudError` when that would leave keys that cannot be read."
     text = "".join(f"{line}\n" for line in lines)
     parse_keys(text, str(file))
+    if not file.parent.is_dir():
+        raise FraudError(f"{file}: expected a file in a folder that is there; mkdir -p {file.parent}")
     with staging_file(file, private=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -193,7 +193,7 @@ end
 
 # %% ../../nbs/store/02_redis.ipynb #2a971101
 _RECORD_LUA = """
-local function record(text, at, retention)  -- counts a payment whose keys begin there; returns where the next ones do, and its time
+local function record(text, at, retention)  -- counts a payment whose keys begin there; where the next do, and its time
   local row = cjson.decode(text)
   local time, cents, postings, place = row[2], row[3], row[4], row[5]
   local keys, next_at = keys_of(postings, at)
