@@ -15,14 +15,24 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from fraud_pkg.cli import app
-from fraud_pkg.core.audit import AuditError, Entry, Head, entry_hash, read_head, write_head
+from fraud_pkg.core.audit import (
+    AuditError,
+    Entry,
+    Head,
+    commitment,
+    entry_hash,
+    read_head,
+    request_proof,
+    write_head,
+)
 from fraud_pkg.core.settings import Settings
 from fraud_pkg.core.signatures import load_signer, new_key
 from fraud_pkg.model.example import example_bundle
+from fraud_pkg.pipeline.forget import forget_account
 from fraud_pkg.serve.wire import EXAMPLE
-from fraud_pkg.store.audit_check import Chain, Range, entries_between, verify_log
+from fraud_pkg.store.audit_check import Chain, Range, entries_between, export_log, verify_log
 from fraud_pkg.store.audit_heads import open_heads
-from fraud_pkg.store.audit_log import ENTRIES, open_log
+from fraud_pkg.store.audit_log import ACCOUNTS, ENTRIES, open_accounts, open_log
 
 SHOP = {"X-API-Key": "shop-0123456789abcdef"}
 EVE = {"X-API-Key": "eve-0123456789abcdef"}
@@ -39,7 +49,8 @@ def log(database_url, tmp_path) -> Settings:
 
 
 def served(log: Settings) -> contextlib.AbstractContextManager:
-    audit = {f"audit__{name}": getattr(log.audit, name) for name in ("url", "anchors", "anchor_seconds")}
+    names = ("url", "accounts_url", "anchors", "anchor_seconds")
+    audit = {f"audit__{name}": getattr(log.audit, name) for name in names}
     key = {"FRAUD_HEAD_KEY_FILE": str(log.root / "audit.pem")}
     return servers.service(log.root, variables=KEYS | key, **audit)
 
@@ -49,6 +60,25 @@ def entries(log: Settings) -> list[Entry]:
     found = list(itertools.chain.from_iterable(entries_between(engine, Range())))
     engine.dispose()
     return found
+
+
+def secrets_of(log: Settings) -> dict[tuple[str, int], bytes]:
+    """Keys of accounts, by account and day."""
+    engine = open_log(log.audit.url, log.root)
+    accounts = open_accounts(log.audit.accounts_url, log.root, engine)
+    with accounts.connect() as connection:
+        found = {(row.account, row.day): bytes(row.secret) for row in connection.execute(sa.select(ACCOUNTS))}
+    engine.dispose()
+    accounts.dispose()
+    return found
+
+
+def proofs(request: bytes, keys: dict[tuple[str, int], bytes]) -> set[str]:
+    """What entries may say of a request: one for each day."""
+    payment, digest = json.loads(request), hashlib.sha256(request).digest()
+    names = (payment["sender"], payment["receiver"])
+    days = {day for _, day in keys}
+    return {request_proof(digest, [keys[name, day] for name in names]) for day in days if (names[0], day) in keys}
 
 
 def broken(log: Settings) -> list[str]:
@@ -99,9 +129,10 @@ def test_every_answer_is_in_the_log_though_the_service_is_killed(log):
         labels |= clients.labels
     written = entries(log)
     decisions = [json.loads(entry.content) for entry in written if entry.kind == "decision"]
-    found = {(content["request"], json.dumps(content["answer"], sort_keys=True)) for content in decisions}
+    found = {json.dumps(content["answer"], sort_keys=True): content["request"] for content in decisions}
+    keys = secrets_of(log)
     for request, answer in known.values():
-        assert (hashlib.sha256(request).hexdigest(), json.dumps(answer, sort_keys=True)) in found
+        assert found[json.dumps(answer, sort_keys=True)] in proofs(request, keys)
     assert labels <= {entry.subject for entry in written if entry.kind == "label"}
     assert {entry.who for entry in written if entry.kind == "decision"} == {"shop"}
     chains = verify_log(log)
@@ -138,8 +169,8 @@ def test_what_is_done_by_sql_is_found(log):
     assert chain.broken is None and chain.stopped and chain.anchored == chain.entries
     assert verify(log)[0] == 0
     where = f"WHERE writer = '{chain.writer}' AND sequence = 7"
-    statement(log, f"UPDATE audit_entries SET account = NULL, salt = NULL {where}")  # an account that was removed
-    assert verify_log(log)[0].erased == 1
+    statement(log, "DELETE FROM audit_accounts")  # keys of accounts that were forgotten
+    assert verify_log(log)[0].forgotten == 20
     statement(log, f"UPDATE audit_entries SET content = replace(content, 'allow', 'block') {where}")
     code, said = verify(log)
     assert code == 1 and f"broken: writer {chain.writer}, sequence 7: was changed" in said
@@ -152,6 +183,55 @@ def test_what_is_done_by_sql_is_found(log):
     statement(log, "DELETE FROM audit_entries")
     statement(log, "DELETE FROM audit_writers")
     assert "sequence 1: missing, up to" in broken(log)[0]
+
+
+def test_a_key_that_is_destroyed_leaves_nothing_to_try_names_with(log):
+    """Whoever has the log, a copy of it of before, all keys that are left, and knows all of a request but a name."""
+    apart = {"accounts_url": f"sqlite:///{log.root}/accounts.db"}
+    log = log.model_copy(update={"audit": log.audit.model_copy(update=apart)})
+    names = [f"C{number}" for number in range(100, 130)]
+    paid = [
+        EXAMPLE | {"transaction_id": f"t{number}", "sender": one, "receiver": other}
+        for number, (one, other) in enumerate([("C107", "C108"), ("C109", "C107"), ("C110", "C111")])
+    ]
+    with served(log) as (url, _), httpx.Client(base_url=url, headers=SHOP) as http:
+        alone = [http.post("/predict", json=payment) for payment in paid]
+        again = [payment | {"transaction_id": f"b{payment['transaction_id']}"} for payment in paid]
+        many = http.post("/predict/batch", json={"transactions": again})
+        assert {answer.status_code for answer in (*alone, many)} == {200}
+        requests = [answer.request.content for answer in (*alone, many)]
+        before, file = entries(log), log.root / "export.jsonl"
+        told = [json.loads(entry.content)["request"] for entry in before if entry.kind == "decision"]
+        assert told[0] in proofs(requests[0], secrets_of(log)) and len(set(told)) == 4
+
+        def exported() -> list[tuple[str | None, bool]]:
+            export_log(log, file, Range(kind="decision"))
+            return [(row["account"], row["forgotten"]) for row in map(json.loads, file.read_text().splitlines())]
+
+        assert exported() == [("C107", False), ("C109", False), ("C110", False)] * 2
+        (place,) = (place for place in forget_account(log, "C107", {}) if place.name == "audit log")
+        assert (place.found, place.erased, place.failed) == (1, 1, False)
+        assert exported() == [(None, True), ("C109", False), ("C110", False)] * 2
+        assert http.post("/predict", json=paid[0] | {"transaction_id": "t9"}).status_code == 200
+        assert exported()[-1] == ("C107", False)  # who pays after that is known by a new key
+        assert forget_account(log, "C107", {})
+    (chain,) = verify_log(log)
+    assert (chain.broken, chain.forgotten) == (None, 3)
+    assert entries(log)[: len(before)] == before  # the log itself was not touched
+    left = secrets_of(log)
+    guesses = {commitment(name, secret) for name in names for secret in (*left.values(), b"")}
+    assert not {entry.commitment for entry in before if entry.subject in ("t0", "bt0")} & guesses
+    assert {entry.commitment for entry in before if entry.subject == "t1"} <= guesses  # so the guess is a real one
+    for request in (requests[0], requests[1], requests[3]):
+        bodies = {request.replace(b"C107", name.encode()) for name in names}
+        digests = [hashlib.sha256(body).digest() for body in bodies]
+        pairs = [*itertools.combinations(left.values(), 2), *((secret,) for secret in left.values()), ()]
+        pairs += [tuple(left.values())]
+        assert not {request_proof(digest, pair) for digest in digests for pair in pairs} & {*told[:2], told[3]}
+    digest = hashlib.sha256(requests[2]).digest()
+    assert told[2] in {request_proof(digest, pair) for pair in itertools.combinations(left.values(), 2)}
+    contents = b"".join(path.read_bytes() for path in log.root.rglob("*.db*"))
+    assert b"C109" in contents and b"C107" not in contents
 
 
 def test_a_chain_that_is_computed_anew_is_found(log):
@@ -247,3 +327,36 @@ def test_heads_in_a_bucket(tmp_path, monkeypatch):
         with pytest.raises(AuditError, match=r"\[audit\] anchors = s3://absent/heads: "):
             open_heads("s3://absent/heads", tmp_path).put(head, b"")
     assert public == signer.public
+
+
+def test_what_commands_change_is_in_the_log(tmp_path, monkeypatch):
+    """A champion that is signed or published, settings that are written, and what held before and is proposed now."""
+    example_bundle(tmp_path / "models/champion")
+    public = new_key(tmp_path / "prod.pem", servers.PROJECT)
+    (tmp_path / "settings.ini").write_text(f"[audit]\nurl = sqlite:///audit.db\n[trust]\nkeys = prod:{public}\n")
+    (tmp_path / "log.csv").write_text(
+        "id,hour,amount,payer,payee,fraud\n"
+        + "".join(f"t{n},{n},{n + 1}.5,C{n % 7},M{n % 3},{int(n % 10 == 0)}\n" for n in range(400))
+    )
+    monkeypatch.setenv("FRAUD_ROOT", str(tmp_path))
+    monkeypatch.setenv("FRAUD_SIGNING_KEY_FILE", str(tmp_path / "prod.pem"))
+    with servers.moto(tmp_path) as environ:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        place = {"LocationConstraint": environ["AWS_DEFAULT_REGION"]}
+        boto3.client("s3").create_bucket(Bucket="models", CreateBucketConfiguration=place)
+        for words in (
+            ["keys", "sign", str(tmp_path / "models/champion")],
+            ["models", "publish", "s3://models/champion"],
+            ["approvals", "adopt"],
+            ["init", str(tmp_path / "log.csv"), "--yes"],
+        ):
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, (words, done.output, done.exception)
+    config = Settings(root=tmp_path, audit={"url": "sqlite:///audit.db"})
+    noted = {entry.kind: (entry.subject, json.loads(entry.content)) for entry in entries(config)}
+    version = json.loads((tmp_path / "models/champion/manifest.json").read_text())["version"]
+    assert noted["sign"][0] == noted["publish"][0] == version and noted["sign"][1]["key"] == public
+    assert noted["publish"][1]["to"] == "s3://models/champion"
+    assert noted["proposal"][0] == "adopt" and "log.csv" in noted["setting"][1]["changes"]
+    assert broken(config) == []

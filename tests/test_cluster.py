@@ -264,6 +264,8 @@ def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
     assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}[
         "project"
     ] == "/volume" and container["workingDir"] == "/tmp"
+    given = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert given["_SPARK_AUTH_SECRET"]  # without it no executor is let in
     granted = {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
     assert ("create", "pods") in node.asked <= granted
 

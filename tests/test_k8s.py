@@ -63,8 +63,9 @@ SECRETS = MINIKUBE_SECRETS | {
     "fraud-cases": {"url", "password", "check-key"},
     "fraud-kafka": {"user", "password"},
     "fraud-signing-key": {"pem"},
-    "fraud-audit": {"url", "pem"},
+    "fraud-audit": {"url", "accounts-url", "pem"},
     "fraud-privacy": {"keys"},
+    "fraud-pushgateway": {"web.yml", "user", "password"},
 }
 STORING = {"fraud-stream", "fraud-stream-labels"}  # consumers that ask the store
 FOLLOWER = "fraud-stream-cases"
@@ -492,8 +493,11 @@ SECRET_VALUES = {
     ("fraud-kafka", "password"): "secret",
     ("fraud-signing-key", "pem"): "PEM",
     ("fraud-audit", "url"): "postgresql+psycopg://audit:secret@audit-postgres:5432/audit",
+    ("fraud-audit", "accounts-url"): "postgresql+psycopg://audit:secret@audit-postgres:5432/accounts",
     ("fraud-audit", "pem"): "PEM",
     ("fraud-privacy", "keys"): f"1:{'00' * 32}",
+    ("fraud-pushgateway", "user"): "fraud",
+    ("fraud-pushgateway", "password"): "secret",
 }
 
 

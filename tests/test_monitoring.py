@@ -24,6 +24,7 @@ import yaml
 from browser import browser, visit  # noqa: F401
 from kafka import KafkaProducer
 
+from fraud_pkg.core.errors import FraudError
 from fraud_pkg.cli import app
 from fraud_pkg.monitor.check_run import CheckRun, push_figures
 from fraud_pkg.monitor.live import CheckResult, CheckSummary, JudgedWindow
@@ -171,10 +172,13 @@ def test_every_panel_explains_itself():
             )
 
 
-def test_pushgateway_as_declared(tmp_path):
-    """Its own arguments on a real one: it answers its probes, and what was pushed outlives a restart of the
-    container.
-    """
+# A password, and what `htpasswd -nBC 10 fraud` makes of it.
+PUSHED = "pushed-0123456789abcdef"  # pragma: allowlist secret
+HASHED = "$2b$10$abcdefghijklmnopqrstuuP56B7d9WuUPldZpRUnPHgHzLLnsxlvW"  # pragma: allowlist secret
+
+
+def test_pushgateway_as_declared(tmp_path, monkeypatch):
+    """Its own arguments on a real one: it asks for an account, and what was pushed outlives its container."""
     [template] = [
         yaml.safe_load((PROJECT / "k8s/components/pushgateway/deployment.yaml").read_text())["spec"]["template"]["spec"]
     ]
@@ -182,27 +186,35 @@ def test_pushgateway_as_declared(tmp_path):
     declared = {
         "--web.listen-address=:9091": f"--web.listen-address={servers.HOST}:{port}",
         "--persistence.file=/data/figures": f"--persistence.file={tmp_path}/figures",
+        "--web.config.file=/etc/pushgateway/web.yml": f"--web.config.file={tmp_path}/web.yml",
     }
+    (tmp_path / "web.yml").write_text(f"basic_auth_users:\n  fraud: {HASHED}\n")
     command = [
         servers.program("prometheus-pushgateway", "prometheus-pushgateway"),
         *(declared.get(word, word) for word in main["args"]),
     ]
-    assert declared.keys() < set(main["args"]) and [mount["mountPath"] for mount in main["volumeMounts"]] == ["/data"]
-    probes, url = (
-        {main[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness")},
-        f"http://{servers.HOST}:{port}",
-    )
+    assert declared.keys() < set(main["args"]) and {mount["mountPath"] for mount in main["volumeMounts"]} == {
+        "/data",
+        "/etc/pushgateway",
+    }
+    url, account = f"http://{servers.HOST}:{port}", ("fraud", PUSHED)
+    assert {main[f"{name}Probe"]["tcpSocket"]["port"] for name in ("liveness", "readiness")} == {"push"}
     (tmp_path / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
     for again in (False, True):
-        with servers.running(
-            command, lambda: all(servers.status(url + path) == 200 for path in probes), tmp_path / "pushgateway.log"
-        ):
+        with servers.running(command, lambda: servers.status(f"{url}/-/ready") == 401, tmp_path / "pushgateway.log"):
             if not again:
+                with pytest.raises(
+                    FraudError, match="does not take figures .*and its account in FRAUD_PUSHGATEWAY_USER"
+                ):
+                    bad_monitor(tmp_path, url)
+                monkeypatch.setenv("FRAUD_PUSHGATEWAY_USER", "fraud")
+                monkeypatch.setenv("FRAUD_PUSHGATEWAY_PASSWORD", PUSHED)
                 bad_monitor(tmp_path, url)
             assert (
                 'fraud_monitor_verdict{instance="",job="fraud-monitor",verdict="retrain"} 1'
-                in httpx.get(f"{url}/metrics").text
+                in httpx.get(f"{url}/metrics", auth=account).text
             )
+            assert httpx.get(f"{url}/metrics").status_code == 401
 
 
 # A system that runs

@@ -26,6 +26,7 @@ from fraud_pkg.data.acquire import acquire
 from fraud_pkg.features.manifest import read_manifest
 from fraud_pkg.model.example import example_bundle
 from fraud_pkg.pipeline.forget import forget_account
+from fraud_pkg.serve.lambda_package import place_rules
 from fraud_pkg.serve.rules import ActiveRules
 from fraud_pkg.serve.scorer import Scorer
 from fraud_pkg.store.audit_check import verify_log
@@ -227,6 +228,21 @@ def test_dynamodb_forgets_an_account(tmp_path, monkeypatch):
         assert [forget_in_dynamodb(store, {ERIKA}, dry) for dry in (True, False, False)] == [3, 3, 0]
         left = json.dumps(store._call("scan", TableName="privacy")["Items"], default=str)
         assert ERIKA not in left and "account:C2" in left
+
+
+def test_rules_that_read_a_pseudonym_are_refused_before_they_are_served(tmp_path, monkeypatch):
+    """By the check, by publishing and by the package for Lambda, as by the service; no key is needed for that."""
+    (tmp_path / "settings.ini").write_text("[privacy]\npseudonymise = accounts\n[rules]\nfile = rules.yaml\n")
+    (tmp_path / "rules.yaml").write_text("rules: [{name: one, action: block, if: sender == 'C1'}]\n")
+    monkeypatch.setenv("FRAUD_ROOT", str(tmp_path))
+    monkeypatch.delenv("FRAUD_PRIVACY_KEY", raising=False)
+    for words in (["rules", "check"], ["rules", "publish", str(tmp_path / "rules.yaml")]):
+        refused = CliRunner().invoke(app, words).exception
+        assert isinstance(refused, FraudError) and "rule one reads sender, which is a pseudonym" in str(refused)
+    with pytest.raises(FraudError, match="rule one reads sender, which is a pseudonym"):
+        place_rules(load_settings(file=tmp_path / "settings.ini", environ={}), tmp_path)
+    (tmp_path / "rules.yaml").write_text("rules: [{name: one, action: block, if: sender in lists.mules}]\n")
+    assert CliRunner().invoke(app, ["rules", "check"]).exit_code == 0
 
 
 def test_the_command_says_what_remains(tmp_path, monkeypatch):

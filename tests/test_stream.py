@@ -28,9 +28,12 @@ import servers
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from fraud_pkg.core.contract import DAY, HOUR, SIMULATED_ATTRIBUTES, SIMULATED_ENTITIES
+from fraud_pkg.core.label_sources import label_signer
 from fraud_pkg.core.policy import DECISIONS, decide
 from fraud_pkg.core.settings import load_settings
+from fraud_pkg.core.signatures import new_key
 from fraud_pkg.data.acquire import acquire
+from fraud_pkg.data.lake import labels_of, read_labels
 from fraud_pkg.features.kernel import to_cents
 from fraud_pkg.features.payment import OnlinePayments
 from fraud_pkg.features.table import build_features
@@ -760,6 +763,46 @@ def test_labels_through_the_service(case, world, tmp_path):
         made.fraud("produce", str(world.quiet), "--limit", "10", "--prefix", "x")
         refused = made.fraud("score", ok=False)
         assert refused.returncode == 1 and "its key in FRAUD_API_KEY" in refused.stderr
+
+
+def test_labels_come_from_named_keys_only(case, world, tmp_path):
+    """A bank's desk signs labels, a shop too, whose labels do not count, and somebody writes to the topic."""
+    people = ("desk", "shop", "eve")
+    publics = {name: new_key(tmp_path / f"{name}.pem", PROJECT) for name in people}
+    signers = {name: label_signer({"FRAUD_LABEL_KEY_FILE": str(tmp_path / f"{name}.pem")}) for name in people}
+    keys = ", ".join(f"{name}:{publics[name]}" for name in ("desk", "shop"))
+    made, ids = case(trust__label_keys=keys, gate__label_sources="desk"), ids_of(world.table)
+
+    def signed(name: str, transaction: str, fraud: bool) -> tuple[bytes, list]:
+        value = label_message(transaction, fraud, "json")
+        return value, signers[name].headers(value)
+
+    early, confirmed = signed("desk", ids[0], False), signed("desk", ids[0], True)
+    forged = label_message(ids[0], False, "json")
+    other = signed("shop", ids[1], True)
+    made.fraud("produce", str(world.quiet), "--limit", "1000")
+    with made.running("score") as scorer:
+        made.until(lambda: made.count("decisions") == 1000, process=scorer)
+        sent = [confirmed, other, early, confirmed, (forged, []), (forged, confirmed[1]), signed("eve", ids[0], False)]
+        sent += [(forged, [*early[1], *early[1]]), signed("desk", "nobody", True), signed("desk", ids[2], True)]
+        with contextlib.closing(KafkaProducer(bootstrap_servers=made.broker.address)) as producer:
+            for value, headers in sent:
+                producer.send(made.topic("labels"), value, headers=headers).get(30)
+        made.until(lambda: metric(scorer, "fraud_stream_messages_total") == 1000 + len(sent), process=scorer)
+        taken, others = (
+            metric(scorer, "fraud_stream_messages_total", outcome=kind) for kind in ("label", "other_source")
+        )
+    dead = Counter(dict(letter.headers)["fraud-kind"] for letter in made.read("dead labels"))
+    assert (others, dead[b"source"], dead[b"unknown"]) == (1, 4, 1)
+    assert dead[b"replay"] + taken == 4  # what is older or the same in one batch does no harm there
+    store = JournaledStore(made.folder / "data/stream", retention_of(load_bundle(world.bundle).manifest.contract))
+    assert store.state.frauds == {ids[0], ids[2]}
+    store.close()
+    made.fraud("sink", "--until-end")
+    lake = made.folder / "data/decisions"
+    assert labels_of(lake, ["desk"]) == ({ids[0]: True, ids[2]: True, "nobody": True}, 1)
+    assert read_labels(lake)[ids[1]]
+    assert len([*(lake / "unreadable").iterdir()]) == 4
 
 
 def test_avro_from_end_to_end(case, world, uninterrupted):

@@ -542,6 +542,32 @@ def test_checkov_has_nothing_against_it(tmp_path):
     assert all(len(check["check_result"]["suppress_comment"]) > 30 for check in results["skipped_checks"])
 
 
+def test_only_images_that_cd_has_signed_are_admitted():
+    """The policy for Kyverno names the images of the overlay and the workflow that signs; no Kyverno is run here."""
+    policy = yaml.safe_load((PROJECT / "k8s/admission/signed-images.yaml").read_text())
+    overlay = yaml.safe_load((PROJECT / "k8s/overlays/production/kustomization.yaml").read_text())
+    verify, named = policy["spec"]["rules"]
+    assert policy["spec"]["validationFailureAction"] == "Enforce" and policy["spec"]["failurePolicy"] == "Fail"
+    for rule in (verify, named):
+        (match,) = rule["match"]["any"]
+        assert match["resources"] == {"kinds": ["Pod"], "namespaces": [overlay["namespace"]]}
+    (check,) = verify["verifyImages"]
+    assert {f"{image['newName']}*" for image in overlay["images"]} == set(check["imageReferences"])
+    assert check["required"] and check["verifyDigest"]
+    attestors = [*check["attestors"], *(one for said in check["attestations"] for one in said["attestors"])]
+    keyless = [entry["keyless"] for attestor in attestors for entry in attestor["entries"]]
+    documented = (PROJECT / "docs/releasing.md").read_text()
+    assert len(keyless) == 2 and all(one["subject"] in documented and one["issuer"] in documented for one in keyless)
+    (each,) = named["validate"]["foreach"]
+    (pattern,) = re.findall(r"regex_match\('(.*?)', ", each["deny"]["conditions"]["any"][0]["key"])
+    (ours,) = re.findall(r"regex_match\('(.*?)', ", each["preconditions"]["all"][0]["key"])
+    good = f"REGISTRY/fraud-api@sha256:{'0' * 64}"
+    assert re.search(ours, good) and re.search(pattern, good)
+    for wrong in ("fraud-api:latest", f"evil.example/fraud-api@sha256:{'0' * 64}", "REGISTRY/fraud-jobs:1"):
+        assert re.search(ours, wrong) and not re.search(pattern, wrong)
+    assert not re.search(ours, "docker.io/library/redis:8")
+
+
 def test_argo_holds_the_cluster_to_the_overlay():
     project, application = yaml.safe_load_all((PROJECT / "k8s/argocd/application.yaml").read_text())
     source = application["spec"]["source"]

@@ -77,9 +77,13 @@ def models_publish(
 ) -> None:
     "Copy the champion to a bucket, from which services with this `[serve] bundle` load it."
     from fraud_pkg.core.signatures import CHAMPION, verifier
+    from fraud_pkg.model.bundle import MANIFEST
     from fraud_pkg.model.locations import publish_bundle
+    from fraud_pkg.store.audit_heads import audited
     config = settings_with(overrides)
-    manifest = publish_bundle(config.models_dir / "champion", url, verifier(config, CHAMPION))
+    with audited(config, os.environ, "command") as note:
+        manifest = publish_bundle(config.models_dir / "champion", url, verifier(config, CHAMPION))
+        note("publish", manifest.version, {"manifest": manifest.files[MANIFEST], "to": url})
     print(f"{manifest.version} is at {url}")
 
 # %% ../../nbs/cli/05_models.ipynb #6b1e999d
@@ -245,12 +249,14 @@ def approvals_adopt(overrides: Overrides = None) -> None:
     "Propose what holds already: champion, rules and lists, before [trust] approvals is raised."
     from fraud_pkg.core.signatures import approvers
     from fraud_pkg.model.registry import propose_signing
-    from fraud_pkg.store.audit_heads import author
+    from fraud_pkg.store.audit_heads import audited, author
     from fraud_pkg.store.proposals import open_changes, propose_what_holds
     config = settings_with(overrides)
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    numbers = propose_what_holds(open_changes(config), approvers(config), author(), at)
-    numbers += [number] if (number := propose_signing(config)) else []
+    with audited(config, os.environ, "command") as note:
+        numbers = propose_what_holds(open_changes(config), approvers(config), author(), at)
+        numbers += [number] if (number := propose_signing(config)) else []
+        note("proposal", "adopt", {"numbers": numbers})
     print(f"proposed: {', '.join(map(str, numbers)) or 'nothing: all that holds has been approved'}")
 
 # %% ../../nbs/cli/05_models.ipynb #bdaffec7

@@ -7,6 +7,7 @@ __all__ = ['settings', 'init', 'acquire', 'features', 'monitor', 'report']
 
 # %% ../../nbs/cli/02_own_data.ipynb #c71f4c1a
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TYPE_CHECKING
@@ -75,6 +76,7 @@ def _written(made: "Proposal", current: "Settings", dry_run: bool) -> None:
     from fraud_pkg.core.files import write_whole
     from fraud_pkg.core.settings_file import settings_diff
     from fraud_pkg.data.init import change_file, differing, gone
+    from fraud_pkg.store.audit_heads import audited
     changes, (before, after) = differing(made, current), change_file(made, current)
     if lines := gone(changes):
         print(f"\nOf another source, and gone: {', '.join(lines)}")
@@ -83,7 +85,9 @@ def _written(made: "Proposal", current: "Settings", dry_run: bool) -> None:
     elif dry_run:
         print(f"\n{settings_diff(before, after)}")
     else:
-        write_whole(made.found.file, after)
+        with audited(current, os.environ, "command") as note:
+            write_whole(made.found.file, after)
+            note("setting", "init", {"changes": settings_diff(before, after)})
         print(f"\nsettings.ini: {len(changes)} settings written (git diff shows them); next: fraud run")
 
 # %% ../../nbs/cli/02_own_data.ipynb #bdc401c0

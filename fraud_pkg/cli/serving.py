@@ -157,6 +157,7 @@ def _changes(config: "Settings") -> "ChangeLog":
 def _rules_of(config: "Settings", file: str | None, contract: "Contract | None" = None) -> "RuleSet":
     "Rules of a file or the settings, sound for this contract (that of the settings); raises `FraudError`."
     from fraud_pkg.core.errors import FraudError
+    from fraud_pkg.core.pseudonyms import pseudonym_columns
     from fraud_pkg.core.sections import Rules
     from fraud_pkg.serve.rules import book_of
     place = config.rules_place if file is None else file if "://" in file else Path(file)
@@ -165,7 +166,8 @@ def _rules_of(config: "Settings", file: str | None, contract: "Contract | None" 
     if isinstance(place, Path) and not place.is_file():
         raise FraudError(f"{place}: no such file")
     rules = Rules(file=str(place))
-    return book_of(rules, place, _changes(config), contract or config.contract, settled=False).rules
+    hidden = pseudonym_columns(config)
+    return book_of(rules, place, _changes(config), contract or config.contract, settled=False, hidden=hidden).rules
 
 # %% ../../nbs/cli/04_serving.ipynb #897bfdcb
 @rules_app.command("check")
@@ -215,7 +217,8 @@ def _past(config: "Settings", bundle: "Bundle", weeks: float, raw: bool, feature
     if raw:
         file = config.data_dir / "raw" / read_manifest(config, "raw")["file"]
         return past_of_raw(file, bundle, weeks, epoch, config.features.threads)
-    return past_of_lake(config.root / config.stream.sink, bundle, features, weeks, epoch)
+    return past_of_lake(config.root / config.stream.sink, bundle, features, weeks, epoch,
+                        config.gate.label_sources)
 
 # %% ../../nbs/cli/04_serving.ipynb #d6e3a061
 def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
@@ -493,9 +496,9 @@ def audit_verify(overrides: Overrides = None) -> None:
     config = settings_with(overrides)
     chains = verify_log(config)
     rows = [(chain.writer, f"{chain.entries:,}", moment_text(chain.began)[:19], moment_text(chain.ended)[:19],
-             f"{chain.anchored:,}", chain.signer, "" if chain.stopped else "open", chain.erased or "")
+             f"{chain.anchored:,}", chain.signer, "" if chain.stopped else "open", chain.forgotten or "")
             for chain in chains]
-    columns = ("writer", "entries", "from", "to", "head at", "signed by", "end", "accounts removed")
+    columns = ("writer", "entries", "from", "to", "head at", "signed by", "end", "forgotten")
     print_table("Moments in UTC; open: at work, killed, or cut off behind its head", columns, rows, right=(1, 4, 7))
     broken = [chain.broken for chain in chains if chain.broken]
     for one in broken:

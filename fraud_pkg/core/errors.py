@@ -9,11 +9,15 @@ __all__ = ['without_password', 'FraudError', 'SettingsError', 'RegistryError', '
 import re
 
 _SECRETS = "password|passwd|pwd|token|secret|key|sig|signature|credential"
+_WORDS = "password|passwd|pwd|secret"
 _PASSWORD = re.compile(
-    r"(://[^\s/?#@:]*:)[^\s#]*@"                       # USER:PASSWORD@, also with / and @ in it
+    r"(://[^\s/?#:]*:)(?!\d{1,5}#)\S*@"                # USER:PASSWORD@, also with /, # and @ in it; no port
     r"|(https?://)[^\s/?#@:]+@"                        # a token alone
     rf"|([?&;][\w.-]*(?:{_SECRETS})=)[^\s&;#]*"        # a parameter
     r"|(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}"          # a header
+    r"|(\bX-API-Key['\"]?\s*:\s*['\"]?)[^\s'\",]{16,}"
+    rf"|(\b\w*(?:{_WORDS})['\"]?\s*=\s*['\"]?)[^\s'\",;&]+"       # as libraries write settings
+    rf"|(\b\w*(?:{_WORDS})['\"]\s*:\s*['\"])[^'\"]+"            # ... and dictionaries
     r"|\bfraud_[\w-]{43}\b", re.IGNORECASE)           # an API key of ours
 
 def _hidden(found: re.Match) -> str:

@@ -5,7 +5,7 @@ calls."""
 
 # %% auto #0
 __all__ = ['KEY_VARIABLE', 'LEAST_KEY', 'DIGITS', 'ACCOUNT', 'PrivacyKey', 'parse_privacy_keys', 'load_privacy_keys',
-           'Pseudonyms', 'private_attributes', 'load_pseudonyms', 'hidden_columns']
+           'Pseudonyms', 'private_attributes', 'load_pseudonyms', 'pseudonym_columns', 'hidden_columns']
 
 # %% ../../nbs/core/20_pseudonyms.ipynb #75c2eb27
 import base64
@@ -186,6 +186,11 @@ def load_pseudonyms(
         raise SettingsError(f"[privacy] pseudonymise is set: expected a key of {LEAST_KEY} bytes or more in "
                             f"{KEY_VARIABLE}, {KEY_VARIABLE}_FILE or {KEY_VARIABLE}_SSM: openssl rand -hex 32")
     return _pseudonyms(keys, private_attributes(settings))
+
+# %% ../../nbs/core/20_pseudonyms.ipynb #75bd78ce
+def pseudonym_columns(settings: Settings) -> tuple[str, ...]:
+    "The columns that are to hold pseudonyms, whether the key is here or not; raises `SettingsError`."
+    return ("sender", "receiver", *private_attributes(settings)) if settings.privacy.pseudonymise else ()
 
 def hidden_columns(settings: Settings) -> tuple[str, ...]:
     "The columns that hold pseudonyms; none where they are off. Raises `SettingsError` as `load_pseudonyms` does."

@@ -104,6 +104,8 @@ class LabelRecord(BaseModel):
     transaction_id: str
     is_fraud: bool
     known_at: Milliseconds
+    source: str = ""  # the name of the key that signed it; empty: nobody was asked for
+    signed: int = 0   # milliseconds since 1970
 
 # %% ../../nbs/core/08_record.ipynb #06a4d504
 ATTRIBUTE_TYPES: dict[str, type] = {

@@ -319,6 +319,7 @@ class Evaluate(Section):
     resamples: int = Field(200, ge=20, le=10_000)
     seed: Count = 7
 
+# %% ../../nbs/core/03_sections.ipynb #26c3f0c5
 class Gate(Section):
     "What a challenger must show."
     min_average_precision: Share = 0.10
@@ -328,6 +329,7 @@ class Gate(Section):
     max_score_drift: NotNegative = 0.25
     confidence: float = Field(0.95, gt=0.5, lt=1)
     confidence_after_alarm: float = Field(0.8, gt=0.5, lt=1)
+    label_sources: Names = ()
 
 # %% ../../nbs/core/03_sections.ipynb #e3d8f09a
 class Registry(Section):
@@ -380,6 +382,7 @@ class Trust(Section):
     approvals: int = Field(1, ge=1, le=10)
     approvers: Names = ()
     approve_within: Duration = 604_800
+    label_keys: Names = ()
     plain_hosts: Names = ()
 
 # %% ../../nbs/core/03_sections.ipynb #e827f664
@@ -513,6 +516,7 @@ class Cases(Section):
 class Audit(Section):
     "The audit log."
     url: str = Field("", pattern=r"^((sqlite:///|postgresql\+psycopg://)\S+)?$")
+    accounts_url: str = Field("", pattern=r"^((sqlite:///|postgresql\+psycopg://)\S+)?$")
     anchors: str = ""
     anchor_seconds: float = Field(60, gt=0, le=86_400)
     keys: Names = ()

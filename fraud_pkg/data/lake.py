@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARROW_TYPES', 'RECORD_COLUMNS', 'OUTCOME_COLUMNS', 'arrow_schema', 'payment_columns', 'training_columns',
            'decision_schema', 'label_table', 'decision_table', 'NoDecisions', 'read_decisions', 'newest_step',
-           'read_labels', 'lake_outcomes', 'Appended', 'append_decisions']
+           'LakeLabels', 'labels_of', 'read_labels', 'lake_outcomes', 'Appended', 'append_decisions']
 
 # %% ../../nbs/data/12_lake.ipynb #9018c0b7
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,18 +189,36 @@ def newest_step(folder: Path) -> int:
     return pc.max(read_decisions(folder, ["time"], newest, newest + 24)["time"]).as_py() // HOUR
 
 # %% ../../nbs/data/12_lake.ipynb #cca3331a
-def read_labels(folder: Path) -> dict[str, bool]:
-    "What is known of transactions, by id; the newest label of one counts."
+class LakeLabels(NamedTuple):
+    "What is known of transactions."
+    known: dict[str, bool]  # by id
+    others: int             # labels that do not count, as their source is none of those that were named
+
+def _rows_of(table: pa.Table) -> Iterator[tuple[str, bool, str, int]]:
+    sources, signed = (table[name].fill_null(other).to_pylist() for name, other in (("source", ""), ("signed", 0)))
+    return zip(table["transaction_id"].to_pylist(), table["is_fraud"].to_pylist(), sources, signed, strict=True)
+
+def labels_of(folder: Path, sources: Sequence[str] = ()) -> LakeLabels:
+    "Labels of these sources (none: of all); of one transaction that which was signed last, or else came last."
     def partition_and_offset(path: Path) -> tuple[int, int]:
         _, partition, first, _ = path.stem.split("-")
         return int(partition), int(first)
 
     files = sorted((folder / "labels").glob("part-*.parquet"), key=partition_and_offset)
-    labels: dict[str, bool] = {}
-    types = arrow_schema(LabelRecord)
-    for table in (_read_part(path, ["transaction_id", "is_fraud"], types) for path in files):
-        labels |= zip(table["transaction_id"].to_pylist(), table["is_fraud"].to_pylist(), strict=True)
-    return labels
+    newest: dict[str, tuple[int, bool]] = {}
+    others, types = 0, arrow_schema(LabelRecord)
+    for path in files:
+        table = _read_part(path, ["transaction_id", "is_fraud"], types, ["source", "signed"])
+        for name, fraud, source, signed in _rows_of(table):
+            if sources and source not in sources:
+                others += 1
+            elif signed >= newest.get(name, (0, False))[0]:
+                newest[name] = signed, fraud
+    return LakeLabels({name: fraud for name, (_, fraud) in newest.items()}, others)
+
+def read_labels(folder: Path, sources: Sequence[str] = ()) -> dict[str, bool]:
+    "The labels alone."
+    return labels_of(folder, sources).known
 
 # %% ../../nbs/data/12_lake.ipynb #151f85fa
 OUTCOME_COLUMNS = ("decision", "rule", "control_decision", "control_chance")  # `optional` ones of `read_decisions`
@@ -281,7 +299,7 @@ def append_decisions(chunks: _Chunks, settings: Settings) -> Appended:
                           optional=[*training_columns(contract).values(), *OUTCOME_COLUMNS])
     first = live["time"][0].as_py()
     known, replaced = _overlap(chunks, live, first)
-    labels, new = read_labels(folder), live.filter(pa.array(~known))
+    (labels, others), new = labels_of(folder, settings.gate.label_sources), live.filter(pa.array(~known))
     frauds = pa.array([number for number, fraud in labels.items() if fraud], pa.string())
     labelled = _labelled(new, frauds, contract, lake)
     outcomes = _weighed(new, labels, settings.decision.control_most)
@@ -292,5 +310,6 @@ def append_decisions(chunks: _Chunks, settings: Settings) -> Appended:
 
     taken = {"folder": lake, "first_step": first // HOUR, "last_step": live["time"][-1].as_py() // HOUR,
              "rows": len(labelled), "repeated": int(known.sum()), "frauds": pc.sum(labelled["is_fraud"]).as_py() or 0,
-             "replaced": replaced, "control": pc.sum(outcomes["control"]).as_py() if outcomes else 0}
+             "replaced": replaced, "labels_of_others": others,
+             "control": pc.sum(outcomes["control"]).as_py() if outcomes else 0}
     return Appended(longer, taken, outcomes)

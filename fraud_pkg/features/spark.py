@@ -96,7 +96,10 @@ def _kubernetes_config(settings: Settings, scratch: Path) -> dict[str, str]:
     template.write_text(json.dumps(executor_template()))
     kubernetes = "spark.kubernetes"
     volume = f"{kubernetes}.executor.volumes.persistentVolumeClaim.project"
-    return {f"{kubernetes}.namespace": cluster.namespace,
+    # Spark makes a secret for each application, by which driver and executors know one another and encrypt.
+    return {"spark.authenticate": "true",
+            "spark.network.crypto.enabled": "true",
+            f"{kubernetes}.namespace": cluster.namespace,
             f"{kubernetes}.container.image": cluster.image,
             f"{kubernetes}.executor.podTemplateFile": str(template),
             f"{kubernetes}.executor.podTemplateContainerName": "executor",

@@ -104,9 +104,12 @@ def sign_champion(
     signer = load_signer(environ)
     if signer is None:
         raise SignatureError("expected FRAUD_SIGNING_KEY_FILE to name the key to sign with")
-    version = load_bundle(folder).manifest.version
+    manifest = load_bundle(folder).manifest
+    version = manifest.version
     former = max(map(signed_sequence, (folder, settings.models_dir / "champion")))
-    sign_bundle(folder, CHAMPION, signer, former, _approved(folder, version, former, settings))
+    with audited(settings, environ, "command") as note:
+        sign_bundle(folder, CHAMPION, signer, former, _approved(folder, version, former, settings))
+        note("sign", version, {"manifest": manifest.files[MANIFEST], "key": signer.public})
     return version
 
 # %% ../../nbs/model/16_keys.ipynb #528ca2db

@@ -67,7 +67,9 @@ def _outcomes_of(table: pa.Table, labels: Mapping[str, bool]) -> np.ndarray:
     return np.array([labels.get(name, 0.0 if decision == "allow" else np.nan)
                      for name, decision in zip(ids, decisions, strict=True)], np.float64)
 
-def past_of_lake(folder: Path, bundle: Bundle, features: Sequence[str], weeks: float, epoch: str = "") -> Past:
+def past_of_lake(
+    folder: Path, bundle: Bundle, features: Sequence[str], weeks: float, epoch: str = "", sources: Sequence[str] = (),
+) -> Past:
     "What the stream decided in the last weeks; raises `FraudError`."
     contract = bundle.manifest.contract
     end = newest_step(folder) + 1
@@ -77,8 +79,8 @@ def past_of_lake(folder: Path, bundle: Bundle, features: Sequence[str], weeks: f
     raw = pa.table({"transaction_id": table["transaction_id"], "time": table["time"]}
                    | {name: table[column] for name, column in columns.items()})
     numbers = {name: table[name].to_numpy() for name in features}
-    return Past(raw, numbers, table["fraud_probability"].to_numpy(), _outcomes_of(table, read_labels(folder)), contract,
-                epoch)
+    return Past(raw, numbers, table["fraud_probability"].to_numpy(),
+                _outcomes_of(table, read_labels(folder, sources)), contract, epoch)
 
 def past_of_raw(file: Path, bundle: Bundle, weeks: float, epoch: str = "", threads: int = 1) -> Past:
     "The last weeks of a raw table, features and probabilities computed here; raises `FraudError`."

@@ -8,8 +8,10 @@ __all__ = ['VERDICTS', 'CHECK_METRICS', 'PARITY_METRICS', 'ShadowSide', 'ShadowC
            'with_parity', 'run_checks', 'write_check_run', 'check_run_metrics', 'push_figures', 'add_event', 'watch']
 
 # %% ../../nbs/monitor/03_check_run.ipynb #931589e4
+import functools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -274,7 +276,7 @@ def run_checks(settings: Settings) -> CheckRun:
     "The verdict on the lake's last windows; raises `FraudError` for what keeps it from judging."
     bundle = _load_champion(settings)
     monitor, folder = settings.monitor, settings.root / settings.stream.sink
-    labels = read_labels(folder)
+    labels = read_labels(folder, settings.gate.label_sources)
     reference, newest = Reference(bundle, monitor), newest_step(folder)
     windows = judge_newest(folder, reference, newest, labels)
     unknown = _unknown_labels(folder, labels)
@@ -313,7 +315,8 @@ def _write_performance(folder: Path, check_run: CheckRun, settings: Settings, re
     if not labelled:
         return
     lake = settings.root / settings.stream.sink
-    window = load_window(lake, reference, read_labels(lake), first_step=labelled[0].first_step,
+    labels = read_labels(lake, settings.gate.label_sources)
+    window = load_window(lake, reference, labels, first_step=labelled[0].first_step,
                          end_step=labelled[-1].end_step)
     assert window.fraud is not None
     report = performance_report(window.fraud, window.stopped)
@@ -408,6 +411,15 @@ def check_run_metrics(check_run: CheckRun, monitor: Monitor) -> "CollectorRegist
     return registry
 
 # %% ../../nbs/monitor/03_check_run.ipynb #c125fcfe
+def _push_handler(environ: Mapping[str, str]) -> Any:
+    "Sends with the account of FRAUD_PUSHGATEWAY_USER and FRAUD_PUSHGATEWAY_PASSWORD, if there is one."
+    from prometheus_client.exposition import basic_auth_handler, default_handler
+
+    user, password = environ.get("FRAUD_PUSHGATEWAY_USER"), environ.get("FRAUD_PUSHGATEWAY_PASSWORD")
+    if not user:
+        return default_handler
+    return functools.partial(basic_auth_handler, username=user, password=password)
+
 def push_figures(check_run: CheckRun, settings: Settings) -> None:
     "Sends the metrics to `[monitor] pushgateway`, if it names one; raises `FraudError` when it does not take them."
     address = settings.monitor.pushgateway
@@ -417,10 +429,11 @@ def push_figures(check_run: CheckRun, settings: Settings) -> None:
 
     registry = check_run_metrics(check_run, settings.monitor)
     try:
-        push_to_gateway(address, "fraud-monitor", registry, timeout=5)
+        push_to_gateway(address, "fraud-monitor", registry, timeout=5, handler=_push_handler(os.environ))
     except OSError as error:
         raise FraudError(f"[monitor] pushgateway = {address}: does not take figures "
-                         f"({getattr(error, 'reason', error)}); expected a Prometheus Pushgateway") from error
+                         f"({getattr(error, 'reason', error)}); expected a Prometheus Pushgateway, and its account in "
+                         "FRAUD_PUSHGATEWAY_USER and FRAUD_PUSHGATEWAY_PASSWORD if it has one") from error
 
 # %% ../../nbs/monitor/03_check_run.ipynb #60a8f899
 def add_event(event: Mapping[str, Any], settings: Settings) -> None:

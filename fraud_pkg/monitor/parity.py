@@ -223,9 +223,9 @@ def draw_decisions(lake: Path, bundle: Bundle, rows: int, first_step: int, end_s
     drawn = np.sort(np.random.default_rng(first_step).permutation(own)[:rows])
     return table.take(pa.array(drawn))
 
-def _confirmed(lake: Path) -> pa.Array:
+def _confirmed(lake: Path, sources: Sequence[str]) -> pa.Array:
     "The ids of payments that a label of the stream calls fraud."
-    return pa.array([number for number, fraud in read_labels(lake).items() if fraud], pa.string())
+    return pa.array([number for number, fraud in read_labels(lake, sources).items() if fraud], pa.string())
 
 def labelled_late(past: pa.Table, confirmed: pa.Array, newest: int) -> pa.Table:
     "The raw payments that are known as fraud, but were not yet at the second `newest`, with which the raw data end."
@@ -288,7 +288,7 @@ def check_parity(
     if not len(sample):
         return None
     first = sample["time"][0].as_py() - look_back(contract)
-    confirmed = _confirmed(lake)
+    confirmed = _confirmed(lake, settings.gate.label_sources)
     decided, arrivals = _lake_events(lake, contract, first, end_step, confirmed)
     ids = decided["transaction_id"].combine_chunks()
     sampled = decided.take(pc.index_in(sample["transaction_id"], value_set=ids))

@@ -104,7 +104,8 @@ def _live_report(settings: Settings) -> RuleReport:
     book = rules_in_force(settings, contract)
     features = needed_features(book.rules.rules, contract)
     epoch = bundle.manifest.epoch or settings.serve.epoch
-    past = past_of_lake(settings.root / settings.stream.sink, bundle, features, LIVE_WEEKS, epoch)
+    past = past_of_lake(settings.root / settings.stream.sink, bundle, features, LIVE_WEEKS, epoch,
+                        settings.gate.label_sources)
     return rule_report(book, past, bundle, settings, learned_from_it=False)
 
 # %% ../../nbs/monitor/06_rule_report.ipynb #4947ef4d

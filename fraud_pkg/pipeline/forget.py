@@ -40,7 +40,7 @@ from ..core.settings import Settings
 from ..data.acquire import write_raw
 from ..features.manifest import MANIFEST_FILE
 from ..serve.case_tables import CASES, ENTITIES, EVENTS, LABELS_OUT, database_errors, open_engine
-from ..store.audit_log import ENTRIES, audit_errors, open_log
+from ..store.audit_log import ACCOUNTS, destroy_keys, open_accounts, open_log
 from ..store.dynamodb import DynamoStore
 from ..store.forget import forget_in_changes, forget_in_dynamodb, forget_in_redis, forget_in_state
 from ..store.journal import JournaledStore
@@ -324,22 +324,20 @@ def forget_waiting_cases(who: Forgotten) -> Place:
     return Place("cases that wait", found, 0 if who.dry_run else found)
 
 def forget_audit(who: Forgotten) -> Place:
-    "The account and its salt in entries of the audit log."
-    url, root = who.settings.audit.url, who.settings.root
-    if not is_there(url, root):
+    "The keys without which no entry of the audit log says that it is about the account."
+    audit, root = who.settings.audit, who.settings.root
+    if not is_there(audit.url, root):
         return Place("audit log", 0)
-    engine = open_log(url, root)
-    theirs = ENTRIES.c.account.in_(who.names)
-    with audit_errors(engine):  # where the service's own account may not UPDATE, the owner of the tables has to do it
-        with engine.connect() as connection:
-            found = connection.execute(sa.select(sa.func.count()).select_from(ENTRIES).where(theirs)).scalar_one()
-        if found and not who.dry_run:
-            with deleting(engine) as connection:
-                connection.execute(sa.update(ENTRIES).where(theirs).values(account=None, salt=None))
+    engine = open_log(audit.url, root)
+    accounts = open_accounts(audit.accounts_url, root, engine)  # where the service may not DELETE, its owner has to
+    found = destroy_keys(accounts, ACCOUNTS.c.account.in_(who.names), who.dry_run)
+    local = accounts.dialect.name == "sqlite"
     engine.dispose()
-    return Place("audit log", found, 0 if who.dry_run else found,
-                 "entries without the account" + (f"; {BACKUPS}" if engine.dialect.name != "sqlite" else "")
-                 if found else "")
+    accounts.dispose()
+    if found and not who.dry_run and local and accounts.url.database:
+        compact(Path(accounts.url.database))
+    kept = "entries that name nobody" + ("" if local else f"; {BACKUPS}")
+    return Place("audit log", found, 0 if who.dry_run else found, kept if found else "")
 
 # %% ../../nbs/pipeline/09_forget.ipynb #b2a1ded1
 def dvc_folders(settings: Settings) -> tuple[list[Path], list[str]]:

@@ -18,9 +18,9 @@ import sqlalchemy as sa
 from ..core.contract import DAY
 from ..core.errors import FraudError, one_line
 from ..core.settings import Settings
-from .forget import Place, deleting, delete_cases, dvc_folders, files_in, is_there
+from .forget import Place, compact, deleting, delete_cases, dvc_folders, files_in, is_there
 from ..serve.case_tables import CASES, database_errors, open_engine
-from ..store.audit_log import ENTRIES, audit_errors, open_log
+from ..store.audit_log import ACCOUNTS, destroy_keys, open_accounts, open_log
 
 # %% ../../nbs/pipeline/10_retain.ipynb #da26713d
 def remove_old(
@@ -70,14 +70,17 @@ def _old_cases(settings: Settings, before: float) -> int:
     return len(cases)
 
 def _old_accounts(settings: Settings, before: float) -> int:
-    "Accounts in entries of the audit log that are older than that."
-    if not is_there(settings.audit.url, settings.root):
+    "Keys of accounts in the audit log, of days that are over for so long."
+    audit = settings.audit
+    if not is_there(audit.url, settings.root):
         return 0
-    engine = open_log(settings.audit.url, settings.root)
-    old = sa.and_(ENTRIES.c.time < int(before * 1e6), ENTRIES.c.account.is_not(None))
-    with audit_errors(engine), deleting(engine) as connection:
-        gone = connection.execute(sa.update(ENTRIES).where(old).values(account=None, salt=None)).rowcount
+    engine = open_log(audit.url, settings.root)
+    accounts = open_accounts(audit.accounts_url, settings.root, engine)
+    gone = destroy_keys(accounts, ACCOUNTS.c.day < int(before // 86_400))
     engine.dispose()
+    accounts.dispose()
+    if gone and accounts.dialect.name == "sqlite" and accounts.url.database:
+        compact(Path(accounts.url.database))
     return gone
 
 # %% ../../nbs/pipeline/10_retain.ipynb #767c134f

@@ -24,7 +24,7 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,12 +68,22 @@ from ..store.redis import RedisReader
 from ..store.tiles import OnlineStore, StoreError
 
 # %% ../../nbs/serve/09_api.ipynb #a7e72297
+def _joined(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    "Several of one name as one, as HTTP has it for lists: no key and no host is a list, so two of these are none."
+    values: dict[str, str] = {}
+    for name, value in headers:
+        key, text = name.decode("latin-1"), value.decode("latin-1")
+        values[key] = f"{values[key]}, {text}" if key in values else text
+    return values
+
 class ServiceRequest(Request):
-    "A request whose headers are found without a search; of several of one name the last."
+    "A request whose headers are found without a search."
 
     @functools.cached_property
     def header_values(self) -> Mapping[str, str]:  # names in lower case
-        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.scope["headers"]}
+        headers = self.scope["headers"]
+        values = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+        return values if len(values) == len(headers) else _joined(headers)
 
 def _declared_size(request: ServiceRequest) -> int:
     "The size that the request's headers promise, in bytes; 0 where they do not."
@@ -130,7 +140,9 @@ PROBES = {"/readyz"}            # ask for it in threads of their own, so that no
 def _probe_threads() -> CapacityLimiter:
     return CapacityLimiter(2)
 
-async def answer_in_thread(service: Service, route: str, asked: tuple[str, str, Mapping[str, str], bytes]) -> Answer:
+async def answer_in_thread(
+    service: Service, route: str, asked: tuple[str, str, Mapping[str, str], bytes, Principal],
+) -> Answer:
     "The service's answer, off the event loop: it waits for a server."
     limiter = _probe_threads() if route in PROBES else None
     return await to_thread.run_sync(service.answer, *asked, limiter=limiter)
@@ -200,13 +212,13 @@ def require_plain(request: ServiceRequest) -> None:
 async def answer_request(request: ServiceRequest, route: str, body: bytes, by: Principal) -> Answer:
     "The service's answer: a large request's in its turn; raises `Refused` when that does not come in time."
     state, service = request.app.state, request.app.state.service
-    asked = request.method, request.scope["path"], request.header_values, body
+    asked = request.method, request.scope["path"], request.header_values, body, by
     if len(body) > SMALL:
         client = request.client.host if request.client else ""
         async with state.turns.turn(by.owner or client, service.serve.timeout):
             return await answer_in_thread(service, route, asked)
     if asked[:2] == PREDICT:
-        return await state.gathered.answer(request.header_values, body)
+        return await state.gathered.answer(request.header_values, body, by)
     waits = service.store.remote and route not in LOCAL
     return await answer_in_thread(service, route, asked) if waits else service.answer(*asked)
 

@@ -319,13 +319,22 @@ class KeyRing:
     def __init__(self, keys: Iterable[ApiKey] = ()):
         self.keys = {key.digest: key for key in keys}
         self._principals = {digest: key.principal for digest, key in self.keys.items()}
+        # What was good, by a hash that nobody can make elsewhere: OpenSSL's SHA-256 takes eight microseconds between
+        # two decisions, BLAKE2 two.
+        self._good: dict[bytes, Principal] = {}
+        self._secret = os.urandom(32)
 
     def find(self, given: str) -> Principal | None:  # as the request has it
         "Whose key this is, also when it is over; None for none of ours."
+        mark = hashlib.blake2s(given.encode("utf-8", "surrogatepass"), key=self._secret).digest()
+        return self._good.get(mark) or self._find(given, mark)
+
+    def _find(self, given: str, mark: bytes) -> Principal | None:
         digest = digest_of(given)
         key = self.keys.get(digest)
-        found = hmac.compare_digest(digest, key.digest if key else bytes(32))
-        return self._principals[digest] if found else None
+        if not hmac.compare_digest(digest, key.digest if key else bytes(32)):
+            return None
+        return self._good.setdefault(mark, self._principals[digest])
 
     def __len__(self) -> int: return len(self.keys)
 
@@ -510,7 +519,7 @@ class Principals:
         return self._in_time(principal, field)
 
     def _in_time(self, principal: Principal, field: str) -> Principal:
-        if principal.until <= time.time():
+        if principal.until != math.inf and principal.until <= time.time():
             raise refused_field(401, field, "expired")
         return principal
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from ..core.closure import module_closure, with_packages
 from ..core.contract import Contract, contract_lines
 from ..core.errors import FraudError
+from ..core.pseudonyms import pseudonym_columns
 from ..core.rules import rules_json
 from ..core.settings import Settings, project_root
 from ..core.signatures import CHAMPION, verifier
@@ -139,7 +140,8 @@ def place_rules(settings: Settings, vendor: Path) -> Settings:
     config, place = settings.rules, settings.rules_place
     checked = {"check_types": False}  # the checker is larger than all the rest of the package
     if isinstance(place, Path):
-        rules = load_rules(place.read_text(encoding="utf-8"), str(place), settings.contract)
+        hidden = pseudonym_columns(settings)
+        rules = load_rules(place.read_text(encoding="utf-8"), str(place), settings.contract, hidden=hidden)
         (vendor / "rules.json").write_text(rules_json(rules.rules), encoding="utf-8")
         checked["file"] = "rules.json"
     return settings.model_copy(update={"rules": config.model_copy(update=checked)})

@@ -459,12 +459,13 @@ class Service(GuardedService):
         path: str,
         headers: Mapping[str, str],  # names in lower case
         body: bytes,
+        by: Principal | None = None,  # who asks, where he was let in before; None: the headers say it
     ) -> Answer:
         "The answer to a request; never raises for what a client or a server does wrong."
-        return self.guarded(lambda: self._answer(method, path, headers, body), f"{method} {path}")
+        return self.guarded(lambda: self._answer(method, path, headers, body, by), f"{method} {path}")
 
-    def _answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        by = self.admit(method, path, headers, len(body))
+    def _answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes, by: Principal | None) -> Answer:
+        by = by or self.admit(method, path, headers, len(body))
         answer = self.handler(method, path, by)(body)
         if answer.scored:
             self._store_status.update(answer.scored.with_history)
@@ -485,16 +486,16 @@ class Service(GuardedService):
             log.info("marked", extra={"fields": {"by": by.name, "labels": dict(labels)}})
 
 # %% ../../nbs/serve/04_service.ipynb #45cbe8e1
-Asked = tuple[Mapping[str, str], bytes]  # headers, body
+Asked = tuple[Mapping[str, str], bytes] | tuple[Mapping[str, str], bytes, Principal]  # headers, body, who asks
 PREDICT = "POST", "/predict"
 
 def parsed_requests(service: Service, scorer: Scorer,
                     asked: Sequence[Asked]) -> dict[int, tuple[TransactionRequest, str]]:
     "By position, those requests that are in order, the first of each id; each with its owner."
     parsed, ids = {}, set()
-    for place, (headers, body) in enumerate(asked):
+    for place, (headers, body, *let_in) in enumerate(asked):
         try:
-            by = service.admit(*PREDICT, headers, len(body))
+            by = let_in[0] if let_in else service.admit(*PREDICT, headers, len(body))
             request = scorer.wire.parse(body)
         except Refused:
             continue  # which is said when it is answered alone
@@ -529,10 +530,10 @@ class Gathered:
         self._service, self._waiting = service, deque[tuple[Asked, asyncio.Future[Answer]]]()
         self._work: asyncio.Task | None = None
 
-    async def answer(self, headers: Mapping[str, str], body: bytes) -> Answer:
+    async def answer(self, headers: Mapping[str, str], body: bytes, by: Principal | None = None) -> Answer:
         "The service's answer, as `Service.answer` gives it."
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append(((headers, body), future))
+        self._waiting.append(((headers, body, by) if by else (headers, body), future))
         if self._work is None:
             self._work = asyncio.create_task(self._decide())  # begins when all of this turn have come
         return await future

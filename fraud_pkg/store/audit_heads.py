@@ -21,7 +21,7 @@ from ..core.errors import one_line, without_password
 from ..core.files import staging_file
 from ..core.settings import Settings
 from ..core.signatures import Signer, load_signer, trusted_keys
-from .audit_log import AuditWriter, log, open_log
+from .audit_log import AuditWriter, log, open_accounts, open_log
 
 # %% ../../nbs/store/13_audit_heads.ipynb #48bba924
 class HeadPlace(Protocol):
@@ -187,7 +187,8 @@ class AuditLog(AuditWriter):
 
     def __init__(self, settings: Settings, signer: Signer | None, role: str):
         audit = settings.audit
-        super().__init__(open_log(audit.url, settings.root), new_writer(role))
+        engine = open_log(audit.url, settings.root)
+        super().__init__(engine, new_writer(role), open_accounts(audit.accounts_url, settings.root, engine))
         self.heads = HeadKeeper(self, open_heads(audit.anchors, settings.root), signer, audit.anchor_seconds)
 
     def start(self, content: Mapping[str, Any], who: str = "") -> None:

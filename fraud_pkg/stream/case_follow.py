@@ -19,6 +19,7 @@ from kafka import KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from prometheus_client import Counter
 
+from ..core.label_sources import LabelSigner, label_signer
 from ..core.errors import FraudError, one_line
 from ..core.settings import Settings, load_settings
 from ..serve.case_desk import CaseCollector
@@ -82,8 +83,10 @@ class CaseReader:
 class LabelSender:
     "Sends labels of closed cases."
 
-    def __init__(self, labels: CaseLabels, topic: str, format: str, open_producer: Callable[[], KafkaProducer]):
+    def __init__(self, labels: CaseLabels, topic: str, format: str, open_producer: Callable[[], KafkaProducer],
+                 signer: LabelSigner = LabelSigner(None)):
         self._labels, self._topic, self._format, self._open_producer = labels, topic, format, open_producer
+        self._signer = signer
         self._producer: KafkaProducer | None = None
 
     def send(self) -> int:
@@ -98,9 +101,10 @@ class LabelSender:
     def _send(self, labels: Sequence[LabelOut]) -> None:
         try:
             self._producer = self._producer or self._open_producer()
+            values = [label_message(label.transaction_id, label.is_fraud, self._format) for label in labels]
             futures = [self._producer.send(
-                self._topic, label_message(label.transaction_id, label.is_fraud, self._format),
-                key=label.transaction_id.encode(), timestamp_ms=label.known_at) for label in labels]
+                self._topic, value, key=label.transaction_id.encode(), headers=self._signer.headers(value),
+                timestamp_ms=label.known_at) for label, value in zip(labels, values, strict=True)]
             for future in futures:
                 future.get(timeout=30)
         except (KafkaError, OSError) as error:
@@ -208,7 +212,8 @@ def open_follower(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fo
     labels = None
     if settings.cases.labels == "topic":
         open_producer = functools.partial(producer_of, stream, environ)
-        labels = LabelSender(CaseLabels(store), topics.labels, stream.format, open_producer)
+        labels = LabelSender(CaseLabels(store), topics.labels, stream.format, open_producer,
+                             label_signer(environ))
     reader = Reader(subscription, CasePositions(store), metrics)
     follower = Follower(reader, store, CaseReader(rules, DecisionReader(settings.bundle_place)), labels)
     with contextlib.closing(store), serve_health(follower.health, stream.host, stream.port) as port:

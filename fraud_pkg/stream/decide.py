@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS_PER_REQUEST', 'RemoteAnswer', 'PaymentReader', 'Candidate', 'candidates', 'add_decision', 'decide_batch',
-           'known_labels', 'label_batch', 'open_pool', 'ServiceClient', 'LabelClient', 'RemoteContract',
-           'RemoteService', 'decide_remotely', 'label_remotely']
+           'SourcedLabel', 'read_sourced', 'known_labels', 'label_batch', 'open_pool', 'ServiceClient', 'LabelClient',
+           'RemoteContract', 'RemoteService', 'decide_remotely', 'label_remotely']
 
 # %% ../../nbs/stream/04_decide.ipynb #79db04e8
 import json
@@ -18,6 +18,9 @@ import numpy as np
 
 from ..core.contract import Contract
 from ..core.errors import FraudError, one_line
+from fraud_pkg.core.label_sources import (
+    ANYBODY, HEADER, LabelIntake, LabelOrigin, LabelSources, ReplayError, SourceError,
+)
 from ..core.pseudonyms import Pseudonyms
 from ..features.payment import OnlinePayments, Payment
 from ..serve.scorer import Scored, Scorer, contradicts
@@ -146,44 +149,79 @@ def decide_batch(
         add_decision(candidate, record, known, topics, format, result)
 
 # %% ../../nbs/stream/04_decide.ipynb #a554ae60
+class SourcedLabel(NamedTuple):
+    "A label that can be read, and who has signed it."
+    received: Received
+    label: Label
+    origin: LabelOrigin
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        "Of its message."
+        return self.received.topic, self.received.partition, self.received.offset
+
+def read_sourced(message: Received, sources: LabelSources) -> SourcedLabel:
+    "A label; raises `InvalidMessage`, also for one that nobody trusted has signed."
+    label = read_label(message.value)
+    try:
+        return SourcedLabel(message, label, sources.origin(message.value or b"", message.headers))
+    except SourceError as error:
+        raise invalid_message("source", HEADER, str(error)) from error
+
+# %% ../../nbs/stream/04_decide.ipynb #b873ab52
 def _readable_labels(
-    messages: Sequence[Received], topics: Topics, result: BatchResult,
-) -> list[tuple[Received, Label]]:
-    "The labels that can be read, with their messages; the other messages become dead letters in `result`."
-    readable = []
+    messages: Sequence[Received], topics: Topics, result: BatchResult, sources: LabelIntake,
+) -> list[SourcedLabel]:
+    "The labels that count; messages that cannot be read or are replayed become dead letters in `result`."
+    readable: list[SourcedLabel] = []
     for message in messages:
         try:
-            readable.append((message, read_label(message.value)))
+            one = read_sourced(message, sources)
+            if not sources.counts(one.origin):
+                result.outcomes["other_source"] += 1
+                continue
+            sources.check_new(one.label.transaction_id, one.origin, one.place)
+            readable.append(one)
+        except ReplayError as error:
+            result.reject(message, topics.dead_labels, invalid_message("replay", HEADER, str(error)))
         except InvalidMessage as invalid:
             result.reject(message, topics.dead_labels, invalid)
     return readable
 
+# %% ../../nbs/stream/04_decide.ipynb #b873ab64
 def known_labels(
     messages: Sequence[Received],
     topics: Topics,
     unknown_among: Callable[[Mapping[str, bool]], set[str]],  # which of these ids nobody recorded
     result: BatchResult,
+    sources: LabelIntake = ANYBODY,
 ) -> dict[str, bool]:
     "The labels of known transactions, the last one of each; all other messages become dead letters in `result`."
-    readable = _readable_labels(messages, topics, result)
-    labels = {label.transaction_id: label.is_fraud for _, label in readable}
+    readable = _readable_labels(messages, topics, result, sources)
+    readable.sort(key=lambda one: one.origin.signed)
+    labels = {one.label.transaction_id: one.label.is_fraud for one in readable}
     unknown = unknown_among(labels) if labels else set()
-    for message, label in readable:
-        if label.transaction_id in unknown:
-            reason = f"{label.transaction_id}: nobody recorded this transaction (so far)"
-            result.reject(message, topics.dead_labels, invalid_message("unknown", "transaction_id", reason))
+    for one in readable:
+        name = one.label.transaction_id
+        if name in unknown:
+            reason = f"{name}: nobody recorded this transaction (so far)"
+            result.reject(one.received, topics.dead_labels, invalid_message("unknown", "transaction_id", reason))
         else:
             result.outcomes["label"] += 1
+            sources.take(name, one.origin, one.place)
     return {transaction_id: fraud for transaction_id, fraud in labels.items() if transaction_id not in unknown}
 
 # %% ../../nbs/stream/04_decide.ipynb #b353da9c
-def label_batch(store: OnlineStore, messages: Sequence[Received], topics: Topics, result: BatchResult) -> None:
+def label_batch(
+    store: OnlineStore, messages: Sequence[Received], topics: Topics, result: BatchResult,
+    sources: LabelIntake = ANYBODY,
+) -> None:
     "Adds the labels in these messages to `result`; raises `StoreError`."
     def unknown_among(labels: Mapping[str, bool]) -> set[str]:
         asked = labels.keys() - {transaction.transaction_id for transaction in result.transactions}
         return asked - store.read([], [], asked).recorded.keys()
 
-    result.labels |= known_labels(messages, topics, unknown_among, result)
+    result.labels |= known_labels(messages, topics, unknown_among, result, sources)
 
 # %% ../../nbs/stream/04_decide.ipynb #54147774
 def open_pool(key: str | None, timeout: float) -> Any:
@@ -326,6 +364,7 @@ def decide_remotely(
 
 def label_remotely(
     remote: RemoteService, messages: Sequence[Received], topics: Topics, result: BatchResult,
+    sources: LabelIntake = ANYBODY,
 ) -> None:
     "Has the service label transactions; messages that it cannot use become dead letters. Raises `Unavailable`."
-    known_labels(messages, topics, remote.label, result)
+    known_labels(messages, topics, remote.label, result, sources)

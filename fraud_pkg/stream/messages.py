@@ -56,7 +56,7 @@ def as_message(model: type[Model]) -> type[Model]:
     return create_model(f"{model.__name__}Message", __base__=model, schema_version=(version, VERSION))
 
 # %% ../../nbs/stream/00_messages.ipynb #bd164baf
-INVALID_KINDS = ("empty", "encoding", "schema", "contract", "conflict", "model", "unknown")
+INVALID_KINDS = ("empty", "encoding", "schema", "contract", "conflict", "model", "unknown", "source", "replay")
 
 class InvalidMessage(FraudError):
     "A message that cannot be used: of which of INVALID_KINDS, and what is wrong, field by field."

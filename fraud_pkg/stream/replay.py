@@ -20,6 +20,7 @@ import pyarrow as pa
 from kafka import KafkaProducer
 
 from ..core.contract import DAY, Contract, raw_columns
+from ..core.label_sources import LabelSigner, label_signer
 from ..core.errors import FraudError
 from ..core.sections import Stream
 from ..core.settings import Settings
@@ -131,6 +132,7 @@ class ReplayTarget:
     sender: Sender
     topics: Topics
     format: str
+    signer: LabelSigner = LabelSigner(None)
 
 class LabelQueue:
     "Frauds that are not known yet, in the order in which they become known."
@@ -150,7 +152,7 @@ class LabelQueue:
         while self._waiting and self._waiting[0][0] <= time:
             _, transaction_id = heapq.heappop(self._waiting)
             value = label_message(transaction_id, True, target.format)
-            target.sender.send(target.topics.labels, transaction_id.encode(), value)
+            target.sender.send(target.topics.labels, transaction_id.encode(), value, target.signer.headers(value))
             count += 1
         return count
 
@@ -211,7 +213,7 @@ def produce(
     with broker_errors(stream):
         producer = producer_of(stream, environ, linger=0 if rate else 20)
     with contextlib.closing(producer):
-        target = ReplayTarget(Sender(producer, stream), topics_of(stream), stream.format)
+        target = ReplayTarget(Sender(producer, stream), topics_of(stream), stream.format, label_signer(environ))
         queue = LabelQueue(target) if labels else None
         writer = RequestWriter(settings.contract, checked.epoch, stream.format)
         messages = transaction_messages(table, writer, prefix)

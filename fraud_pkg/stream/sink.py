@@ -11,6 +11,7 @@ __all__ = ['CONTRACT_KEY', 'RECALL', 'DiskTrouble', 'disk_errors', 'exclusive_lo
 # %% ../../nbs/stream/08_sink.ipynb #1457a6f2
 import contextlib
 import fcntl
+import functools
 import json
 import time
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from ..core.contract import DAY, Contract
 from ..core.errors import FraudError, one_line
+from ..core.label_sources import ANYBODY, LabelSources, label_sources
 from ..core.files import private_dir, staging_file
 from ..core.record import LabelRecord, ScoredRecord
 from ..core.settings import Settings
@@ -34,10 +36,11 @@ from ..store.outbox import ConflictError, PartitionProgress
 from fraud_pkg.stream.consumer import (
     ConsumerLoop, DecisionReader, Reader, Subscription, TopicGuard, commit_offsets, parse_partition, show_lag,
 )
+from .decide import read_sourced
 from .health import StreamMetrics, serve_health
 from .kafka import Unavailable, make_topics, open_topic_watch
 from fraud_pkg.stream.messages import (
-    KNOWN, InvalidMessage, Received, log, messages_of, read_label, topics_of,
+    KNOWN, InvalidMessage, Received, log, messages_of, topics_of,
 )
 
 # %% ../../nbs/stream/08_sink.ipynb #3b2f3f6c
@@ -264,21 +267,22 @@ class SinkMetrics:
         self.unreadable = Counter("fraud_sink_unreadable", "Messages that are neither scored records nor labels.",
                                   registry=registry)
 
-def read_label_record(message: Received) -> LabelRecord:
+def read_label_record(message: Received, sources: LabelSources = ANYBODY) -> LabelRecord:
     "The label, known from the moment at which it was sent; raises `InvalidMessage`."
-    label = read_label(message.value)
-    return LabelRecord(transaction_id=label.transaction_id, is_fraud=label.is_fraud, known_at=message.timestamp)
+    _, label, origin = read_sourced(message, sources)
+    return LabelRecord(transaction_id=label.transaction_id, is_fraud=label.is_fraud, known_at=message.timestamp,
+                       source=origin.source, signed=origin.signed)
 
 # %% ../../nbs/stream/08_sink.ipynb #dfef0a00
 class _Intake(ConsumerLoop):
     "What a sink does with a message."
 
-    def __init__(self, reader: Reader, lake: LakeWriter, decisions: DecisionReader):
+    def __init__(self, reader: Reader, lake: LakeWriter, decisions: DecisionReader, sources: LabelSources = ANYBODY):
         super().__init__(reader)
         self.lake, self._decisions = lake, decisions
-        self.counts = SinkMetrics(self.metrics.registry)
+        self._read_label = functools.partial(read_label_record, sources=sources)
+        self.counts, self._buffer = SinkMetrics(self.metrics.registry), RowBuffer(self._write)
         self.total = self.labels = 0  # decisions and labels written
-        self._buffer = RowBuffer(self._write)
         self._recent: dict[TopicPartition, RecentDecisions] = {}
 
     def _write(self, partition: TopicPartition, rows: PendingRows) -> None:
@@ -292,8 +296,8 @@ class _Intake(ConsumerLoop):
     def _take(self, partition: TopicPartition, message: Received) -> None:
         "Buffers a message's row, leaves a repeated decision out, keeps what cannot be read."
         try:
-            labels = partition.topic == self.lake.labels
-            record = read_label_record(message) if labels else self._decisions.read(message.value)
+            decided = partition.topic != self.lake.labels
+            record = self._decisions.read(message.value) if decided else self._read_label(message)
         except InvalidMessage as error:
             self._set_aside(partition, message, error)
             return
@@ -384,7 +388,7 @@ def open_sink(settings: Settings, environ: Mapping[str, str]) -> Iterator[Sink]:
     watch = open_topic_watch(stream, environ)
     guard = TopicGuard(watch, subscription.group, subscription.topics, FolderTopicIds(lake.folder))
     reader = Reader(subscription, lake, metrics, guard=guard)
-    sink = Sink(reader, lake, DecisionReader(settings.bundle_place))
+    sink = Sink(reader, lake, DecisionReader(settings.bundle_place), label_sources(settings))
     with contextlib.closing(watch), serve_health(sink.health, stream.host, stream.port) as port:
         where = f"; metrics on http://{stream.host}:{port}/metrics" if port else ""
         log.info("decisions go to %s%s", lake.folder, where)

@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING
 from kafka import TopicPartition
 
 # %% ../../nbs/stream/05_worker.ipynb #de16558b
-from ..core.audit import AuditError
+from ..core.audit import AuditError, accounts_of
 from ..core.contract import Contract
 from ..core.errors import FraudError
+from ..core.label_sources import ANYBODY, LabelIntake, label_sources
 from ..core.sections import Stream
 from ..core.pseudonyms import load_pseudonyms
 from ..core.settings import Settings, load_settings
@@ -358,7 +359,10 @@ class NoModel(Unavailable):
     "There is no champion yet."
     reason = "model"
 
-def local_work(service: Service, watcher: Watcher, store: OutboxStore, topics: Topics, format: str) -> Work:
+def local_work(
+    service: Service, watcher: Watcher, store: OutboxStore, topics: Topics, format: str,
+    sources: LabelIntake = ANYBODY,
+) -> Work:
     "Decides with the newest champion, and labels, in this process."
     def work(messages: Mapping[str, Sequence[Received]], result: BatchResult) -> None:
         watcher.check_if_due()
@@ -366,15 +370,15 @@ def local_work(service: Service, watcher: Watcher, store: OutboxStore, topics: T
             if service.scorer is None:
                 raise NoModel(f"no verified bundle in {watcher.settings.bundle_place} yet (fraud run makes one)")
             decide_batch(service.scorer, store, messages[topics.transactions], topics, format, result)
-        label_batch(store, messages.get(topics.labels, ()), topics, result)
+        label_batch(store, messages.get(topics.labels, ()), topics, result, sources)
 
     return work
 
-def remote_work(remote: RemoteService, topics: Topics, format: str) -> Work:
+def remote_work(remote: RemoteService, topics: Topics, format: str, sources: LabelIntake = ANYBODY) -> Work:
     "Has the service decide and label."
     def work(messages: Mapping[str, Sequence[Received]], result: BatchResult) -> None:
         decide_remotely(remote, messages.get(topics.transactions, ()), topics, format, result)
-        label_remotely(remote, messages.get(topics.labels, ()), topics, result)
+        label_remotely(remote, messages.get(topics.labels, ()), topics, result, sources)
 
     return work
 
@@ -389,14 +393,13 @@ def note_batch(audit: "AuditLog", result: BatchResult) -> int:
     for scored in result.scored:
         for payment, decision in zip(scored.payments, scored.decisions, strict=True):
             message = result.decided[decision["transaction_id"]]
-            content = to_json({"answer": decision, "request": hashlib.sha256(message.value or b"").hexdigest(),
-                               "source": [message.topic, message.partition, message.offset]})
-            sender = payment.texts["sender"] or ""
-            sequence = audit.note("decision", "", decision["transaction_id"], content, sender)
+            content = to_json({"answer": decision, "source": [message.topic, message.partition, message.offset]})
+            request, sender = hashlib.sha256(message.value or b"").digest(), payment.texts["sender"] or ""
+            sequence = audit.note("decision", "", decision["transaction_id"], content, sender, request,
+                                  accounts_of([payment.texts]))
     for transaction, fraud in result.labels.items():
         sequence = audit.note("label", "", transaction, {"is_fraud": fraud})
     return sequence
-
 
 # %% ../../nbs/stream/05_worker.ipynb #1fe1c686
 @contextlib.contextmanager
@@ -461,7 +464,8 @@ def _remote_parts(settings: Settings, environ: Mapping[str, str]) -> _Parts:
     remote = RemoteService(stream.via or "", pool, settings.contract, settings.serve.epoch,
                            load_pseudonyms(settings, environ))
     positions = TopicPositions(stream, functools.partial(open_consumer, stream, environ))
-    return _Parts(remote_work(remote, topics_of(stream), stream.format), remote.ping, positions, None, positions)
+    work = remote_work(remote, topics_of(stream), stream.format, label_sources(settings))
+    return _Parts(work, remote.ping, positions, None, positions)
 
 def _local_parts(
     settings: Settings, environ: Mapping[str, str], metrics: StreamMetrics, store: OutboxStore,
@@ -474,7 +478,8 @@ def _local_parts(
     watcher.refused, watcher.retried = metrics.refused.inc, metrics.retried.inc
     watcher.rules.taken, watcher.rules.refused = metrics.use_rules, metrics.rules_refused.inc
     watcher.check()
-    work = local_work(service, watcher, store, topics_of(settings.stream), settings.stream.format)
+    work = local_work(service, watcher, store, topics_of(settings.stream), settings.stream.format,
+                      label_sources(settings))
     work = audited_work(work, audit) if audit else work
     return _Parts(work, store.ping, store, store, StoredTopicIds(store))
 
