@@ -33,5 +33,5 @@ fi
 # The longest begin. The jobs' notebooks are run by papermill, end to end; exploration is left to make test-long.
 part "notebooks" notebooks train pipeline model features monitor serve store stream core data report cli index.ipynb
 echo "left to make test-long: the notebooks of nbs/explore"
-part "end to end" pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 25 tests
+part "end to end" pytest -q -n 4 --dist loadfile --no-loadscope-reorder --durations 25 tests
 exit "$failed"
