@@ -136,6 +136,21 @@ def with_tables(page: str, results: dict) -> str:
     return "\n\n".join([head + BEGIN, *shown, END + tail])
 
 
+def detection(found: dict) -> str:
+    """Two rows of handbook.json as the README shows them: the Handbook's recipe, and this project."""
+    lines = ["| | average precision | AUC ROC | card precision, 100 a day |", "|---|---|---|---|"]
+    rows = {row["name"]: row for row in found["rows"]}
+    for name, label in (("recipe", "the Handbook's recipe with XGBoost"), ("ours", "here")):
+        figures = [rows[name][measure] for measure in ("average_precision", "auc_roc", "card_precision_100")]
+        cells = [f"{figure['mean']:.3f} ± {figure['std']:.3f}" for figure in figures]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    gain = rows["ours"]["gain"]
+    difference = f"{gain['mean']:.3f}, 95 % [{gain['low']:.3f}, {gain['high']:.3f}]"
+    return "\n".join(
+        [*lines, "", f"The difference in average precision: {difference}, over {len(found['folds'])} folds."]
+    )
+
+
 def main() -> None:
     keep = "--keep" in sys.argv
     files = [Path(name) for name in sys.argv[1:] if name != "--keep"]
