@@ -11,7 +11,7 @@ import re
 _SECRETS = "password|passwd|pwd|token|secret|key|sig|signature|credential"
 _WORDS = "password|passwd|pwd|secret"
 _PASSWORD = re.compile(
-    r"(://[^\s/?#:]*:)(?!\d{1,5}#)\S*@"                # USER:PASSWORD@, also with /, # and @ in it; no port
+    r"(://[^\s/?#:]*:)(?!(?:\d{1,5}|PORT)/?#)\S*@"    # USER:PASSWORD@, also with /, # and @ in it; no port
     r"|(https?://)[^\s/?#@:]+@"                        # a token alone
     rf"|([?&;][\w.-]*(?:{_SECRETS})=)[^\s&;#]*"        # a parameter
     r"|(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}"          # a header
