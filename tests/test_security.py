@@ -448,7 +448,6 @@ CONTENT = "names contents, and proves nothing: answers and bundles are signed"
 EXPLAINED = {  # bandit's rules, as ruff has them: all but `assert`
     (".github/scripts/lambda_stage.py", "S108"): "only where no runner names its folder",
     (".github/scripts/lambda_stage.py", "S310"): "addresses that AWS has given",
-    (".github/scripts/site.py", "S603"): OWN,
     ("fraud_pkg/cli/pipeline.py", "S310"): "the service of the settings, asked for its version",
     ("fraud_pkg/cli/pipeline.py", "S606"): "an executor of Spark, in place of this process",
     ("fraud_pkg/core/files.py", "S603"): OWN,
