@@ -2,7 +2,7 @@
 
 `python benchmarks/table.py FILE...` takes what the benchmarks wrote with --json; a file that is not there was not
 measured, and says so. With --keep the tables that are there stay, where nothing new of their title came: every table
-is of one run, with its peers and its day, and all are of one machine.
+is of one run with its peers, and names its day and its machine.
 """
 
 import datetime
@@ -29,9 +29,8 @@ def read(file: Path) -> dict:
     return content
 
 
-def system_apart(of: dict) -> dict:
-    """A machine without its system's name, which an update changes."""
-    return {name: value for name, value in of.items() if name != "system"}
+def in_words(machine: dict) -> str:
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}"
 
 
 def day(file: Path) -> str:
@@ -40,8 +39,8 @@ def day(file: Path) -> str:
 
 
 def together(files: Sequence[Path], before: dict | None = None) -> dict:
-    """All tables of one machine, also those of `before` whose title is not there anew; each note says the day, and the
-    load at its benchmark's start.
+    """All tables of one machine, and those of `before` whose title is not there anew; each note says the machine, the
+    day, and the load at its benchmark's start.
     """
     found = {file: read(file) for file in files if file.is_file()}
     if not found:
@@ -50,13 +49,12 @@ def together(files: Sequence[Path], before: dict | None = None) -> dict:
     if any(one != machines[0] for one in machines):
         sys.exit(f"error: these results are of different machines: {', '.join(file.name for file in found)}")
     tables = [
-        table | {"note": f"{table['note']} Load at the start: {one['machine']['load']}. {day(file)}."}
+        table
+        | {"note": f"{table['note']} {in_words(machines[0])}, load at the start {one['machine']['load']}; {day(file)}."}
         for file, one in found.items()
         for table in one["tables"]
     ]
     if before:
-        if system_apart(before["machine"]) != system_apart(machines[0]):
-            sys.exit("error: the tables that are there are of another machine; expected a whole run, without --keep")
         new = {table["title"]: table for table in tables}
         old = [new.pop(table["title"], table) for table in before["tables"]]
         tables = [*old, *new.values()]
@@ -158,9 +156,8 @@ def main() -> None:
         if not file.is_file():
             print(f"{file.stem}: not measured", file=sys.stderr)
     results = together(files, json.loads((HERE / "results.json").read_text(encoding="utf-8")) if keep else None)
-    of = results["machine"]
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    head = f"{of['processor']}, {of['cores']} cores, {of['memory_gib']} GiB, Python {of['python']}."
+    head = "Each table is of one run with its peers; below it are its machine and its day."
     (HERE / "results.md").write_text("\n\n".join([head, *map(markdown, results["tables"])]) + "\n", encoding="utf-8")
     SCALE.write_text(with_tables(SCALE.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(headlines(results))
