@@ -28,6 +28,7 @@ KNOWN = {role: tuple(folded_name(name) for name in text.split()) for role, text 
         betrug ist_betrug fraude es_fraude est_fraude frode fraudulento oszustwo outcome""",
     "transaction_id": """transaction_id tx_id txn_id trx_id trans_id trans_num transaction_number transaction_no
         event_id payment_id operation_id order_id reference uuid guid id transaktions_id buchungs_id
+        transaction_ref txn_ref tx_ref trx_ref trans_ref payment_ref transaction_reference payment_reference ref
         vorgangsnummer id_transaccion id_transazione id_transacao transactie_id""",
     "when": """tx_datetime trans_date_trans_time event_timestamp transaction_datetime transaction_timestamp
         transaction_time transaction_dt transaction_date purchase_time payment_time timestamp datetime date_time

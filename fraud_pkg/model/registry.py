@@ -311,7 +311,8 @@ def promote(
     if not verdict.passed and champion is None:
         failed = "; ".join(f"{r.check}: {r.detail}" for r in verdict.reasons if not r.passed)
         raise RegistryError(
-            f"no champion: challenger {verdict.challenger} ({challenger.manifest.name}) was refused ({failed})")
+            f"no champion: challenger {verdict.challenger} ({challenger.manifest.name}) was refused ({failed}); "
+            "[gate] has the floors")
     return verdict
 
 # %% ../../nbs/model/10_registry.ipynb #9a58a1b2

@@ -193,7 +193,7 @@ def next_steps(content: Mapping[str, Any]) -> list[tuple[str, str]]:  # what, co
         steps += [("Show the lineage of the champion.", "fraud models show champion"),
                   ("Roll back to the champion before this one.", "fraud models rollback")]
     return [*steps,
-            ("Run on your own transactions.", "fraud run --set data.source=transactions.csv"),
+            ("Learn from your own payments.", "fraud init transactions.csv"),
             ("Open the notebooks: the code, the reasons and the tests.", "make lab")]
 
 # %% ../../nbs/report/04_pages.ipynb #c6260ce0
