@@ -77,6 +77,11 @@ def start_from(source: str, current: Settings, changes: Mapping[str, str]) -> St
         section, _, key = name.partition(".")
         values[section, key] = value
         said.add((section, key))
+    if "data.ignore" not in changes:  # what is asked for now is no longer left out
+        asked = {part for name, value in changes.items() if name.startswith("columns.")
+                 for part in value.split(TOGETHER)}
+        left = [part.strip() for part in values["data", "ignore"].split(",")]
+        values["data", "ignore"] = ", ".join(part for part in left if part not in asked)
     return Start(current.root / "settings.ini", values, frozenset(said), known)
 
 # %% ../../nbs/data/20_init.ipynb #aaf6c5f4
