@@ -50,7 +50,7 @@ bench: $(READY)  ## every benchmark beside its peers, about an hour; one table: 
 COMMA := ,
 
 lab: $(READY) .lab/explore  ## JupyterLab, with the exploration notebooks open (ARGS="--no-browser")
-	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	@JUPYTERLAB_WORKSPACES_DIR="$(CURDIR)/.lab" exec jupyter lab --ServerApp.root_dir="$(CURDIR)" \
 	  --LabApp.app_settings_dir="$(CURDIR)/nbs/explore/lab" --LabApp.default_url=/lab/workspaces/explore $(ARGS)
 
 # Imported once, and anew when the project's own has changed: until then tabs stay as one leaves them.

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import urllib.request
 
 import pytest
@@ -29,8 +30,12 @@ def lab(tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "user"),
     }
     (folder / ".venv").symlink_to(PROJECT / ".venv")
-    with servers.running(command, servers.answers(port), folder / "log", cwd=folder, env=environ):
+    started = servers.running(
+        command, servers.answers(port), folder / "log", cwd=folder, env=environ, start_new_session=True
+    )
+    with started as process:
         yield f"http://127.0.0.1:{port}"
+        os.killpg(process.pid, signal.SIGKILL)  # JupyterLab, too, which outlives the make that started it
 
 
 @pytest.mark.long(reason="starts JupyterLab and a kernel")
