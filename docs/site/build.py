@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -38,20 +39,7 @@ WORKER = (
     "shim/index.js", "worker.js",
 )  # fmt: skip
 WORKER_ADDRESS = "https://unpkg.com/iframe-worker/shim"  # lets pages from disk search
-WINGS = (
-    "core",
-    "store",
-    "features",
-    "data",
-    "train",
-    "model",
-    "serve",
-    "stream",
-    "monitor",
-    "report",
-    "pipeline",
-    "cli",
-)
+WINGS = runpy.run_path(str(ROOT / "docs/reference.py"))["WINGS"]
 TEXTS = ("*.md", "docs/**/*.md", "benchmarks/*.md", "infra/**/*.md", "nbs/explore/*.md", "reports/README.md")
 NOTEBOOKS = ("nbs/*/*.ipynb", "jobs/*.ipynb")
 LINK = re.compile(r"""\]\(\s*(?P<plain>[^)\s]+)(?=[)\s])|(?:href|src)="(?P<html>[^"]+)\"""")
