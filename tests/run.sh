@@ -20,7 +20,9 @@ part() {  # name, command...; a part that fails does not keep the next from runn
 
 notebooks() {  # folders: every cell is run, as nbdev-test would, and what it gives is compared with what is stored
     # Inside the project, so that the notebooks find it. Other packages' warnings are not ours to compare.
-    python tests/numbered.py nbs .nbval && PYTHONWARNINGS=ignore pytest -q -n 3 --dist loadscope -p no:cacheprovider --nbval "${@/#/.nbval/}"
+    python tests/numbered.py nbs .nbval
+    PYTHONPATH="$PWD/tests:$PYTHONPATH" PYTHONWARNINGS=ignore pytest -q -n 3 --dist loadscope -p no:cacheprovider \
+        -p kernels --nbval --nbval-kernel-startup-timeout 180 "${@/#/.nbval/}"
 }
 
 [ "${1:-}" != --long ] || NEEDED+=("${NEEDED_LONG[@]}")
