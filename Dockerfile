@@ -35,7 +35,7 @@ COPY settings.ini /app/
 # The keys, the store and the champion are the deployment's to name: FRAUD_API_KEYS_FILE, FRAUD_STORE_URL, FRAUD_SERVE_BUNDLE.
 # So is the database of cases (FRAUD_CASES_URL): an image has no disk that stays, so without one there are no cases.
 # The checker of rules' types is 50 MB: `fraud rules check` and `publish` have asked it before.
-# onnxruntime reports to its maker unless it is told not to.
+# onnxruntime reports to its maker unless it is told not to; pydantic looks through every installed package for plugins.
 ENV PATH=/app/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -44,6 +44,7 @@ ENV PATH=/app/venv/bin:$PATH \
     FRAUD_CASES_URL= \
     FRAUD_CASES_OUTBOX=/var/lib/fraud/cases \
     ORT_DISABLE_TELEMETRY=1 \
+    PYDANTIC_DISABLE_PLUGINS=__all__ \
     FRAUD_ROOT=/app \
     FRAUD_SERVE_HOST=0.0.0.0 \
     FRAUD_SERVE_PORT=8000

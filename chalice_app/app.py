@@ -1,5 +1,6 @@
 """The Lambda endpoint: it moves bytes between API Gateway and fraud_pkg.serve.service, and logs one line a request."""
 
+import gc
 import logging
 import os
 import time
@@ -22,7 +23,9 @@ ROUTES = {
 @cache
 def opened():
     """The service and its watcher; made once for an instance."""
+    gc.disable()  # nothing of what is imported is garbage
     from fraud_pkg.core.errors import SettingsError
+    from fraud_pkg.core.heap import freeze_heap
     from fraud_pkg.core.settings import load_settings
     from fraud_pkg.serve.logs import log_json_lines
     from fraud_pkg.serve.reload import open_service
@@ -35,6 +38,7 @@ def opened():
         )
     service, watcher = open_service(settings, os.environ, public=True)
     watcher.check()
+    freeze_heap()
     return service, watcher
 
 

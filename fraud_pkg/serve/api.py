@@ -45,6 +45,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # %% ../../nbs/serve/09_api.ipynb #68a970cb
 from ..core.errors import FraudError
+from ..core.heap import freeze_heap
 from ..core.record import DecisionResponse
 from ..core.sections import Limits
 from ..core.settings import Settings, is_loopback
@@ -721,6 +722,10 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, console: RecentDecisions | None):
         super().__init__(config)
         self.console = console
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        freeze_heap()
 
     async def on_tick(self, counter: int) -> bool:
         if counter % RENEWED == 0:

@@ -38,7 +38,7 @@ from ..store.tiles import StoreError, retention_of
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #9331a22f
 PACKAGE = Path(__file__).parents[1] if "__file__" in globals() else project_root() / "fraud_pkg"
-PACKAGE_FILES = module_closure(["serve.reload", "serve.logs"], PACKAGE)  # fraud_pkg/WING/NAME.py
+PACKAGE_FILES = module_closure(["core.heap", "serve.reload", "serve.logs"], PACKAGE)  # fraud_pkg/WING/NAME.py
 
 # %% ../../nbs/serve/11_lambda_package.ipynb #4e24b609
 PLATFORMS = {  # by runtime, from new to old

@@ -32,6 +32,7 @@ from kafka import TopicPartition
 from ..core.audit import AuditError, accounts_of
 from ..core.contract import Contract
 from ..core.errors import FraudError
+from ..core.heap import freeze_heap
 from ..core.label_sources import ANYBODY, LabelIntake, label_sources
 from ..core.sections import Stream
 from ..core.pseudonyms import load_pseudonyms
@@ -534,6 +535,7 @@ def run_worker(settings: Settings, environ: Mapping[str, str], scores: bool = Tr
     "Scores (or labels) until a signal says to stop; raises `FraudError`."
     with open_worker(settings, environ, scores) as worker:
         stop_on_signals(worker.stopping)
+        freeze_heap()
         worker.run()
 
 def main(arguments: Sequence[str] | None = None) -> None:
