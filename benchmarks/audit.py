@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -22,12 +21,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import servers  # noqa: E402
+from serving import KEY, Endpoint, load  # noqa: E402
 
 from fraud_pkg.core.signatures import new_key  # noqa: E402
 from fraud_pkg.model.example import example_bundle  # noqa: E402
 from fraud_pkg.serve.wire import EXAMPLE  # noqa: E402
-
-KEY = "bench-0123456789abcdef"
 
 
 def write_lines(file: Path) -> None:
@@ -35,17 +33,6 @@ def write_lines(file: Path) -> None:
     said = {name: value for name, value in EXAMPLE.items() if name not in ("transaction_id", "step")}
     rows = (said | {"sender": f"C{number % 500}"} for number in range(2000))
     file.write_text("".join(f"{7_200_000 + 5 * i}\t{json.dumps(row)[1:]}\n" for i, row in enumerate(rows)))
-
-
-def load(port: int, lines: Path, connections: int, seconds: int, sent: int) -> dict[str, float]:
-    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(HERE / "load.lua")]
-    url = f"http://{servers.HOST}:{port}"
-    done = subprocess.run(
-        ["wrk", *options, url, "--", str(lines), str(sent), KEY, "h"], capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert not found["failed"], found
-    return found
 
 
 def main() -> None:
@@ -59,32 +46,28 @@ def main() -> None:
         write_lines(root / "lines")
         new_key(root / "heads.pem", HERE)
         postgres = stack.enter_context(servers.postgres(root))
-        started = {}
+        endpoints, found = {}, defaultdict(list)
         for name, url in (("none", ""), ("sqlite", f"sqlite:///{root}/audit.db"), ("postgres", postgres)):
             folder = root / name
             folder.mkdir()
             example_bundle(folder / "champion")
-            variables = {"FRAUD_API_KEYS": f"bench:{KEY}", "FRAUD_HEAD_KEY_FILE": str(root / "heads.pem")}
+            variables = {"FRAUD_API_KEYS": f"benchmark:{KEY}", "FRAUD_HEAD_KEY_FILE": str(root / "heads.pem")}
             more = {
                 "audit__url": url,
                 "audit__anchors": str(root / "heads") if url else "",
             }
-            started[name] = stack.enter_context(servers.service(folder, variables=variables, **more))
-        sent, found = defaultdict(int), defaultdict(list)
+            url, process = stack.enter_context(servers.service(folder, variables=variables, **more))
+            endpoints[name] = Endpoint(int(url.rpartition(":")[2]), psutil.Process(process.pid))
         for _ in range(asked.rounds):
             for connections in asked.connections:
-                for name, (url, process) in started.items():
-                    times, before = psutil.Process(process.pid).cpu_times, 0.0
-                    before = sum(times()[:2])
-                    result = load(int(url.rpartition(":")[2]), root / "lines", connections, asked.seconds, sent[name])
-                    sent[name] += result["requests"] + connections
-                    cpu = (sum(times()[:2]) - before) / result["requests"] * 1e6
-                    row = (result["requests"] / result["seconds"], result["p50"] / 1000, result["p99"] / 1000, cpu)
-                    found[connections, name].append(row)
+                for name, endpoint in endpoints.items():
+                    found[connections, name].append(load(endpoint, root / "lines", connections, asked.seconds))
         print("| connections | audit log | requests/s | p50 ms | p99 ms | CPU µs |\n|---|---|---|---|---|---|")
         for (connections, name), rows in sorted(found.items()):
-            rate, p50, p99, cpu = (statistics.median(column) for column in zip(*rows, strict=True))
-            print(f"| {connections} | {name} | {rate:,.0f} | {p50:.2f} | {p99:.1f} | {cpu:.0f} |")
+            rate, p50, p99, cpu = (
+                statistics.median(row[column] for row in rows) for column in ("per_second", "p50", "p99", "cpu")
+            )
+            print(f"| {connections} | {name} | {rate:,.0f} | {p50 / 1000:.2f} | {p99 / 1000:.1f} | {cpu:.0f} |")
 
 
 if __name__ == "__main__":
