@@ -1411,6 +1411,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fraud_pkg.data.readers._Typed': ('data/readers.html#_typed', 'fraud_pkg/data/readers.py'),
                                         'fraud_pkg.data.readers._Typed.plain': ( 'data/readers.html#_typed.plain',
                                                                                  'fraud_pkg/data/readers.py'),
+                                        'fraud_pkg.data.readers._arrow_batches': ( 'data/readers.html#_arrow_batches',
+                                                                                   'fraud_pkg/data/readers.py'),
                                         'fraud_pkg.data.readers._blank_rows': ( 'data/readers.html#_blank_rows',
                                                                                 'fraud_pkg/data/readers.py'),
                                         'fraud_pkg.data.readers._broken_rows': ( 'data/readers.html#_broken_rows',

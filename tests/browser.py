@@ -68,9 +68,9 @@ class Visit:
         """Waits until the expression holds in the page, whose policy may forbid Playwright's own way of asking again
         and again.
         """
-        end = time.monotonic() + seconds
+        end = time.monotonic() + servers.PATIENCE * seconds
         while not self.page.evaluate(expression):
-            assert time.monotonic() < end, f"after {seconds} s it does not hold: {expression}"
+            assert time.monotonic() < end, f"after {servers.PATIENCE * seconds:g} s it does not hold: {expression}"
             self.page.wait_for_timeout(50)
 
     def violations(self) -> list[str]:

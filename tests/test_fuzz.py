@@ -233,6 +233,15 @@ def zipped() -> bytes:
     return held.getvalue()
 
 
+def arrow_stream() -> bytes:
+    """With the words of a column by number."""
+    held, table = io.BytesIO(), pa.table(ROWS)
+    table = table.set_column(1, table.column_names[1], table.column(1).dictionary_encode())
+    with pa.ipc.new_stream(held, table.schema) as writer:
+        writer.write_table(table)
+    return held.getvalue()
+
+
 def tarred() -> bytes:
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w") as archive:
@@ -248,6 +257,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "log.json": lambda: b"[" + json_lines().replace(b"\n", b",") + b"]",
     "log.parquet": lambda: written(pq.write_table),
     "log.arrow": lambda: written(feather.write_feather),
+    "log.arrows": arrow_stream,
     "log.xlsx": workbook,
     "log.csv.gz": lambda: gzip.compress(csv()),
     "log.csv.bz2": lambda: bz2.compress(csv()),

@@ -518,7 +518,7 @@ def test_every_expression_gives_data(system):
                 del missing[key]
         return not missing
 
-    servers.until(all_there, 120, missing)
+    servers.until(all_there, 40, missing)
 
 
 BOARDS = sorted((MONITORING / "dashboards").glob("*.json"))
@@ -544,7 +544,7 @@ def test_every_panel_draws_something(system, file, browser, tmp_path):  # noqa: 
         panels[:] = grafana.look(system.prometheus, board)
         return [panel.content["title"] for panel in panels if panel.content["type"] != "row" and not panel.series]
 
-    servers.until(lambda: not empty(), 120, empty)
+    servers.until(lambda: not empty(), 60, empty)
     for panel in (panel for panel in panels if panel.content["type"] != "row"):
         names = [series.name for series in panel.series]
         if panel.content["type"] in ("timeseries", "heatmap"):

@@ -674,17 +674,22 @@ def typed_columns(
 # %% ../../nbs/data/07_readers.ipynb #ae001a08
 BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
 
+def _arrow_batches(file: pa.NativeFile, kind: str) -> Iterator[pa.RecordBatch]:
+    if kind == "Arrow stream":
+        yield from pa.ipc.open_stream(file)
+    else:
+        reader = pa.ipc.open_file(file)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
 def _record_batches(path: Path, kind: str) -> Iterator[pa.RecordBatch]:
     "The rows of a Parquet or Arrow file as they come."
     if kind == "Parquet":
         yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
         return
     with pa.memory_map(str(path)) as file:
-        if kind == "Arrow stream":
-            yield from pa.ipc.open_stream(file)
-        else:
-            reader = pa.ipc.open_file(file)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        for batch in _arrow_batches(file, kind):
+            batch.validate(full=True)  # what is used as it lies there could lead anywhere
+            yield batch
 
 def _typed_batches(path: Path, kind: str, name: str, typed: _Typed) -> Iterator[SourceBatch]:
     first = 0
