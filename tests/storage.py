@@ -66,7 +66,7 @@ def opened(folder: Path, workspace: Callable) -> Iterator[Team]:
         with servers.mlflow(*server):
             run = _start_training(first)
         assert not (first.root / "models/xgboost").exists(), "the training ended before the registry was away"
-        outage = subprocess.CompletedProcess(run.args, run.wait(300), *run.communicate())
+        outage = subprocess.CompletedProcess(run.args, run.wait(servers.PATIENCE * 300), *run.communicate())
         jobs_then = first.states()
         with servers.mlflow(*server):
             left_behind = held(uri)
@@ -84,7 +84,7 @@ def _start_training(first) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-    end = time.monotonic() + 300
+    end = time.monotonic() + servers.PATIENCE * 300
     while not (first.root / "reports/jobs/train_xgboost.ipynb").exists():
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < end
