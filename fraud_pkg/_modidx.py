@@ -1519,6 +1519,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fraud_pkg.data.roles._is_time': ('data/roles.html#_is_time', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._kind': ('data/roles.html#_kind', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._left_out': ('data/roles.html#_left_out', 'fraud_pkg/data/roles.py'),
+                                      'fraud_pkg.data.roles._names_fraud': ('data/roles.html#_names_fraud', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._only': ('data/roles.html#_only', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._part': ('data/roles.html#_part', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._ranked': ('data/roles.html#_ranked', 'fraud_pkg/data/roles.py'),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..core.contract import CORE_NAMES, RESERVED, Attribute, attribute_line, parse_attribute
 from .inspect import ColumnFacts
-from ..core.names import folded_name, name_hints, name_score, name_words
+from ..core.names import WORDS, folded_name, name_hints, name_score, name_words
 
 # %% ../../nbs/data/16_roles.ipynb #5be08c12
 LABEL_WORDS = frozenset("""0 1 -1 2 0.0 1.0 -1.0 2.0 true false yes no y n t f j ja nein si oui non sim nao fraud legit
@@ -89,6 +89,9 @@ def _by_name(facts: Mapping[str, ColumnFacts], key: str, free: Collection[str]) 
 ID_PATTERNS = ("card number", "e-mail", "address of a network", "phone", "uuid", "hash")
 LEAST_REPEATS = 1.2  # payments for each value, below which an id has no history
 
+def _names_fraud(value: str) -> bool:
+    return bool(WORDS["is_fraud"].intersection(name_words(value)))
+
 def _only(key: str, candidates: list[str], why: str) -> Choice | None:
     return Choice(key, candidates[0], why, tuple(candidates[1:4]), doubt=True) if candidates else None
 
@@ -100,7 +103,10 @@ def _by_value(facts: Mapping[str, ColumnFacts], key: str, free: Collection[str])
         return _only(key, dates, "its values are dates")
     if key == "is_fraud":
         rare = [c.name for c in rest if c.distinct == 2 and is_label(c) and 0 < min(c.counts) <= 0.2 * c.present]
-        return _only(key, rare, "two values, of which one is rare") if len(rare) == 1 else None
+        if len(rare) == 1:
+            return _only(key, rare, "two values, of which one is rare")
+        named = [c.name for c in rest if 2 <= c.distinct <= 4 and any(_names_fraud(value) for value in c.values)]
+        return _only(key, named, "one of its values names fraud")
     if key == "sender":
         ids = [c for c in rest if c.repeats >= LEAST_REPEATS and c.distinct > 20 and _is_id(c)
                and (c.pattern in ID_PATTERNS or ("code" in name_hints(c.name) and c.pattern in ("text", "number")))]
