@@ -76,7 +76,7 @@ def ask(url: str, payment: str) -> dict:
 def answered(url: str) -> tuple[dict, list[dict]]:
     """What the service says to the payment of docs/decide.md, when it knows nobody yet, and to those of the tour."""
     text = (ROOT / "docs/decide.md").read_text(encoding="utf-8")
-    payment = re.search(r"/predict --data '(\{.*?\})'", text, re.DOTALL)
+    payment = re.search(r"/predict [^{]*--data '(\{.*?\})'", text, re.DOTALL)
     assert payment, "docs/decide.md: no payment in it"
     names = ("transaction_id", "step", "type", "amount", "sender_balance", "receiver")
     lines = re.findall(r"^pay (t-\S+) (\S+) (\S+) (\S+) (\S+) (\S+)$", (ROOT / "docs/tour.md").read_text("utf-8"), re.M)

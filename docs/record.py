@@ -143,7 +143,6 @@ QUOTED: Quoted = (
 
 # The same of the tour's run in a hurry.
 QUOTED_HURRY: Quoted = (
-    ("docs/tour.md", r"In a hurry, (\w+) minutes on two cores", minutes),
     ("docs/tour.md", r"Its test period has (\d+) frauds", lambda run: str(run["contenders"]["xgboost"]["frauds"])),
     ("docs/tour.md", r"the champion saves (-?\d+ % \(-?\d+ to \d+ %\))", saved("xgboost")),
     ("docs/tour.md", r"plain XGBoost saves (-?\d+ % \(-?\d+ to \d+ %\))", saved("plain_xgboost")),

@@ -1515,6 +1515,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fraud_pkg.data.roles._degrees': ('data/roles.html#_degrees', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._derivation': ('data/roles.html#_derivation', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._is_id': ('data/roles.html#_is_id', 'fraud_pkg/data/roles.py'),
+                                      'fraud_pkg.data.roles._is_money': ('data/roles.html#_is_money', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._is_sender': ('data/roles.html#_is_sender', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._is_time': ('data/roles.html#_is_time', 'fraud_pkg/data/roles.py'),
                                       'fraud_pkg.data.roles._kind': ('data/roles.html#_kind', 'fraud_pkg/data/roles.py'),

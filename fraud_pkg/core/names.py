@@ -33,7 +33,8 @@ KNOWN = {role: tuple(folded_name(name) for name in text.split()) for role, text 
     "when": """tx_datetime trans_date_trans_time event_timestamp transaction_datetime transaction_timestamp
         transaction_time transaction_dt transaction_date purchase_time payment_time timestamp datetime date_time
         paid_at created_at occurred_at event_time event_date when time date trans_date_time ts step created
-        unix_time buchungszeitpunkt buchungszeit buchungsdatum buchungstag zeitstempel zeitpunkt datum_uhrzeit datum zeit fecha_hora fecha data_ora
+        unix_time buchungszeitpunkt buchungszeit buchungsdatum buchungstag zeitstempel zeitpunkt
+        datum_uhrzeit datum zeit fecha_hora fecha data_ora
         data_hora data date_heure date_operation dthr tijdstip data_transakcji month day hour""",
     "amount": """tx_amount transaction_amt transaction_amount amount amt payment_amount amount_paid order_price
         purchase_value purchase_amount transaction_value value total_amount total price sum betrag summe umsatz
@@ -50,7 +51,8 @@ KNOWN = {role: tuple(folded_name(name) for name in text.split()) for role, text 
         merchant_name payee to_account account_to account_1 destination_account destination dest beneficiary
         beneficiary_account beneficiary_id creditor creditor_account counterparty counterparty_id recipient
         recipient_id store_id store shop shop_id seller seller_id target empfanger zahlungsempfanger handler handler_nr
-        handler_id haendler haendler_nr haendler_id beneficiaire destinataire commercant marchand beneficiario destinatario comercio comerciante
+        handler_id haendler haendler_nr haendler_id beneficiaire destinataire commercant marchand beneficiario
+        destinatario comercio comerciante
         esercente begunstigde ontvanger winkel odbiorca sprzedawca""",
     "type": """type transaction_type tx_type txn_type trans_type payment_type payment_format action
         transaktionsart zahlungsart tipo tipo_transaccion type_operation""",

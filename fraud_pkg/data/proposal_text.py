@@ -74,7 +74,7 @@ def column_rows(taken: Sequence[Taken]) -> list[tuple[str, str, str]]:
         rows.append((f"{first.column} ... {last.column}", what, _why(first)))
     return rows
 
-# %% ../../nbs/data/21_proposal_text.ipynb #cb8ce7e5
+# %% ../../nbs/data/21_proposal_text.ipynb #d0d609fe
 def _bullets(title: str, lines: Sequence[str], width: int) -> Iterator[str]:
     if lines:
         yield f"\n{title}"
@@ -86,6 +86,7 @@ def period_rows(periods: Periods) -> list[tuple[str, ...]]:
     hours = {"train": "the rest", "validation": f"{periods.validation_hours}", "test": f"{periods.test_hours}"}
     return [(name, hours[name], *(f"{count:,}" for count in counts)) for name, counts in periods.counts.items()]
 
+# %% ../../nbs/data/21_proposal_text.ipynb #eb215c5c
 def assumptions(made: Proposal) -> list[str]:
     "What no column says: when labels are known, how many reviews people can do, what decisions cost."
     delay = made.periods.label_delay if made.periods else 0
@@ -98,6 +99,7 @@ def assumptions(made: Proposal) -> list[str]:
             f"your team can review {reviews}: [decision] alert_budget, or --reviews-per-day",
             "reviews and wrong blocks cost what [decision] says"]
 
+# %% ../../nbs/data/21_proposal_text.ipynb #cb8ce7e5
 def proposal_text(made: Proposal, width: int = 100) -> str:
     "The whole proposal."
     found = ", ".join(f"{key} {value}" if key != "format" else value for key, value in made.source.found.items())

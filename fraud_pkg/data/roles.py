@@ -16,7 +16,7 @@ from ..core.contract import CORE_NAMES, RESERVED, Attribute, attribute_line, par
 from .inspect import ColumnFacts
 from ..core.names import WORDS, folded_name, name_hints, name_score, name_words
 
-# %% ../../nbs/data/16_roles.ipynb #5be08c12
+# %% ../../nbs/data/16_roles.ipynb #276e95b9
 LABEL_WORDS = frozenset("""0 1 -1 2 0.0 1.0 -1.0 2.0 true false yes no y n t f j ja nein si oui non sim nao fraud legit
     legitimate genuine normal honest good bad ok fraudulent not_fraud non_fraud fraude betrug unknown pending suspicious
     clean anomaly chargeback positive negative""".split())
@@ -37,24 +37,28 @@ def _is_id(facts: ColumnFacts) -> bool:
     excluded = facts.pattern in ("moment", "duration", "time of day", "money") or facts.storage == "bool"
     return facts.distinct > 2 and not excluded and (not facts.numeric or facts.whole)
 
+def _is_money(facts: ColumnFacts) -> bool:
+    return facts.numeric or facts.pattern == "money"
+
 def _is_sender(facts: ColumnFacts) -> bool:
     few = facts.distinct < FEW_SENDERS and facts.present >= MANY_PAYMENTS
     return _is_id(facts) and not facts.counter and not few and facts.missing < MOSTLY
 
+# %% ../../nbs/data/16_roles.ipynb #5be08c12
 FITS: dict[str, Callable[[ColumnFacts], bool]] = {
     "is_fraud": lambda facts: is_label(facts) or 0 < facts.distinct <= 3 and facts.pattern == "text",
     "label_time": lambda facts: _is_time(facts),
     "scenario": lambda facts: facts.distinct <= 200 and facts.pattern in ("text", "number"),
     "flagged": is_label,
     "when": lambda facts: _is_time(facts) and facts.missing < MOSTLY,
-    "amount": lambda facts: (facts.numeric or facts.pattern == "money") and not facts.counter and facts.missing < MOSTLY,
+    "amount": lambda facts: _is_money(facts) and not facts.counter and facts.missing < MOSTLY,
     "currency": lambda facts: facts.distinct <= 400 and facts.pattern in ("currency", "text"),
     "transaction_id": lambda facts: facts.unique and facts.missing == 0 and _is_id(facts),
     "sender": _is_sender,
     "receiver": lambda facts: _is_id(facts) and not facts.counter,
     "type": lambda facts: facts.distinct <= 256 and not facts.unique and not facts.numeric,
     **dict.fromkeys(("sender_balance", "sender_balance_after", "receiver_balance", "receiver_balance_after"),
-                    lambda facts: facts.numeric or facts.pattern == "money"),
+                    _is_money),
 }
 
 # %% ../../nbs/data/16_roles.ipynb #73c1eb2d
@@ -85,7 +89,7 @@ def _by_name(facts: Mapping[str, ColumnFacts], key: str, free: Collection[str]) 
     why = "its name has a word for it" if loose else "its name is known"
     return Choice(key, name, why, others, loose and bool(others))
 
-# %% ../../nbs/data/16_roles.ipynb #23f75ad4
+# %% ../../nbs/data/16_roles.ipynb #19c21567
 ID_PATTERNS = ("card number", "e-mail", "address of a network", "phone", "uuid", "hash")
 LEAST_REPEATS = 1.2  # payments for each value, below which an id has no history
 
@@ -114,6 +118,7 @@ def _by_value(facts: Mapping[str, ColumnFacts], key: str, free: Collection[str])
         return _only(key, [c.name for c in ids], "no column says who pays; of the ids this one comes back most often")
     return None
 
+# %% ../../nbs/data/16_roles.ipynb #23f75ad4
 def choose_core(
     facts: Mapping[str, ColumnFacts],
     said: Mapping[str, str],            # column of the core -> column of the source, by its owner; "" for none

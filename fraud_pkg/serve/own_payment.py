@@ -51,12 +51,12 @@ def row_as_request(row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]
 
 # %% ../../nbs/serve/20_own_payment.ipynb #804ae611
 def example_request(settings: Settings, manifest: Manifest) -> dict[str, Any]:
-    "A request of the project's own data for this bundle; raises `FraudError` without data/raw, or for another contract's."
+    "A request of the project's own data for this bundle; raises `FraudError` where there are none that fit it."
     raw = read_manifest(settings, "raw")
     file = settings.data_dir / "raw" / raw["file"]
     table = pq.ParquetFile(file)
     wanted = [column.name for column in raw_columns(manifest.contract) if not column.known_later]
     if missing := [name for name in wanted if name not in table.schema_arrow.names]:
-        raise FraudError(f"{file}: no column {missing[0]}, which the champion's contract has; fraud run makes both anew")
+        raise FraudError(f"{file}: no column {missing[0]}, which the champion's contract has; fraud run makes both")
     newest = table.read_row_group(table.num_row_groups - 1, columns=wanted)
     return row_as_request(newest.slice(len(newest) - 1).to_pylist()[0], manifest)
