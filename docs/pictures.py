@@ -1,5 +1,6 @@
 """The pictures of the docs: the report of the last run and the console on its payments, as Chromium shows them; and
 docs/run.json, what texts quote of that run (docs/record.py). `make pictures`; give another folder to take its run.
+`python docs/pictures.py FOLDER hurry` records the tour's run in a hurry in docs/hurry.json instead, without pictures.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import re
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def ask(url: str, payment: str) -> dict:
 def answered(url: str) -> tuple[dict, list[dict]]:
     """What the service says to the payment of docs/decide.md, when it knows nobody yet, and to those of the tour."""
     text = (ROOT / "docs/decide.md").read_text(encoding="utf-8")
-    payment = re.search(r"/predict --data '(\{.*?\})'", text, re.DOTALL)
+    payment = re.search(r"/predict [^{]*--data '(\{.*?\})'", text, re.DOTALL)
     assert payment, "docs/decide.md: no payment in it"
     names = ("transaction_id", "step", "type", "amount", "sender_balance", "receiver")
     lines = re.findall(r"^pay (t-\S+) (\S+) (\S+) (\S+) (\S+) (\S+)$", (ROOT / "docs/tour.md").read_text("utf-8"), re.M)
@@ -86,8 +88,9 @@ def answered(url: str) -> tuple[dict, list[dict]]:
     return ask(url, payment[1]), tour
 
 
-def console(browser, folder: Path) -> tuple[dict, list[dict]]:
-    """A service of its own, with the champion of the run; what it answers to the examples of the docs."""
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """A service of its own, with the champion of the run and nothing in its store."""
     port = servers.free_port()
     url, command = f"http://127.0.0.1:{port}", [sys.executable, "-m", "fraud_pkg.cli", "serve"]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -99,6 +102,12 @@ def console(browser, folder: Path) -> tuple[dict, list[dict]]:
         }
         log = Path(scratch) / "log"
         stack.enter_context(servers.running(command, servers.answers(port), log, cwd=folder, env=environ))
+        yield url
+
+
+def console(browser, folder: Path) -> tuple[dict, list[dict]]:
+    """Pictures of the console; what the service answers to the examples of the docs."""
+    with serving(folder) as url:
         examples = answered(url)
         send(url, folder)
         with visit(browser, url, WIDE) as seen:
@@ -127,5 +136,13 @@ def main(folder: Path) -> None:
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 
+def hurry(folder: Path) -> None:
+    with serving(folder) as url:
+        examples = answered(url)
+    run = record.hurried(record.record(folder, measure.machine(), *examples))
+    record.HURRY.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT)
+    where = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
+    (hurry if sys.argv[2:] == ["hurry"] else main)(where)

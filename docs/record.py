@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs/run.json"
+HURRY = ROOT / "docs/hurry.json"  # of the tour's run in a hurry
 PICTURES = ROOT / "docs/pictures"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -56,6 +57,13 @@ def record(
     }
 
 
+def hurried(whole: dict[str, Any]) -> dict[str, Any]:
+    """Of a record what the tour quotes of its run in a hurry."""
+    kept = ("started", "machine", "seconds", "jobs", "champion", "tour")
+    contenders = {name: whole["contenders"][name] for name in ("plain_xgboost", "xgboost")}
+    return {**{key: whole[key] for key in kept}, "contenders": contenders}
+
+
 def minutes(run: dict[str, Any]) -> str:
     return NUMBERS[max(1, round(run["seconds"] / 60))]
 
@@ -77,6 +85,24 @@ def precision(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda run: interval(run["contenders"][name]["average_precision"])
 
 
+def saved(name: str) -> Callable[[dict[str, Any]], str]:
+    """Money saved in whole per cent, with its interval."""
+
+    def text(run: dict[str, Any]) -> str:
+        value, low, high = (
+            f"{100 * run['contenders'][name]['money_saved_share'][key]:.0f}" for key in ("value", "low", "high")
+        )
+        return f"{value} % ({low} to {high} %)"
+
+    return text
+
+
+def load(run: dict[str, Any]) -> str:
+    """The champion's reviews and blocks a day."""
+    champion = run["contenders"]["xgboost"]
+    return f"{champion['reviews_per_day']:.0f} reviews and {champion['blocks_per_day']:.0f} blocks"
+
+
 def answer(run: dict[str, Any]) -> str:
     """The example's answer, wrapped as the page shows it."""
     lines, width = [""], 118
@@ -93,18 +119,39 @@ def tour(run: dict[str, Any]) -> str:
     )
 
 
+Quoted = tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...]
+
 # Where a text quotes the run: its file, a pattern whose group is the quotation (spaces: any white space), what it is.
-QUOTED: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+QUOTED: Quoted = (
     ("nbs/index.ipynb", r"```text\n(contender [^`]*?)\n```", table),
     ("nbs/index.ipynb", r"computes (\d+) features of each", lambda run: str(run["features"])),
     ("nbs/index.ipynb", r"about (\w+) minutes on two cores", minutes),
     ("docs/tour.md", r"About (\w+) minutes on two cores", minutes),
+    (
+        "docs/tour.md",
+        r"\(the whole run's has (\d+)\)",
+        lambda run: str(run["contenders"]["xgboost"]["frauds"]),
+    ),
     ("docs/tour.md", r"whole run that gives\n\n```text\n([^`]*?)\n```", tour),
     ("docs/decide.md", r"```json\n(\{\"transaction_id\": \"a-1001\", \"fraud_probability\"[^`]*?)\n```", answer),
     ("docs/decisions/contenders.md", r"on the default simulation it has (0\.\d+ \[[^]]*\])", precision("blend")),
     ("docs/decisions/contenders.md", r"on test and saves ([\d.]+ %)", share("blend")),
     ("docs/decisions/contenders.md", r"%, the trees (0\.\d+ \[[^]]*\])", precision("xgboost")),
     ("docs/decisions/contenders.md", r"%, the trees 0\.\d+ \[[^]]*\] and ([\d.]+ %)", share("xgboost")),
+)
+
+
+# The same of the tour's run in a hurry.
+QUOTED_HURRY: Quoted = (
+    ("docs/tour.md", r"Its test period has (\d+) frauds", lambda run: str(run["contenders"]["xgboost"]["frauds"])),
+    ("docs/tour.md", r"the champion saves (-?\d+ % \(-?\d+ to \d+ %\))", saved("xgboost")),
+    ("docs/tour.md", r"plain XGBoost saves (-?\d+ % \(-?\d+ to \d+ %\))", saved("plain_xgboost")),
+    ("docs/tour.md", r"with (\d+ reviews and \d+ blocks) a day", load),
+    (
+        "docs/tour.md",
+        r"seen more frauds, they get ([a-z, ]+)\)",
+        lambda run: ", ".join(said["decision"] for said in run["tour"]),
+    ),
 )
 
 
@@ -125,21 +172,21 @@ def cells_of(file: str, text: str) -> list[str]:
     return ["".join(cell["source"]) for cell in json.loads(text)["cells"]] if file.endswith(".ipynb") else [text]
 
 
-def stale(run: dict[str, Any]) -> list[str]:
+def stale(run: dict[str, Any], quotations: Quoted = QUOTED, record: Path = RECORD) -> list[str]:
     """Quotations that are not what the run says, and places that are gone."""
     faults = []
-    for file, pattern, value in QUOTED:
+    for file, pattern, value in quotations:
         cells = cells_of(file, (ROOT / file).read_text(encoding="utf-8"))
         if not any(quoted(pattern, cell) for cell in cells):
             faults.append(f"{file}: the place that quotes the run is gone: {pattern}; mend QUOTED in docs/record.py")
         if any(corrected(cell, pattern, value(run)) != cell for cell in cells):
-            faults.append(f"{file}: is not what docs/run.json says: {pattern}: {value(run)}")
+            faults.append(f"{file}: is not what docs/{record.name} says: {pattern}: {value(run)}")
     return faults
 
 
-def fill(run: dict[str, Any]) -> None:
+def fill(run: dict[str, Any], quotations: Quoted = QUOTED) -> None:
     """Puts the run's figures where they are quoted."""
-    for file, pattern, value in QUOTED:
+    for file, pattern, value in quotations:
         path = ROOT / file
         text = path.read_text(encoding="utf-8")
         if file.endswith(".ipynb"):
@@ -183,10 +230,11 @@ def badges() -> dict[str, str]:
 
 
 def main() -> None:
-    run = json.loads(RECORD.read_text(encoding="utf-8"))
-    fill(run)
-    if faults := stale(run):
-        sys.exit("error: " + "\n".join(faults))
+    for file, quotations in ((RECORD, QUOTED), (HURRY, QUOTED_HURRY)):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        fill(run, quotations)
+        if faults := stale(run, quotations, file):
+            sys.exit("error: " + "\n".join(faults))
     for name, svg in badges().items():
         (PICTURES / name).write_text(svg, encoding="utf-8")
 

@@ -184,7 +184,16 @@ def test_the_readme_has_the_latest_figures():
         "put this into nbs/index.ipynb, and run make export:\n" + table.headlines(results)
     )
     found = json.loads((PROJECT / "benchmarks/handbook.json").read_text(encoding="utf-8"))
-    assert table.detection(found) in (PROJECT / "README.md").read_text(encoding="utf-8"), table.detection(found)
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert table.detection(found) in readme, table.detection(found)
+    end, said = (
+        int(re.search(pattern, text)[1].replace(",", ""))
+        for pattern, text in (
+            (r"it ends at ([\d,]+) payments/s", table.SCALE.read_text(encoding="utf-8")),
+            (r"beyond about ([\d,]+) payments/s on one Redis primary", readme),
+        )
+    )
+    assert said == round(end, -2), f"docs/scale.md says {end}"
     rows = [
         ["here: 50 rules", "57.0", "55.1 to 60.2"],
         ["eval of", "18.0", "17 to 19"],

@@ -118,6 +118,10 @@ def test_texts_quote_the_recorded_run():
     assert record.stale(run) == [], "make export"
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     assert record.table(run) in readme and len(readme.encode()) <= 9_000
+    hurry = json.loads(record.HURRY.read_text(encoding="utf-8"))
+    assert record.stale(hurry, record.QUOTED_HURRY, record.HURRY) == [], "make export"
+    other = record.stale(hurry | {"tour": run["tour"]}, record.QUOTED_HURRY, record.HURRY)
+    assert len(other) == 1 and other[0].startswith("docs/tour.md: is not what docs/hurry.json says: seen more frauds")
     other = run | {"features": 7, "seconds": 700.0}
     assert [fault.split(":")[0] for fault in record.stale(other)] == [
         "nbs/index.ipynb",

@@ -254,7 +254,8 @@ def test_dates_in_doubt(project):
     columns = {"when": days, "payer": log.pick(40), "amount": log.amount, "fraud": log.label}
     file = save(project / "days.csv", columns)
     made = looked_at(project, file)
-    assert [(doubt.key, doubt.default) for doubt in made.found.doubts] == [(("data", "time_format"), "dmy")]
+    doubts = [(doubt.key, doubt.default) for doubt in made.found.doubts]
+    assert doubts == [(("data", "time_format"), "dmy"), (("decision", "alert_budget"), "1")]
     start = start_from(str(file), current(project), {})
     opened, _ = open_data(proposed_settings(start.file, start.values))
     questions: list[Doubt] = []
@@ -264,7 +265,7 @@ def test_dates_in_doubt(project):
         return "mdy" if doubt.key[1] == "time_format" else doubt.default
 
     assert answered(opened, start, answer).found.values["data", "time_format"] == "mdy"
-    assert len(questions) == 1
+    assert [doubt.key[1] for doubt in questions] == ["time_format", "alert_budget"]
 
 
 def test_unlabelled_end(project):
@@ -324,6 +325,26 @@ def test_command(workspace, tmp_path):
     assert wrong.returncode == 1 and "no column nowhere" in wrong.stderr
     assert "next: fraud run" in space.fraud("init", str(file), "--yes").stdout
     assert "says all of this already" in space.fraud("init", "pay.csv", "--yes").stdout
+
+
+def test_german_export(project):
+    """Compounds, a country of the customer, a date that only frauds have: each is what it is."""
+    log = Shape(4000)
+    reversed_on = [day[:10] if fraud else "" for day, fraud in zip(log.when(), log.fraud, strict=True)]
+    columns = {
+        "Vorgang": [f"V{7 * i}" for i in range(log.n)], "Buchungszeitpunkt": [f"{w}+01:00" for w in log.when()],
+        "Kd.-Nr.": [f"KD-{k:05}" for k in log.pick(300)], "Händler-Nr": log.pick(80),
+        "Transaktionsbetrag": [a.replace(".", ",") for a in log.amount],
+        "Gerätekennung": [f"dv{d}" for d in log.pick(200)], "Land Kunde": [("DE", "AT", "CH")[c] for c in log.pick(3)],
+        "Storno-Datum": reversed_on, "Betrugsfall J/N": ["NJ"[f] for f in log.fraud.astype(int)],
+    }  # fmt: skip
+    made = looked_at(project, save(project / "export.csv", columns))
+    assert taken(made) == {
+        "Vorgang": "transaction_id", "Buchungszeitpunkt": "when", "Kd.-Nr.": "sender", "Händler-Nr": "receiver",
+        "Transaktionsbetrag": "amount", "Gerätekennung": "category", "Land Kunde": "category",
+        "Storno-Datum": "left out", "Betrugsfall J/N": "is_fraud",
+    }  # fmt: skip
+    assert made.found.stops == [] and [each.column for each in made.leaks] == ["Storno-Datum"]
 
 
 REAL = {

@@ -7,6 +7,7 @@ labels), a small model that looks at every feature, and what came out of them. `
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fraud_pkg.core.contract import Contract
+from fraud_pkg.core.contract import HOUR, Contract, contract_from
 from fraud_pkg.core.policy import DECISIONS, LIMITS
 from fraud_pkg.core.settings import Settings
 from fraud_pkg.model.bundle import MANIFEST, MODEL, load_bundle, manifest_hash, manifest_text, sha256_hex
@@ -22,6 +23,7 @@ from fraud_pkg.model.example import example_bundle
 from fraud_pkg.serve.rules import ActiveRules
 from fraud_pkg.serve.scorer import Scorer
 from fraud_pkg.store.journal import JournaledStore
+from fraud_pkg.store.memory import MemoryStore
 from fraud_pkg.store.outbox import OffsetAdvance
 from fraud_pkg.stream.decide import decide_batch, label_batch
 from fraud_pkg.stream.messages import (
@@ -35,6 +37,7 @@ from fraud_pkg.stream.messages import (
 )
 
 RECORDED = Path(__file__).parent / "recorded"
+PAGE = Path(__file__).parents[1] / "docs/stream.md"
 # The costs of `[decision]`, and limits that all change some decisions; the price of a review follows the demand.
 POLICY = Settings().decision.model_dump() | {
     "alert_budget": 2,
@@ -149,3 +152,42 @@ def test_avro_gives_the_same_decisions_as_json(tmp_path):
     dead = frozenset(int(row["headers"]["fraud-offset"]) for row in expected if "headers" in row)
     found = [summary(output) for output in replay(tmp_path, "avro", dead)]
     assert [comparable(row) for row in found] == [comparable(row) for row in expected]
+
+
+# The contract and the policy of docs/stream.md: few histories, so that a message fits on a page.
+SHOWN = contract_from(
+    {"device": "category"},
+    {
+        "sender": "sender history=account partner=receiver statistics=count,last_seen",
+        "receiver": "",
+        "device": "device statistics=count",
+    },
+    windows=(HOUR,),
+)
+SHOWN_POLICY = Settings().decision.model_dump() | {"review_price": 20, "block_price": 15, "control_share": 0}
+
+
+def shown_scorer(folder: Path) -> Scorer:
+    """The example bundle with the costs of the default settings."""
+    example_bundle(folder, contract=SHOWN)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["policy"] |= SHOWN_POLICY
+    manifest["files"][MANIFEST] = manifest_hash(manifest)
+    (folder / MANIFEST).write_bytes(manifest_text(manifest))
+    return Scorer(load_bundle(folder), Settings().serve, ActiveRules())
+
+
+def test_the_page_shows_messages_as_they_are(tmp_path):
+    """docs/stream.md: a message of `transactions`, the one of `decisions` that it gives, and a dead letter."""
+    sent, decided, refused, dead = re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    scorer, result = shown_scorer(tmp_path / "bundle"), BatchResult()
+    topic, texts = {"topic": TOPICS.transactions}, (sent, refused)
+    records = [received(topic, 7 + i, text.strip().encode()) for i, text in enumerate(texts)]
+    decide_batch(scorer, MemoryStore(scorer.retention), records, TOPICS, "json", result)
+    by_topic = {output.topic: output for outputs in result.outputs.values() for output in outputs}
+    letter, decision = by_topic["transactions.dlq"], by_topic[TOPICS.decisions]
+    headers = {name: value.decode() for name, value in letter.headers if value}
+    assert (letter.value, headers) == (refused.strip().encode(), json.loads(dead)), json.dumps(headers, indent=1)
+    shown, found = json.loads(decided), json.loads(decision.value)
+    assert found.pop("fraud_probability") == pytest.approx(shown.pop("fraud_probability"), abs=1e-6)
+    assert found == shown, decision.value.decode()

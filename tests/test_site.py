@@ -44,6 +44,7 @@ def check_page(browser, url: str, page: str, look: str) -> None:  # noqa: F811
         seen.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         assert (look == "phone" and page not in RICHEST) or seen.violations() == [], page
         assert seen.page.evaluate("document.documentElement.scrollWidth") <= size[0], page
+        assert seen.page.evaluate("(n => n.scrollWidth <= n.clientWidth)(document.querySelector('.top nav'))"), page
         assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
             "rgb(18, 23, 28)" if dark else "rgb(249, 249, 246)"
         ), page

@@ -96,6 +96,8 @@ def init(
     source: Annotated[str, typer.Argument(help="A file, a folder, a glob, an archive, hf:// or s3://.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Take the proposal without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, write nothing.")] = False,
+    reviews: Annotated[int | None, typer.Option(
+        "--reviews-per-day", min=0, help="How many payments your team can review in a day.")] = None,
     fixed: Overrides = None,
 ) -> None:
     "Look at a file of payments, propose what its columns are, and write settings.ini."
@@ -105,7 +107,8 @@ def init(
     from fraud_pkg.data.sources import open_data
     from fraud_pkg.data.trial import proposed_settings
     current = load_settings(cli={}, file=project_root() / "settings.ini", environ={})
-    start = start_from(source, current, parse_pairs(fixed))
+    team = {} if reviews is None else {"decision.alert_budget": str(reviews)}
+    start = start_from(source, current, team | parse_pairs(fixed))
     opened, _ = open_data(proposed_settings(start.file, start.values))
     made = propose(opened, start)
     print(proposal_text(made, _text_width()))

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KeyName', 'KeyFile', 'KeyDays', 'RulesFile', 'Weeks', 'FromRaw', 'ListName', 'Values', 'ListOf', 'Stage', 'BundleUrl',
-           'Via', 'Moment', 'serve', 'access_add', 'access_list', 'access_rotate', 'access_revoke', 'store_load',
-           'rules_check', 'rules_publish', 'rules_test', 'rules_suggest', 'lists_add', 'lists_remove', 'lists_show',
-           'deploy_lambda', 'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels', 'stream_produce',
-           'stream_redrive', 'stream_sink', 'cases_follow', 'audit_verify', 'audit_export']
+           'Via', 'Moment', 'serve', 'example', 'access_add', 'access_list', 'access_rotate', 'access_revoke',
+           'store_load', 'rules_check', 'rules_publish', 'rules_test', 'rules_suggest', 'lists_add', 'lists_remove',
+           'lists_show', 'deploy_lambda', 'deploy_package', 'deploy_remove', 'stream_score', 'stream_labels',
+           'stream_produce', 'stream_redrive', 'stream_sink', 'cases_follow', 'audit_verify', 'audit_export']
 
 # %% ../../nbs/cli/04_serving.ipynb #ebe7b900
 import contextlib
+import json
 import os
 import sys
 import time
@@ -23,8 +24,7 @@ import typer
 
 from fraud_pkg.cli.program import (
     access_app, app, audit_app, cases_app, deploy_app, lists_app, Overrides, print_table, rules_app, settings_with,
-    store_app,
-    stream_app,
+    store_app, stream_app,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +54,20 @@ def serve(overrides: Overrides = None) -> None:
     print(f"listening on http://{config.serve.host}:{config.serve.port}: the console at /, described at /docs, "
           "measured at /metrics", file=sys.stderr)
     run_server(config, os.environ, fill_at_start)
+
+# %% ../../nbs/cli/04_serving.ipynb #ab40d0d2
+@app.command()
+def example(overrides: Overrides = None) -> None:
+    "Print a payment of your data as the body of POST /predict."
+    from fraud_pkg.core.errors import FraudError
+    from fraud_pkg.model.bundle import load_bundle
+    from fraud_pkg.serve.own_payment import example_request
+    config = settings_with(overrides)
+    champion = config.models_dir / "champion"
+    if not champion.exists():
+        raise FraudError(f"no champion in {champion}, whose contract says what a payment is: fraud run makes one")
+    manifest = load_bundle(champion, deciding=True).manifest
+    print(json.dumps(example_request(config, manifest), indent=1, ensure_ascii=False))
 
 # %% ../../nbs/cli/04_serving.ipynb #accescm0
 KeyName = Annotated[str, typer.Argument(metavar="NAME[@RIGHTS]", help="shop, anna@cases, prometheus@metrics, ...")]

@@ -322,7 +322,9 @@ class Evaluate(Section):
 # %% ../../nbs/core/03_sections.ipynb #26c3f0c5
 class Gate(Section):
     "What a challenger must show."
-    min_average_precision: Share = 0.10
+    min_lift: float = Field(3, ge=1, allow_inf_nan=False)
+    min_average_precision: Share = 0.0
+    against_baselines: Literal["not_worse", "better", "ignore"] = "not_worse"
     min_money_saved: float = Field(0.0, le=1)
     max_parity_error: NotNegative = 1e-5
     max_over_limits: float = Field(3, ge=1, allow_inf_nan=False)

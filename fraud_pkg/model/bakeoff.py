@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'TABLE_COLUMNS', 'SCORE_COLUMNS', 'LEAST_FRAUDS', 'calibrate_and_write', 'read_trained', 'ScoredRow',
            'BakeOffEntry', 'evaluate_contender', 'evaluate_plain_baseline', 'evaluate_rule_baseline', 'write_scores',
-           'BakeOffRow', 'BakeOff', 'bake_off', 'interval', 'bake_off_table', 'bake_off_scores', 'PrecisionRecall',
-           'BakeOffReport', 'bake_off_cautions', 'write_bake_off']
+           'BakeOffRow', 'BakeOff', 'bake_off', 'interval', 'bake_off_table', 'bake_off_scores', 'BaselineGap',
+           'baseline_gaps', 'check_baselines', 'PrecisionRecall', 'BakeOffReport', 'bake_off_cautions',
+           'write_bake_off']
 
 # %% ../../nbs/model/07_bakeoff.ipynb #0da513ed
 import json
@@ -27,6 +28,7 @@ from ..core.files import staging_dir, write_whole
 from ..core.policy import Policy, decide
 from ..core.settings import Settings
 from .bundle import MODEL, Bundle, Model, load_bundle, measured_version
+from .gate import GateCheck
 from .write import UnseenRows, sample_unseen, write_bundle
 from ..train.losses import loss_calibration
 from fraud_pkg.train.metrics import (
@@ -285,6 +287,59 @@ def bake_off_scores(settings: Settings) -> tuple[np.ndarray, dict[str, np.ndarra
                 scores.setdefault(name, table[name].to_numpy())
     return keys["is_fraud"].to_numpy(), scores
 
+# %% ../../nbs/model/07_bakeoff.ipynb #2adaf0cd
+class BaselineGap(BaseModel):
+    "Average precision of a model less that of a baseline, on the same resamples of the test period."
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    baseline: str
+    model: str
+    difference: float
+    low: float   # of the 95 % interval
+    high: float
+
+    @property
+    def sentence(self) -> str:
+        "Whether the model is better, as far as the test period shows."
+        what = f"average precision {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] against it"
+        if self.low > 0:
+            return f"{self.model} is better than the baseline {self.baseline} by more than chance: {what}"
+        if self.high < 0:
+            return f"the baseline {self.baseline} is better than {self.model} by more than chance: {what}"
+        return f"that {self.model} is better than the baseline {self.baseline} is not shown: {what}"
+
+def baseline_gaps(
+    result: BakeOff,
+    name: str,                      # the row that meets every baseline
+    scores: dict[str, np.ndarray],  # [n] by row
+    test: Sample,                   # the same rows
+    settings: Settings,
+) -> list[BaselineGap]:
+    "A model beside every baseline that was scored."
+    gaps = []
+    for row in result.rows:
+        if row.kind == "baseline" and row.name in scores:
+            found = paired_bootstrap(test.y, scores[name], scores[row.name], test.account,
+                                     settings.evaluate.resamples, settings.evaluate.seed, test.outcome)
+            figures = {key: found[key] for key in ("difference", "low", "high")}
+            gaps.append(BaselineGap(baseline=row.name, model=name, **figures))
+    return gaps
+
+# %% ../../nbs/model/07_bakeoff.ipynb #89f0bf81
+def check_baselines(
+    settings: Settings,
+    name: str,     # the challenger's row
+    test: Sample,  # of which the scores are
+) -> GateCheck:
+    "Whether a challenger is as good beside the baselines as `[gate] against_baselines` asks."
+    wanted = settings.gate.against_baselines
+    gaps = baseline_gaps(bake_off(settings), name, bake_off_scores(settings)[1], test, settings)
+    worse = [gap for gap in gaps if gap.high < 0 or (wanted == "better" and gap.low <= 0)]
+    passed = wanted == "ignore" or not worse
+    detail = "; ".join(gap.sentence for gap in (gaps if passed else worse))
+    way = "" if passed else (f"; [gate] against_baselines = {wanted}: more training data, other [attributes] and "
+                             "[entities], or [train] trials may help; ignore lets it pass")
+    return GateCheck(check="baselines", passed=passed, detail=f"{detail or 'there are none'}{way}")
+
 # %% ../../nbs/model/07_bakeoff.ipynb #5a207b01
 class PrecisionRecall(BaseModel):
     "A precision-recall curve by rising recall, by `thin_curve`."
@@ -295,6 +350,7 @@ class PrecisionRecall(BaseModel):
 class BakeOffReport(BakeOff):
     "The bake-off with its curves; reports/bakeoff/bakeoff.json is one."
     curves: dict[str, PrecisionRecall] = {}  # {name of a row: curve}; an older file has none
+    gaps: list[BaselineGap] = []             # the champion beside each baseline; none where it is of another run
     cautions: list[str] = []                 # what the table must not be read without
 
 def _precision_recall_png(y: np.ndarray, scores: dict[str, np.ndarray]) -> bytes:
@@ -311,43 +367,31 @@ def _precision_recall_png(y: np.ndarray, scores: dict[str, np.ndarray]) -> bytes
 # %% ../../nbs/model/07_bakeoff.ipynb #56d3dcbd
 LEAST_FRAUDS = 30  # of a test period whose intervals say something
 
+def _champions_row(result: BakeOff) -> str | None:
+    "The row of the champion, if it is one of this bake-off's contenders."
+    return next((row.name for row in result.rows if result.champion and row.version == result.champion), None)
+
 def bake_off_cautions(
-    result: BakeOff,
-    y: np.ndarray,                   # [n] 1 for fraud
-    scores: dict[str, np.ndarray],   # [n] by row
-    account: np.ndarray,             # [n] codes
-    settings: Settings,
+    frauds: int,  # in the test period
+    gaps: Sequence[BaselineGap],  # of the champion
 ) -> list[str]:
-    "Too few frauds to say anything; a baseline that beats the champion by more than chance."
-    frauds, cautions = int(y.sum()), []
+    "Too few frauds to say anything; a baseline that the champion is not shown to beat."
+    cautions = []
     if frauds < LEAST_FRAUDS:
         cautions.append(f"the test period has {frauds} frauds: with fewer than {LEAST_FRAUDS} its figures and their "
                         "intervals say next to nothing; a longer [split] test_hours has more")
-    champion = next((row.name for row in result.rows if result.champion and row.version == result.champion), None)
-    for row in result.rows:
-        if champion is None or row.kind != "baseline" or row.name not in scores:
-            continue
-        found = paired_bootstrap(y, scores[row.name], scores[champion], account, settings.evaluate.resamples,
-                                 settings.evaluate.seed)
-        if found["low"] > 0:
-            cautions.append(f"the baseline {row.name} beats the champion {champion} on the test period by more than "
-                            f"chance: average precision {found['difference']:+.3f} [{found['low']:+.3f}, "
-                            f"{found['high']:+.3f}]")
-    return cautions
-
-def _test_accounts(settings: Settings) -> np.ndarray:
-    "The account of each row of the test period."
-    import pyarrow.parquet as pq
-    return pq.read_table(_score_folders(settings)[0] / "test.parquet", columns=["account"])["account"].to_numpy()
+    return [*cautions, *(gap.sentence for gap in gaps if gap.low <= 0)]
 
 # %% ../../nbs/model/07_bakeoff.ipynb #ca64bde5
-def write_bake_off(settings: Settings) -> BakeOffReport:
+def write_bake_off(settings: Settings, test: Sample) -> BakeOffReport:
     "The bake-off with its curves and cautions, also as bakeoff.json and precision_recall.png in reports/bakeoff."
     result, (y, scores) = bake_off(settings), bake_off_scores(settings)
-    cautions = bake_off_cautions(result, y, scores, _test_accounts(settings), settings)
+    champion = _champions_row(result)
+    gaps = baseline_gaps(result, champion, scores, test, settings) if champion else []
+    cautions = bake_off_cautions(int(y.sum()), gaps)
     scores = {row.name: scores[row.name] for row in result.rows if row.name in scores}
     curves = {name: PrecisionRecall(**thin_curve(y, score)) for name, score in scores.items()}
-    report = BakeOffReport(**dict(result), curves=curves, cautions=cautions)
+    report = BakeOffReport(**dict(result), curves=curves, gaps=gaps, cautions=cautions)
     folder = settings.reports_dir / "bakeoff"
     write_whole(folder / "precision_recall.png", _precision_recall_png(y, scores))
     write_whole(folder / "bakeoff.json", json.dumps(report.model_dump(), indent=1) + "\n")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -290,7 +290,7 @@ def promote(
     settings: Settings,
     test: Sample,  # the test period with all features
     folder: Path,  # the challenger's bundle
-    chosen: GateCheck | None = None,  # why it is the challenger
+    before: Sequence[GateCheck] = (),  # what was checked already: why it is the challenger, the baselines
     refit: Refit | None = None,  # trains what passed once more, before it serves
     unlearned: Sample | None = None,  # as `check_promotion` takes it
 ) -> Verdict:
@@ -299,8 +299,8 @@ def promote(
     challenger, champion_folder = load_bundle(folder), champion_bundle(settings)
     champion = load_bundle(champion_folder) if champion_folder else None
     verdict = check_promotion(challenger, champion, test, settings, unlearned)
-    if chosen:
-        verdict = verdict.model_copy(update={"reasons": (chosen, *verdict.reasons)})
+    verdict = verdict.model_copy(update={"reasons": (*before, *verdict.reasons),
+                                         "passed": verdict.passed and all(check.passed for check in before)})
     with audited(settings, os.environ, "registry") as note, registry_client(settings) as client:
         if champion is None or not same_model(champion.manifest, challenger.manifest):
             verdict = _promote_if_passed(client, settings, challenger, version, verdict, refit)
@@ -312,7 +312,7 @@ def promote(
         failed = "; ".join(f"{r.check}: {r.detail}" for r in verdict.reasons if not r.passed)
         raise RegistryError(
             f"no champion: challenger {verdict.challenger} ({challenger.manifest.name}) was refused ({failed}); "
-            "[gate] has the floors")
+            "after a change in settings.ini, fraud run promotes again without training anew")
     return verdict
 
 # %% ../../nbs/model/10_registry.ipynb #9a58a1b2

@@ -183,8 +183,9 @@ def _cell_error_line(name: str, value: str, job: Job, root: Path) -> str:
         return full
     if memory := too_little_memory(name, value):
         return memory
-    text = next((line.strip() for line in value.splitlines() if line.strip()), "")[:400]
-    return text if text and _is_own_error(name, job, root) else f"{name}: {text}".rstrip(": ")
+    text = next((line.strip() for line in value.splitlines() if line.strip()), "")
+    own = text and _is_own_error(name, job, root)  # which says what to do at its end
+    return text[:2000] if own else f"{name}: {text[:400]}".rstrip(": ")
 
 # %% ../../nbs/pipeline/04_execute.ipynb #3584c497
 def _last_cell(notebook: Path) -> str:

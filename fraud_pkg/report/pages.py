@@ -231,10 +231,12 @@ def read_beside(reports: Path, card: Card | None, model: type[Beside], name: str
     return found if card and found and found.version == card.version else None
 
 # %% ../../nbs/report/04_pages.ipynb #2a72e831
-def _bake_off(reports: Path, champion: str | None) -> dict[str, Any]:
+def _bake_off(reports: Path, manifest: Record | None) -> dict[str, Any]:
     "Rows, curves and bars of the last bake-off, and what the promotion checks said."
     report = read_model(BakeOffReport, reports / "bakeoff" / "bakeoff.json")
     rows, curves = (report.rows, report.curves) if report else ([], {})
+    champion = manifest["version"] if manifest else None
+    own = report and manifest and report.champion == (manifest.get("judged") or manifest)["version"]
     budgets = read_model(BudgetReport, reports / "bakeoff" / "budgets.json")
     return {
         "rows": rows, "verdict": read_model(Verdict, reports / "bakeoff" / "verdict.json"),
@@ -243,7 +245,7 @@ def _bake_off(reports: Path, champion: str | None) -> dict[str, Any]:
         "measures": contender_bars(rows, champion),
         "references": references(rows),
         "scenarios": sorted({scenario for row in rows for scenario in row.metrics["scenarios"]}),
-        "cautions": report.cautions if report else [],
+        "gaps": report.gaps if own else [], "cautions": report.cautions if report else [],
     }
 
 def collect(settings: Settings) -> dict[str, Any]:
@@ -256,7 +258,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "champion": champion, "contract": contract_of(champion, settings),
         "card": card, "behaviour": behaviour,
         "what_if": read_beside(reports, card, WhatIf, "what_if.json"),
-        **_bake_off(reports, champion["version"] if champion else None),
+        **_bake_off(reports, champion),
         "weak": [*(weak_spots(card) if card else []),
                  *(one_day(behaviour, champion["epoch"]) if champion and behaviour else [])],
         "limits": limits(champion, card) if champion else [],

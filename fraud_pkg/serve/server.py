@@ -38,6 +38,7 @@ def desk_of(settings: Settings) -> OpenDesk | None:
     if not settings.cases.url:
         log.info("no cases: [cases] url is empty (%s)", settings.origins.get("cases.url", "default"))
         return None
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # names each of its plugins as it is imported
     from fraud_pkg.serve.case_desk import open_desk
     return open_desk
 
