@@ -261,7 +261,7 @@ class Approvers:
 
     @property
     def asked(self) -> bool:
-        "Whether anything needs an approval; one person is who makes the change."
+        "Whether anything needs an approval."
         return self.required > 1
 
     def name(self, statement: Statement, text: bytes, purpose: str = APPROVAL) -> str:
@@ -282,10 +282,8 @@ class Approvers:
         found = set()
         for text in approved.signatures:
             with contextlib.suppress(SignatureError):
-                name = self.name(approved.statement, text)
-                if read_signature(text, name).sequence <= most:
-                    found.add(name)
-        return tuple(sorted(found))
+                found.add((self.name(approved.statement, text), read_signature(text, "").sequence <= most))
+        return tuple(sorted(name for name, in_time in found if in_time))
 
     def lacking(self, names: Sequence[str]) -> str:
         "What is missing, in words; empty where nothing is."
