@@ -525,6 +525,7 @@ def test_deploy_role_may_do_what_chalice_does(client, account, tmp_path):
     } <= needed
 
 
+@pytest.mark.long(reason="a plan and an apply more; make test validates the configuration")
 def test_aws_asks_for_signed_code(checked, account, client, tmp_path):
     """Planned, as moto has no code signing configurations: one for each stage, by its own profile, and no deploy role
     may take it from the function. moto has profiles, so those are made.
@@ -538,7 +539,7 @@ def test_aws_asks_for_signed_code(checked, account, client, tmp_path):
     shown = json.loads(run(*command, "show", "-json", "plan", env=environ | account[0]).stdout)
     made = {change["address"]: change["change"]["after"] for change in shown["resource_changes"]}
     expressions = {
-        found["address"]: found["expressions"] for found in shown["configuration"]["root_module"]["resources"]
+        found["address"]: found.get("expressions") for found in shown["configuration"]["root_module"]["resources"]
     }
     for stage in ("dev", "prod"):
         config = made[f'aws_lambda_code_signing_config.package["{stage}"]']
@@ -565,7 +566,7 @@ def test_a_stage_is_packed_signed_and_deployed_as_it_was_signed():
     assert list(packs["env"]) == ["FRAUD_SIGNING_KEY"] and "FRAUD_PACKAGE_KEY" in packs["env"]["FRAUD_SIGNING_KEY"]
     assert [name for name, step in steps.items() if "KEY" in str(step.get("env", ""))] == [packs["name"], "smoke"]
     (kept,) = (step for step in (step for place, step in STEPS if place == "cd.yml: lambda") if "artifact" in str(step))
-    assert kept["with"]["path"].split() == [
+    assert kept["with"]["path"].splitlines() == [
         "${{ runner.temp }}/package/sbom.cdx.json",
         "${{ runner.temp }}/package/deployment.sig",
     ]
