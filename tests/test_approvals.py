@@ -76,10 +76,9 @@ class Team:
         sequence = max(int(time.time() * 1000), signed_sequence(self.root / "champion") + 1)
         return folder, Approved(Statement(CHAMPION, digest, sequence, sequence + 60_000, "0" * 64), ())
 
-    def signed(self, approved: Approved, *who: str) -> Approved:
-        return approved._replace(
-            signatures=tuple(self.signers[name].sign(approved.statement.text, APPROVAL) for name in who)
-        )
+    def signed(self, approved: Approved, *who: str, at: int = 0) -> Approved:
+        text = approved.statement.text
+        return approved._replace(signatures=tuple(self.signers[name].sign(text, APPROVAL, sequence=at) for name in who))
 
     def put(self, folder: Path, approved: Approved | None) -> None:
         """What somebody does who holds the signing key and may write where services look."""
@@ -144,6 +143,56 @@ def test_a_champion_that_one_person_signs_does_not_decide(team):
         team.copy(first)  # signed anew, above an approval that is used up
         said(team, "approved is another sequence")
         assert version(url) == taken
+
+
+def test_a_service_that_starts_later_knows_when_a_champion_was_promoted(team):
+    """Approved eight days ago, for seven. What was promoted in that time decides, whenever a service starts."""
+    day, now = 86_400_000, int(time.time() * 1000)
+    then = now - 8 * day
+
+    def approved_then(bias: float, sequence: int) -> tuple[Path, Approved]:
+        folder, asked = team.champion(bias)
+        statement = asked.statement._replace(sequence=sequence, until=now - day)
+        return folder, team.signed(Approved(statement, ()), "anna", "ben", at=then)
+
+    folder, approvals = approved_then(-8.0, then)
+    signed = folder / SIGNATURE
+
+    def sign(promoted: int) -> bytes:
+        sign_bundle(folder, CHAMPION, team.signers["prod"], approved=approvals, promoted=promoted)
+        return signed.read_bytes()
+
+    late = sign(now)
+    unstamped = team.signers["prod"].sign((folder / MANIFEST).read_bytes(), CHAMPION, sequence=then)
+    ways = {
+        "when its approvals had ended": late,  # who has the key, and old approvals
+        "its signature does not fit": late.replace(b"promoted %d" % now, b"promoted %d" % then),  # who has no key
+        "which is in the future": sign(now + day),
+        "it is an older one); sign it anew: fraud approvals adopt": unstamped + approvals.text,
+        "approved by nobody; expected 2 more": sign(then - day),  # promoted first, and approved then
+    }
+    with serving(team, ready=False) as url:
+        for reason, text in ways.items():
+            signed.write_bytes(text)
+            team.copy(folder)
+            said(team, reason)
+            assert httpx.get(f"{url}/readyz").status_code == 503
+        sign(then)
+        team.copy(folder)
+        kept = load_bundle(folder).manifest.version
+        servers.until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        assert version(url) == kept
+        second, approvals_of_second = approved_then(-5.0, then + 1)
+        sign_bundle(second, CHAMPION, team.signers["prod"], approved=approvals_of_second, promoted=then + 1)
+        team.copy(second)  # an earlier moment than the true one, which a service at work does not believe
+        said(team, "was not promoted in the time")
+        assert version(url) == kept
+    team.copy(folder)  # the former champion, once another one has been approved and promoted
+    with serving(team, ready=False, trust__least_sequence=then + 1) as url:
+        said(team, "a newer one has replaced it")
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        team.copy(second)
+        servers.until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
 
 
 def test_rules_and_lists_of_one_person_do_not_hold(team):

@@ -60,7 +60,7 @@ def fetched(project, stage: str) -> Path:
     wanted = base64.b64decode(configuration(stage)["CodeSha256"]).hex()
     found = {
         hashlib.sha256(path.read_bytes()).hexdigest(): path
-        for path in (project.root / "chalice_app/.chalice/deployments").glob("*.zip")
+        for path in (project.root / "chalice_app/.chalice/deployments").rglob("*.zip")
     }
     return found[wanted]
 

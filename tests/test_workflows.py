@@ -255,7 +255,14 @@ def test_terraform_is_valid(checked):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("repository", "owner/*"), ("branch", "*"), ("name", "Acme"), ("region", "europe"), ("stages", '["DEV"]')],
+    [
+        ("repository", "owner/*"),
+        ("branch", "*"),
+        ("name", "Acme"),
+        ("region", "europe"),
+        ("stages", '["DEV"]'),
+        ("code_signing", "on"),
+    ],
 )
 def test_terraform_refuses(checked, tmp_path, name, value):
     shutil.copy(INFRA / "variables.tf", tmp_path)  # variables need no provider
@@ -516,6 +523,53 @@ def test_deploy_role_may_do_what_chalice_does(client, account, tmp_path):
         "apigateway:POST",
         "apigateway:PUT",
     } <= needed
+
+
+@pytest.mark.long(reason="a plan and an apply more; make test validates the configuration")
+def test_aws_asks_for_signed_code(checked, account, client, tmp_path):
+    """Planned, as moto has no code signing configurations: one for each stage, by its own profile, and no deploy role
+    may take it from the function. moto has profiles, so those are made.
+    """
+    folder, environ = checked
+    planned = tmp_path / "planned"
+    shutil.copytree(folder, planned, symlinks=True)
+    command = ["terraform", f"-chdir={planned}"]
+    given = [*GIVEN, "-var", "code_signing=Enforce"]
+    run(*command, "plan", "-no-color", "-input=false", "-out=plan", *given, env=environ | account[0])
+    shown = json.loads(run(*command, "show", "-json", "plan", env=environ | account[0]).stdout)
+    made = {change["address"]: change["change"]["after"] for change in shown["resource_changes"]}
+    expressions = {
+        found["address"]: found.get("expressions") for found in shown["configuration"]["root_module"]["resources"]
+    }
+    for stage in ("dev", "prod"):
+        config = made[f'aws_lambda_code_signing_config.package["{stage}"]']
+        assert config["policies"] == [{"untrusted_artifact_on_deployment": "Enforce"}]
+        profile = made[f'aws_signer_signing_profile.package["{stage}"]']
+        assert (profile["name"], profile["platform_id"]) == (f"fraud_{stage}", "AWSLambda-SHA384-ECDSA")
+        actions = {action for rule in policy(client, f"fraud-ci-deploy-{stage}") for action in rule["Action"]}
+        assert not {action for action in actions if "CodeSigning" in action or action.startswith("signer:")}
+    (publishers,) = expressions["aws_lambda_code_signing_config.package"]["allowed_publishers"]
+    assert "aws_signer_signing_profile.package" in publishers["signing_profile_version_arns"]["references"]
+    target = ["-target=aws_signer_signing_profile.package", "-auto-approve", "-input=false", "-no-color"]
+    run(*command, "apply", *target, *given, env=environ | account[0])
+    assert client("signer").get_signing_profile(profileName="fraud_prod")["platformId"] == "AWSLambda-SHA384-ECDSA"
+
+
+def test_a_stage_is_packed_signed_and_deployed_as_it_was_signed():
+    """The key is there for the step that packs alone; what is deployed is that folder."""
+    steps = {
+        step.get("id") or step["name"]: step for place, step in STEPS if place == "cd.yml: lambda" and "run" in step
+    }
+    packs = next(step for step in steps.values() if "fraud deploy package" in step["run"])
+    place = packs["run"].split()[3]
+    assert steps["deploy"]["run"] == f'fraud deploy lambda --stage "$STAGE" --package {place}'
+    assert list(packs["env"]) == ["FRAUD_SIGNING_KEY"] and "FRAUD_PACKAGE_KEY" in packs["env"]["FRAUD_SIGNING_KEY"]
+    assert [name for name, step in steps.items() if "KEY" in str(step.get("env", ""))] == [packs["name"], "smoke"]
+    (kept,) = (step for step in (step for place, step in STEPS if place == "cd.yml: lambda") if "artifact" in str(step))
+    assert kept["with"]["path"].splitlines() == [
+        "${{ runner.temp }}/package/sbom.cdx.json",
+        "${{ runner.temp }}/package/deployment.sig",
+    ]
 
 
 def test_checkov_has_nothing_against_it(tmp_path):

@@ -133,11 +133,21 @@ def keys_rotate(
     keys = rotate_key(file, name, until.date(), settings_with(None), os.environ)
     print("trusted:", *(key.name for key in keys))
 
+# %% ../../nbs/cli/05_models.ipynb #keyscod2
 @keys_app.command("sign")
-def keys_sign(folder: Annotated[Path, typer.Argument(help="A bundle, such as models/champion.")]) -> None:
-    "Sign a bundle as one that decides: a first champion, a canary."
+def keys_sign(
+    folder: Annotated[Path, typer.Argument(
+        help="A bundle, such as models/champion, or what fraud deploy package wrote.")],
+    stage: Annotated[str, typer.Option(help="Of a package: the stage that it is for.")] = "",
+) -> None:
+    "Sign a bundle as one that decides (a first champion, a canary), or a package for a stage of Lambda."
     from fraud_pkg.model.keys import sign_champion
-    print(f"signed: {sign_champion(folder, settings_with(None), os.environ)}")
+    if not stage:
+        print(f"signed: {sign_champion(folder, settings_with(None), os.environ)}")
+        return
+    from fraud_pkg.serve.lambda_deploy import sign_package_by_hand
+    for name, digest in sign_package_by_hand(folder, stage, settings_with(None), os.environ).items():
+        print(f"signed for {stage}: {digest}  {name}")
 
 # %% ../../nbs/cli/05_models.ipynb #bb491f25
 @models_app.command("shadow")

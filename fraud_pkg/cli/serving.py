@@ -376,31 +376,50 @@ BundleUrl = Annotated[str, typer.Option(
     help="Keep the champion there, under its version; without it, it goes into the package.")]
 
 @deploy_app.command("lambda")
-def deploy_lambda(stage: Stage = "dev", bundle_url: BundleUrl = "", overrides: Overrides = None) -> None:
+def deploy_lambda(
+    stage: Stage = "dev",
+    bundle_url: BundleUrl = "",
+    package: Annotated[Path | None, typer.Option(
+        metavar="FOLDER", help="Deploy what fraud deploy package wrote there, byte for byte; build nothing.")] = None,
+    overrides: Overrides = None,
+) -> None:
     "Pack the champion and deploy it behind API Gateway."
-    from fraud_pkg.serve.lambda_package import deploy
-    deployed = deploy(settings_with(overrides), stage, bundle_url, print)
+    from fraud_pkg.core.errors import FraudError
+    from fraud_pkg.core.signatures import load_signer
+    from fraud_pkg.serve.lambda_deploy import deploy, pack_and_deploy
+    config = settings_with(overrides)
+    if package is None:
+        deployed = pack_and_deploy(config, stage, bundle_url, load_signer(os.environ), print)
+    elif bundle_url:
+        raise FraudError("--package and --bundle-url: a package says where its champion is; expected one of the two")
+    else:
+        deployed = deploy(config, stage, package, print)
     if deployed.table_created:
         print("The online store's table is new: every account counts as new until it has filled")
     print(f"URL:      {deployed.url}")
     print(f"Try it:   curl {deployed.url.rstrip('/')}/healthz; keys and a first transaction: see the README")
 
+# %% ../../nbs/cli/04_serving.ipynb #deplpck1
 @deploy_app.command("package")
 def deploy_package(
-    out: Annotated[Path, typer.Argument(help="A folder for deployment.zip and its CloudFormation template.")],
+    out: Annotated[Path, typer.Argument(
+        help="A folder for deployment.zip, its bill of materials (sbom.cdx.json), its signature where there is a key, "
+             "and a CloudFormation template.")],
     stage: Stage = "dev",
     bundle_url: BundleUrl = "",
     overrides: Overrides = None,
 ) -> None:
     "Write the package that would be deployed, and deploy nothing."
-    from fraud_pkg.serve.lambda_package import package
-    zipped = package(settings_with(overrides), stage, out, bundle_url)
-    print(f"{zipped} ({zipped.stat().st_size / 1e6:.1f} MB)")
+    from fraud_pkg.core.signatures import load_signer
+    from fraud_pkg.serve.lambda_deploy import build_package
+    signer = load_signer(os.environ)
+    zipped = build_package(settings_with(overrides), stage, out, bundle_url, signer)
+    print(f"{zipped} ({zipped.stat().st_size / 1e6:.1f} MB, {'' if signer else 'not '}signed)")
 
 @deploy_app.command("remove")
 def deploy_remove(stage: Stage = "dev", overrides: Overrides = None) -> None:
     "Remove a stage; the online store's table and the bucket stay."
-    from fraud_pkg.serve.lambda_package import remove
+    from fraud_pkg.serve.lambda_deploy import remove
     remove(settings_with(overrides), stage, print)
 
 # %% ../../nbs/cli/04_serving.ipynb #f043dcde

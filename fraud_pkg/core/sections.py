@@ -385,6 +385,7 @@ class Trust(Section):
     approvers: Names = ()
     approve_within: Duration = 604_800
     label_keys: Names = ()
+    package_keys: Names = ()
     plain_hosts: Names = ()
 
 # %% ../../nbs/core/03_sections.ipynb #e827f664

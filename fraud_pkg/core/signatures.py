@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONTENDER', 'CHAMPION', 'ANSWER', 'SIGNATURE_LIMIT', 'APPROVAL', 'REJECTION', 'LIST', 'RULES', 'NO_APPROVERS',
-           'SignatureError', 'Signature', 'read_signature', 'read_signature_file', 'new_key', 'Signer', 'load_signer',
-           'TrustedKey', 'trusted_key', 'trusted_keys', 'check_value', 'ApprovalError', 'Statement', 'Approved',
-           'read_signed', 'Approvers', 'approvers', 'check_approved', 'Verifier', 'verifier']
+           'CLOCK_SKEW', 'SignatureError', 'Signature', 'read_signature', 'read_signature_file', 'new_key', 'Signer',
+           'load_signer', 'TrustedKey', 'trusted_key', 'trusted_keys', 'check_value', 'ApprovalError', 'Statement',
+           'Approved', 'read_signed', 'Approvers', 'approvers', 'check_approved', 'Verifier', 'verifier']
 
 # %% ../../nbs/core/15_signatures.ipynb #6597415a
 import contextlib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,8 @@ class SignatureError(FraudError):
 
 CONTENDER, CHAMPION, ANSWER = "contender", "champion", "answer"
 SIGNATURE_LIMIT = 8192  # bytes; a signature has about 270, and so has each approval behind it
-_LINES = (rb"(fraud-signature 1\npurpose ([a-z]{1,20})\nkey ([0-9a-f]{64})\nsequence (\d{1,15})\n)"
-          rb"signature ([0-9a-f]{128})\n")
+_LINES = (rb"(fraud-signature 1\npurpose ([a-z]{1,20})\nkey ([0-9a-f]{64})\nsequence (\d{1,15})\n"
+          rb"(?:promoted (\d{1,15})\n)?)signature ([0-9a-f]{128})\n")
 _FORM = re.compile(_LINES)
 
 @dataclass(frozen=True)
@@ -44,14 +45,16 @@ class Signature:
     sequence: int  # milliseconds since 1970 when it was made, and above all former ones
     head: bytes    # the lines that it covers, besides the content
     value: bytes   # 64 bytes
+    promoted: int | None = None  # milliseconds since 1970, where persons have approved that; None: it does not say
 
 def read_signature(text: bytes, place: str) -> Signature:
     "The signature in a text; raises `SignatureError` for any other."
     match = _FORM.fullmatch(text)
     if match is None:
         raise SignatureError(f"{place}: not a signature of this project")
-    head, purpose, key, sequence, value = match.groups()
-    return Signature(purpose.decode(), key.decode(), int(sequence), head, bytes.fromhex(value.decode()))
+    head, purpose, key, sequence, promoted, value = match.groups()
+    moment = int(promoted) if promoted else None
+    return Signature(purpose.decode(), key.decode(), int(sequence), head, bytes.fromhex(value.decode()), moment)
 
 def read_signature_file(path: Path) -> bytes | None:
     "The text of a signature, None where there is none; of one that is too long, too much to be one."
@@ -121,10 +124,12 @@ class Signer:
         purpose: str,
         after: int = 0,  # the sequence of what this replaces
         sequence: int = 0,  # its own, where that is settled; 0: the time, and above `after`
+        promoted: int | None = None,  # milliseconds since 1970; None: not said
     ) -> bytes:
         "The text of a signature over `content`."
         sequence = sequence or max(int(datetime.now(UTC).timestamp() * 1000), after + 1)
-        head = f"fraud-signature 1\npurpose {purpose}\nkey {self.public}\nsequence {sequence}\n".encode()
+        stamp = "" if promoted is None else f"promoted {promoted}\n"
+        head = f"fraud-signature 1\npurpose {purpose}\nkey {self.public}\nsequence {sequence}\n{stamp}".encode()
         return head + f"signature {self._private.sign(head + content).hex()}\n".encode()
 
 def load_signer(environ: Mapping[str, str], name: str = "FRAUD_SIGNING_KEY") -> Signer | None:
@@ -240,11 +245,11 @@ def read_signed(text: bytes, place: str) -> tuple[Signature, Approved | None]:
     if match is None:
         raise SignatureError(f"{place}: not a signature of this project")
     signature = read_signature(match[1], place)
-    if match[7] is None:
+    if match[8] is None:
         return signature, None
-    kind, content, sequence, until, after = match.group(8, 9, 10, 11, 12)
+    kind, content, sequence, until, after = match.group(9, 10, 11, 12, 13)
     statement = Statement(kind.decode(), content.decode(), int(sequence), int(until), after.decode())
-    return signature, Approved(statement, tuple(one[0] for one in _FORM.finditer(match[13])))
+    return signature, Approved(statement, tuple(one[0] for one in _FORM.finditer(match[14])))
 
 # %% ../../nbs/core/15_signatures.ipynb #approver
 class Approvers:
@@ -256,7 +261,7 @@ class Approvers:
 
     @property
     def asked(self) -> bool:
-        "Whether anything needs an approval; one person is who makes the change."
+        "Whether anything needs an approval."
         return self.required > 1
 
     def name(self, statement: Statement, text: bytes, purpose: str = APPROVAL) -> str:
@@ -272,13 +277,13 @@ class Approvers:
         check_value(signature, statement.text, purpose)
         return key.name
 
-    def names(self, approved: Approved) -> tuple[str, ...]:
-        "Who has approved, each person once; a line that does not count takes nothing away from the others."
+    def names(self, approved: Approved, most: float = math.inf) -> tuple[str, ...]:
+        "Who has approved, up to a moment, each once; a line that does not count takes nothing away from the others."
         found = set()
         for text in approved.signatures:
             with contextlib.suppress(SignatureError):
-                found.add(self.name(approved.statement, text))
-        return tuple(sorted(found))
+                found.add((self.name(approved.statement, text), read_signature(text, "").sequence <= most))
+        return tuple(sorted(name for name, in_time in found if in_time))
 
     def lacking(self, names: Sequence[str]) -> str:
         "What is missing, in words; empty where nothing is."
@@ -316,6 +321,24 @@ def approvers(settings: Settings) -> Approvers:
     return Approvers(trust.approvals, keys, trust.approve_within)
 
 # %% ../../nbs/core/15_signatures.ipynb #apprchk1
+CLOCK_SKEW = 300_000  # milliseconds by which the clocks of who signs and who serves may differ
+
+def _moment(milliseconds: float) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+
+def _check_promoted(promoted: int | None, until: int, place: str) -> int:
+    "When it was promoted; raises `ApprovalError` unless that is said, is over, and was in time."
+    if promoted is None:
+        raise ApprovalError(f"{place}: its signature does not say when it was promoted (it is an older one); sign it "
+                            "anew: fraud approvals adopt, approve and apply")
+    if promoted > datetime.now(UTC).timestamp() * 1000 + CLOCK_SKEW:
+        raise ApprovalError(f"{place}: promoted at {_moment(promoted)}, which is in the future; expected clocks that "
+                            f"differ by {CLOCK_SKEW // 60_000} minutes at most")
+    if promoted > until:
+        raise ApprovalError(f"{place}: promoted at {_moment(promoted)}, when its approvals had ended, at "
+                            f"{_moment(until)}: propose it anew")
+    return promoted
+
 def check_approved(
     approvers: Approvers, content: bytes, signature: Signature, found: Approved | None, place: str,
 ) -> float:
@@ -329,7 +352,8 @@ def check_approved(
     for name, ours, theirs in zip(("kind", "content", "sequence"), expected, statement[:3], strict=True):
         if ours != theirs:
             raise ApprovalError(f"{place}: approved is another {name}, {theirs}; expected {ours}")
-    if lacking := approvers.lacking(approvers.names(found)):
+    promoted = _check_promoted(signature.promoted, statement.until, place)
+    if lacking := approvers.lacking(approvers.names(found, promoted + CLOCK_SKEW)):
         raise ApprovalError(f"{place}: {lacking}: fraud approvals")
     return statement.until
 

@@ -6,12 +6,13 @@
 __all__ = ['MODEL', 'MANIFEST', 'REFERENCE', 'SIGNATURE', 'LEARNED', 'MANIFEST_LIMIT', 'Word', 'Vocabulary', 'Sha256', 'Finite',
            'BundleError', 'Unreachable', 'MissingFile', 'Judged', 'Manifest', 'measured_version', 'learned_until',
            'manifest_text', 'sha256_hex', 'manifest_hash', 'Model', 'read_manifest', 'Bundle', 'load_bundle',
-           'sign_bundle', 'signed_sequence', 'approvals_of']
+           'sign_bundle', 'signature_of', 'signed_sequence']
 
 # %% ../../nbs/model/00_bundle.ipynb #e207ea73
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,9 @@ from ..core.errors import FraudError, one_line
 from ..core.files import write_whole
 from ..core.onnx_file import OnnxFileError, check_onnx
 from ..core.policy import Policy
-from ..core.signatures import Approved, Signer, SignatureError, Verifier, read_signature_file, read_signed
+from fraud_pkg.core.signatures import (
+    Approved, Signature, Signer, SignatureError, Verifier, read_signature_file, read_signed,
+)
 from ..features.vocabulary import MOST, MOST_RARE
 from ..core.settings import NO_TELEMETRY  # noqa: F401  before onnxruntime: it turns off its telemetry
 import onnxruntime as ort
@@ -332,29 +335,29 @@ def sign_bundle(
     signer: Signer,
     after: int = 0,  # the sequence of what this replaces
     approved: Approved | None = None,  # by persons, and for which sequence
+    promoted: int | None = None,  # milliseconds since 1970, of what is signed anew; None: now
 ) -> None:
     "Writes the signature of a bundle's manifest, and its approvals behind it."
     manifest = Path(folder) / MANIFEST
-    sequence = approved.statement.sequence if approved else 0
-    text = signer.sign(_read_limited(manifest), purpose, after, sequence) + (approved.text if approved else b"")
+    content = _read_limited(manifest)
+    if approved is None:
+        text = signer.sign(content, purpose, after)
+    else:  # the sequence is the proposal's, so the signature says when it was made
+        moment = int(datetime.now(UTC).timestamp() * 1000) if promoted is None else promoted
+        text = signer.sign(content, purpose, sequence=approved.statement.sequence, promoted=moment) + approved.text
     write_whole(manifest.with_name(SIGNATURE), text)
     manifest.touch()  # by whose time services see that there is something new
 
 # %% ../../nbs/model/00_bundle.ipynb #sigcode2
-def _signed(folder: Path) -> tuple[int, Approved | None]:
+def signature_of(folder: Path) -> tuple[Signature | None, Approved | None]:
+    "A bundle's signature and what stands behind it, unverified; None for nothing. Raises `BundleError`."
     text = read_signature_file(Path(folder) / SIGNATURE)
     try:
-        if not text:
-            return 0, None
-        signature, approved = read_signed(text, str(folder))
-        return signature.sequence, approved
+        return read_signed(text, str(folder)) if text else (None, None)
     except SignatureError as error:
         raise BundleError(str(error)) from error
 
 def signed_sequence(folder: Path) -> int:
     "The sequence of a bundle's signature; 0 without one. Raises `BundleError` for what is no signature."
-    return _signed(folder)[0]
-
-def approvals_of(folder: Path) -> Approved | None:
-    "What stands behind a bundle's signature about approvals, unverified; None for nothing. Raises `BundleError`."
-    return _signed(folder)[1]
+    signature, _ = signature_of(folder)
+    return signature.sequence if signature else 0

@@ -21,7 +21,7 @@ from fraud_pkg.core.signatures import (
     trusted_key, trusted_keys,
 )
 from fraud_pkg.model.bundle import (
-    MANIFEST, approvals_of, load_bundle, read_manifest, sha256_hex, sign_bundle, signed_sequence,
+    MANIFEST, load_bundle, read_manifest, sha256_hex, sign_bundle, signature_of, signed_sequence,
 )
 from .registry import waiting_candidates
 from ..store.audit_heads import audited, author
@@ -74,7 +74,9 @@ def rotate_key(
     _write_keys([*kept, trusted_key(f"{name}:{public}")], settings)
     signer = load_signer({"FRAUD_SIGNING_KEY_FILE": str(file)})
     if champion.exists() and signer:
-        sign_bundle(champion, CHAMPION, signer, signed_sequence(champion), approvals_of(champion))
+        former, approved = signature_of(champion)
+        promoted = former.promoted if former else None
+        sign_bundle(champion, CHAMPION, signer, signed_sequence(champion), approved, promoted)
     return (*kept, trusted_key(f"{name}:{public}"))
 
 # %% ../../nbs/model/16_keys.ipynb #byhandc1

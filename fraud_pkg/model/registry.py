@@ -24,11 +24,11 @@ from ..core.files import staging_dir, write_whole
 from ..core.policy import Policy
 from ..core.settings import Settings
 from fraud_pkg.core.signatures import (
-    CHAMPION, CONTENDER, ApprovalError, Approved, approvers, load_signer, verifier,
+    CHAMPION, CONTENDER, ApprovalError, Approved, Approvers, approvers, check_approved, load_signer, verifier,
 )
 from fraud_pkg.model.bundle import (
-    MANIFEST, SIGNATURE, Bundle, BundleError, Judged, Manifest, approvals_of, learned_until, load_bundle, read_manifest,
-    sign_bundle, signed_sequence,
+    MANIFEST, SIGNATURE, Bundle, BundleError, Judged, Manifest, learned_until, load_bundle, read_manifest,
+    sign_bundle, signature_of, signed_sequence,
 )
 from .dvc_remote import restore_data
 from .gate import GateCheck, Verdict, check_promotion, same_model
@@ -180,11 +180,22 @@ def take_approved(settings: Settings) -> Candidate | None:
         return change
 
 # %% ../../nbs/model/10_registry.ipynb #appreg08
+def _is_approved(folder: Path, asked: Approvers) -> bool:
+    "Whether at least two persons had approved a bundle when it was promoted."
+    signature, approved = signature_of(folder)
+    if signature is None:
+        return False
+    strict = Approvers(max(2, asked.required), tuple(asked.keys.values()))
+    try:
+        check_approved(strict, (folder / MANIFEST).read_bytes(), signature, approved, str(folder))
+    except ApprovalError:
+        return False
+    return True
+
 def propose_signing(settings: Settings) -> int | None:
     "Proposes the champion that there is; None where it is approved, or where there is none."
     asked, folder = approvers(settings), champion_bundle(settings)
-    approved = approvals_of(folder) if folder else None
-    if folder is None or approved and not asked.lacking(asked.names(approved)):
+    if folder is None or _is_approved(folder, asked):
         return None
     with registry_client(settings) as client:
         return _propose(client, settings, find_version(client, settings, "champion"), "signing")

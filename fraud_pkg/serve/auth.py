@@ -8,8 +8,8 @@ __all__ = ['log', 'RIGHTS', 'ROLES', 'OIDC', 'ANYBODY', 'KEY_LENGTH', 'DIFFERENT
            'TOKEN_BYTES', 'may_not', 'rights_of', 'Principal', 'ApiKey', 'digest_of', 'parse_key', 'parse_keys',
            'load_keys', 'KeySources', 'new_key_text', 'file_keys', 'add_key', 'revoke_key', 'rotate_key', 'KeyRing',
            'UnknownSigner', 'fetch_json', 'claim_values', 'keys_place', 'IssuerKeys', 'TokenRules', 'TokenVerifier',
-           'Principals', 'Access', 'called_here', 'require_local', 'Seldom', 'Asker', 'KeyCheck', 'Refusals', 'Guard',
-           'load_control_key']
+           'Principals', 'Access', 'called_here', 'require_local', 'Seldom', 'Asker', 'KeyCheck', 'Refusals',
+           'Admitted', 'KnownAskers', 'Guard', 'load_control_key']
 
 # %% ../../nbs/serve/02_auth.ipynb #21d549d9
 import base64
@@ -660,13 +660,54 @@ class Refusals(KeyCheck):
             log.warning("refused: %s", refused, extra={"fields": fields})
         return refused
 
+# %% ../../nbs/serve/02_auth.ipynb #admitmem
+class Admitted(NamedTuple):
+    "Who was let in, with a key from an address."
+    address: str
+    principal: Principal
+    ring: KeyRing  # in which the key was found
+
+class KnownAskers(Refusals):
+    "Knows again who was let in."
+
+    def __init__(self, access: Access, limits: RequestLimits, count: Callable[[str], object] = lambda reason: None):
+        super().__init__(access, limits, count)
+        self._admitted: OrderedDict[bytes, Admitted] = OrderedDict()
+        self._hash = hashlib.blake2s(key=os.urandom(32))
+
+    def mark(self, asker: Asker) -> bytes:
+        "What an asker is known by; empty without an API key of its own header."
+        given, forwarded = asker.headers.get("x-api-key"), asker.headers.get("x-forwarded-for", "")
+        if given is None:
+            return b""
+        mark = self._hash.copy()
+        mark.update(f"{len(forwarded)} {forwarded} {asker.peer} {given}".encode("utf-8", "surrogatepass"))
+        return mark.digest()
+
+    def known(self, mark: bytes) -> Admitted | None:
+        "Who was let in with this mark, if his key still holds."
+        found = self._admitted.get(mark)
+        if found is None or found.ring is not self.access.ring:
+            return None
+        until = found.principal.until
+        return found if until == math.inf or until > time.time() else None
+
+    def remember(self, mark: bytes, address: str, principal: Principal) -> None:
+        "Knows this one again."
+        if mark:
+            self._admitted[mark] = Admitted(address, principal, self.access.ring)
+            if len(self._admitted) > KNOWN:
+                self._admitted.popitem(last=False)
+
 # %% ../../nbs/serve/02_auth.ipynb #7b43dd05
-class Guard(Refusals):
+class Guard(KnownAskers):
     "Lets requests in."
 
     def admit(self, asker: Asker, right: str | None) -> Principal:  # right: None where no key is needed
         "Who asks; raises `Refused`, with the seconds after which another try makes sense."
-        address, cost = self.address(asker), 1 + asker.size // TOKEN_BYTES
+        mark = self.mark(asker)
+        known = self.known(mark)
+        address, cost = known.address if known else self.address(asker), 1 + asker.size // TOKEN_BYTES
         try:
             self._within(self.limits.by_address, address, cost, "address_rate")
             if right is None:
@@ -674,7 +715,9 @@ class Guard(Refusals):
             if not self.access.guarded:
                 require_local(asker.method, asker.headers)
                 return ANYBODY
-            principal = self.principal(address, asker.headers)
+            principal = known.principal if known else self.principal(address, asker.headers)
+            if not known:
+                self.remember(mark, address, principal)
             if right not in principal.rights:
                 raise may_not(principal.name, right)
             self._within(self.limits.by_key, principal.owner, cost, "key_rate")

@@ -35,9 +35,10 @@ class _Buckets:
         "0 when the tokens were there, and are taken; else the seconds until they are. More than `burst` cost `burst`."
         if not self.rate:
             return 0.0
-        now, cost = self._clock(), min(cost, self.burst)
+        now, cost = self._clock(), cost if cost < self.burst else self.burst
         with self._lock:
-            full_at = max(self._full_at.get(name, now), now) + cost / self.rate
+            before = self._full_at.get(name, now)
+            full_at = (before if before > now else now) + cost / self.rate
             wait = full_at - now - self.burst / self.rate
             if wait > 1e-9:
                 return wait

@@ -34,3 +34,11 @@ output "environments" {
   description = "GitHub environments to make."
   value       = var.stages
 }
+
+output "code_signing" {
+  description = "By stage: the profile that signs, and the configuration that `aws lambda put-function-code-signing-config` gives the function."
+  value = { for stage, config in aws_lambda_code_signing_config.package : stage => {
+    profile = aws_signer_signing_profile.package[stage].name
+    config  = config.arn
+  } }
+}

@@ -66,3 +66,14 @@ variable "apis" {
     error_message = "Expected ids of REST APIs, such as {dev = \"a1b2c3d4e5\"}."
   }
 }
+
+variable "code_signing" {
+  description = "What AWS does with code of a function that no profile of AWS Signer has signed: Off (nothing is made), Warn, Enforce."
+  type        = string
+  default     = "Off"
+
+  validation {
+    condition     = contains(["Off", "Warn", "Enforce"], var.code_signing)
+    error_message = "Expected Off, Warn or Enforce."
+  }
+}
