@@ -1084,7 +1084,8 @@ STAND_INS = {
         if [ "$1 $2" = "apply --filename" ]; then :
         else
             case "$*" in
-                "--namespace fraud "* | "--namespace fraud-jobs "*" secret "* | "--namespace fraud-jobs create "*) shift 2 ;;
+                "--namespace fraud "* | "--namespace fraud-jobs get secret "* | "--namespace fraud-jobs create "*)
+                    shift 2 ;;
                 *) echo "another namespace: $*" >&2; exit 1 ;;
             esac
         fi

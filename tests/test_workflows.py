@@ -544,15 +544,16 @@ def test_checkov_has_nothing_against_it(tmp_path):
 
 def test_only_images_that_cd_has_signed_are_admitted():
     """The policy for Kyverno names the images of the overlay and the workflow that signs; no Kyverno is run here."""
-    policy = yaml.safe_load((PROJECT / "k8s/admission/signed-images.yaml").read_text())
+    policy = yaml.safe_load((PROJECT / "k8s/admission/kyverno/signed-images.yaml").read_text())
     overlay = yaml.safe_load((PROJECT / "k8s/overlays/production/kustomization.yaml").read_text())
     verify, named = policy["spec"]["rules"]
     assert policy["spec"]["validationFailureAction"] == "Enforce" and policy["spec"]["failurePolicy"] == "Fail"
     for rule in (verify, named):
         (match,) = rule["match"]["any"]
-        assert match["resources"] == {"kinds": ["Pod"], "namespaces": [overlay["namespace"]]}
+        assert match["resources"] == {"kinds": ["Pod"], "namespaces": ["fraud", "fraud-jobs"]}
     (check,) = verify["verifyImages"]
-    assert {f"{image['newName']}*" for image in overlay["images"]} == set(check["imageReferences"])
+    signed = {f"{image['newName']}*" for image in overlay["images"] if image["name"].startswith("fraud-")}
+    assert signed == set(check["imageReferences"])
     assert check["required"] and check["verifyDigest"]
     attestors = [*check["attestors"], *(one for said in check["attestations"] for one in said["attestors"])]
     keyless = [entry["keyless"] for attestor in attestors for entry in attestor["entries"]]
@@ -577,9 +578,8 @@ def test_argo_holds_the_cluster_to_the_overlay():
     if not shutil.which("kubectl"):
         missing("kubectl is not installed")
     objects = list(yaml.safe_load_all(run("kubectl", "kustomize", PROJECT / source["path"]).stdout))
-    assert {item["metadata"].get("namespace", "fraud") for item in objects} == {
-        project["spec"]["destinations"][0]["namespace"]
-    }
+    places = {one["namespace"] for one in project["spec"]["destinations"]}
+    assert {item["metadata"].get("namespace", "fraud") for item in objects} == places == {"fraud", "fraud-jobs"}
     assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {
         item["kind"] for item in project["spec"]["clusterResourceWhitelist"]
     }
