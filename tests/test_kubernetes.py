@@ -269,8 +269,14 @@ producer.send("transactions", sys.argv[1].encode()).get(timeout=20)
     wanted = {EXAMPLE["transaction_id"], "of-the-stream"}
     until(lambda: cases(deployed) == wanted, 60, lambda: cases(deployed))
     assert deployed.cluster.restarts("fraud-api") == 0
-    for name in CONSUMERS:  # one that finds no broker or no database yet ends with a line, and is started again
-        assert deployed.cluster.restarts(name) <= 1, name
+    for name in CONSUMERS:
+        # One that finds no broker or no database yet ends with a line, and is started again: on a busy machine twice.
+        restarts = deployed.cluster.restarts(name)
+        assert restarts <= 3, name
+        if restarts:
+            [pod] = deployed.cluster.pods(name)
+            said = deployed.cluster.kubectl("logs", "--previous", "--tail=1", pod["metadata"]["name"])
+            assert said.startswith("error: "), f"{name}: {said}"
 
 
 def cases(deployed: Deployed) -> set[str]:
