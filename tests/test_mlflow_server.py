@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import httpx
@@ -191,7 +192,7 @@ PASSWORDS = {name: f"{name}-0123456789abcdef" for name in ("admin", "jobs", "for
 COMPONENT = PROJECT / "k8s/components/mlflow"
 
 
-def declared(container: dict, moved: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+def declared(container: dict, moved: dict[str, str], tmp: Path) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a container, with the places of this machine."""
 
     def here(text: str) -> str:
@@ -209,7 +210,7 @@ def declared(container: dict, moved: dict[str, str]) -> tuple[list[str], dict[st
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/mlflow", "/etc/mlflow", "/tmp"]
     program, *arguments = map(here, container["command"])
     command = {"python": [sys.executable], "mlflow": [sys.executable, "-m", "mlflow"]}[program]
-    return [*command, *arguments], environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    return [*command, *arguments], environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "HOME": str(tmp), "TMPDIR": str(tmp)}
 
 
 def with_metrics(*arguments, write=example.write_bundle, **named) -> None:
@@ -223,8 +224,8 @@ def test_accounts_as_declared(tmp_path, monkeypatch):
     """
     pod = yaml.safe_load((COMPONENT / "deployment.yaml").read_text())["spec"]["template"]["spec"]
     [first], [main] = pod["initContainers"], pod["containers"]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "config").mkdir()
+    for name in ("data", "config", "tmp", "elsewhere"):
+        (tmp_path / name).mkdir()
     port = servers.free_port()
     moved = {"/etc/mlflow": f"{tmp_path}/config", "/mlflow/": f"{tmp_path}/data/", "0.0.0.0": servers.HOST}
     moved["5000"] = str(port)
@@ -235,15 +236,16 @@ def test_accounts_as_declared(tmp_path, monkeypatch):
 
     @contextlib.contextmanager
     def started() -> Iterator[subprocess.Popen]:
-        command, environ = declared(first, moved)
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        command, environ = declared(first, moved, tmp_path / "tmp")
+        there = tmp_path / "elsewhere"
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, cwd=there)
         assert done.returncode == 0, done.stderr
-        command, environ = declared(main, moved)
-        path = main["readinessProbe"]["httpGet"]["path"]
-        log, more = tmp_path / "mlflow.log", {"env": environ, "cwd": tmp_path, "start_new_session": True}
+        command, environ = declared(main, moved, tmp_path / "tmp")
+        path, log = main["readinessProbe"]["httpGet"]["path"], tmp_path / "mlflow.log"
+        more = {"seconds": 90, "env": environ, "cwd": there, "start_new_session": True}
         # A probe comes by the pod's address, which is none of the allowed hosts.
         probe = functools.partial(servers.status, url + path, Host="10.0.0.1:5000")
-        with servers.running(command, lambda: probe() == 200, log, seconds=90, **more) as server:
+        with servers.running(command, lambda: probe() == 200, log, **more) as server:
             try:
                 yield server
             finally:
@@ -288,3 +290,6 @@ def test_accounts_as_declared(tmp_path, monkeypatch):
     with started():
         assert asked(*search, former, max_results=1) == 401 and asked(*search, account("jobs"), max_results=1) == 200
         assert asked(*search, person, max_results=1) == 200
+    # What it writes is on its volume; the rest of its file system is read-only.
+    assert {entry.name for entry in (tmp_path / "data").iterdir()} >= {"mlflow.db", "accounts.db", "artifacts"}
+    assert not list((tmp_path / "elsewhere").iterdir())
