@@ -982,7 +982,7 @@ def test_stream_as_declared(render, tmp_path):
             return servers.status(urls[name] + declared_probes(container(workloads(objects)[name]))[kind][0]) == 200
 
         for name in processes:
-            servers.until(lambda name=name: probed(name, "readiness"), 20)
+            servers.until(lambda name=name: probed(name, "readiness"), 60, name)
             assert probed(name, "startup") and probed(name, "liveness")
         with contextlib.closing(KafkaProducer(bootstrap_servers=broker)) as producer:
             producer.send(settings.stream.transactions, json.dumps(EXAMPLE).encode()).get(timeout=10)
