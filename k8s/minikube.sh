@@ -12,7 +12,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 say() { printf '\n== %s\n' "$*"; }
 need() { command -v "$1" >/dev/null || fail "$1 is not installed; how to install it: $2"; }
 in_minikube() { minikube --profile "$profile" "$@" </dev/null; }
-kube() { kubectl --context "$profile" --namespace fraud "$@"; }  # never another cluster, whatever the current context is
+kube() { kubectl --context "$profile" "$@"; }  # never another cluster, whatever the current context is
 random() { head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n'; }
 
 check() {
@@ -39,7 +39,7 @@ build() {  # image, Dockerfile; under a name of its own, so that a build that fa
     [[ $(in_minikube image ls) == *"$1"* ]] || fail "the image was not built; what went wrong stands above"
 }
 
-has_jobs() { [[ $(kubectl kustomize k8s/overlays/minikube) == *"image: fraud-jobs:"* ]]; }  # k8s/components/jobs
+has() { [[ $(kubectl kustomize k8s/overlays/minikube) == *"$1"* ]]; }  # what components have brought
 
 bring() {  # files beside the old champion, then its name: the service finds the one or the other, whole; the folder belongs to the jobs' user, who brings champions too
     in_minikube ssh -- "sudo rm -rf $node_models/new && sudo mkdir -p $node_models/new"
@@ -49,11 +49,11 @@ bring() {  # files beside the old champion, then its name: the service finds the
     in_minikube ssh -- "cd $node_models && sudo chown -R 10001:10001 . && sudo chmod -R a+rX . && sudo rm -rf old && { [ ! -e champion ] || sudo mv champion old; } && sudo mv new champion"
 }
 
-secret() {  # name, "key: 'value'"...: made once
-    local name=$1
-    shift
-    if kube get secret "$name" >/dev/null 2>&1; then return; fi
-    printf '%s\n' "apiVersion: v1" "kind: Secret" "metadata: {name: $name}" "stringData:" "${@/#/  }" | kube create --filename -
+secret() {  # namespace, name, "key: 'value'"...: made once
+    local namespace=$1 name=$2
+    shift 2
+    if kube --namespace "$namespace" get secret "$name" >/dev/null 2>&1; then return; fi
+    printf '%s\n' "apiVersion: v1" "kind: Secret" "metadata: {name: $name}" "stringData:" "${@/#/  }" | kube --namespace "$namespace" create --filename -
 }
 
 apply() {
@@ -63,7 +63,7 @@ apply() {
 
 wait_until_ready() {
     for name in statefulset/fraud-redis statefulset/fraud-kafka statefulset/fraud-postgres deployment/fraud-api deployment/fraud-stream deployment/fraud-stream-labels deployment/fraud-stream-cases; do
-        kube rollout status "$name" --timeout=300s || fail "$name is not ready after five minutes; see why with: kubectl --context $profile --namespace fraud get pods,events"
+        kube --namespace fraud rollout status "$name" --timeout=300s || fail "$name is not ready after five minutes; see why with: kubectl --context $profile --namespace fraud get pods,events"
     done
 }
 
@@ -73,7 +73,7 @@ send() {
     forwarding=$!
     trap 'kill "$forwarding" 2>/dev/null || true' EXIT
     read -r -t 30 -u 3 _ _ address _ || fail "kubectl port-forward did not start"
-    key=$(kube get secret fraud-api-keys --output "go-template={{index .data \"api-keys\" | base64decode}}" | sed -nE '/^[^#:]+:/{s/^[^:]+:([^,]*).*/\1/p;q;}')
+    key=$(kube --namespace fraud get secret fraud-api-keys --output "go-template={{index .data \"api-keys\" | base64decode}}" | sed -nE '/^[^#:]+:/{s/^[^:]+:([^,]*).*/\1/p;q;}')
     # The key goes in by standard input: arguments can be read by every process of this machine.
     curl --silent --show-error --fail-with-body --max-time 30 --header @- --data "$transaction" "http://$address/predict" <<<"X-API-Key: $key"
     echo
@@ -87,19 +87,22 @@ image=fraud-api:$now
 jobs_image=fraud-jobs:$now
 say "image $image"
 build "$image" Dockerfile
-if has_jobs; then
+if has "image: fraud-jobs:"; then  # components/jobs
     say "image $jobs_image"
     build "$jobs_image" Dockerfile.jobs
 fi
 say "champion $champion"
 bring
-say "namespace, Secrets, overlay"
-kube apply --filename k8s/base/namespace.yaml
-secret fraud-api-keys "api-keys: 'minikube@write:$(random)'"
+say "namespaces, Secrets, overlay"
+kube apply --filename k8s/base/namespaces.yaml
+secret fraud fraud-api-keys "api-keys: 'minikube@write:$(random)'"
 password=$(random)
-secret fraud-store "password: '$password'" "url: 'redis://:$password@fraud-redis:6379/0'"
+secret fraud fraud-store "password: '$password'" "url: 'redis://:$password@fraud-redis:6379/0'"
 password=$(random)
-secret fraud-cases "password: '$password'" "url: 'postgresql+psycopg://fraud@fraud-postgres:5432/fraud'"
+secret fraud fraud-cases "password: '$password'" "url: 'postgresql+psycopg://fraud@fraud-postgres:5432/fraud'"
+if has "claimName: fraud-mlflow"; then  # components/mlflow
+    secret fraud-jobs fraud-mlflow "admin: '$(random)'" "jobs: '$(random)'" "forms: '$(random)'"
+fi
 apply
 wait_until_ready
 say "a first transaction"

@@ -75,7 +75,7 @@ class Api(BaseHTTPRequestHandler):
 
     def _note(self, verb: str, named: str | None = None) -> None:
         """What was asked for; `named` is the verb for one object."""
-        resource, _, name = urlsplit(self.path).path.partition("/namespaces/fraud/")[2].partition("/")
+        resource, _, name = urlsplit(self.path).path.partition("/namespaces/fraud-jobs/")[2].partition("/")
         self.node.asked.add((named if name and named else verb, resource))
 
     def _answer(self, content: dict, status: int = 200) -> None:
@@ -95,7 +95,7 @@ class Api(BaseHTTPRequestHandler):
         made["metadata"] |= {
             "uid": f"uid-{len(self.node.pods) + len(self.node.others)}",
             "resourceVersion": "1",
-            "namespace": "fraud",
+            "namespace": "fraud-jobs",
             "creationTimestamp": "2026-01-05T00:00:00Z",
         }
         if made["kind"] == "Pod":

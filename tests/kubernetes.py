@@ -205,9 +205,9 @@ class Cluster:
     def get(self, *arguments: str) -> dict:
         return json.loads(self.kubectl("get", *arguments, "--output", "json"))
 
-    def pods(self, name: str) -> list[dict]:
+    def pods(self, name: str, namespace: str = "fraud") -> list[dict]:
         """The pods of one of ours that are not on their way out."""
-        found = self.get("pods", "--selector", f"app.kubernetes.io/name={name}")["items"]
+        found = self.get("pods", "--namespace", namespace, "--selector", f"app.kubernetes.io/name={name}")["items"]
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
     def ready(self, name: str) -> list[str]:
@@ -229,9 +229,9 @@ class Cluster:
             )
             assert done.returncode == 0, f"{name}: {done.stderr}\n{self.state()}"
 
-    def state(self) -> str:
+    def state(self, namespace: str = "fraud") -> str:
         """What a person would look at first."""
-        return self.kubectl("get", "pods,events", "--output", "wide", ok=False)[-6000:]
+        return self.kubectl("get", "pods,events", "--namespace", namespace, "--output", "wide", ok=False)[-6000:]
 
     def python(self, pod: str, script: str, *arguments: str) -> str:
         """What a Python script says in a pod."""

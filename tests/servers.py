@@ -406,16 +406,18 @@ def kafka(
 
 
 @contextlib.contextmanager
-def configured(folder: Path, command: str, name: str, configuration: str, *options: str) -> Iterator[str]:
+def configured(
+    folder: Path, command: str, name: str, configuration: str, *options: str, ready: int = 200
+) -> Iterator[str]:
     """A server of the Prometheus family, from the Debian package `command`, with its configuration in `folder`; yields
-    its URL.
+    its URL once it answers with the status `ready`.
     """
     port, file = free_port(), folder / f"{name}.yml"
     file.write_text(configuration)
     url = f"http://{HOST}:{port}"
     with running(
         [program(command, command), f"--config.file={file}", f"--web.listen-address={HOST}:{port}", *options],
-        lambda: status(f"{url}/-/ready") == 200,
+        lambda: status(f"{url}/-/ready") == ready,
         folder / f"{name}.log",
     ):
         yield url
@@ -433,15 +435,18 @@ def prometheus(folder: Path, configuration: str) -> contextlib.AbstractContextMa
     )
 
 
-def alertmanager(folder: Path, configuration: str) -> contextlib.AbstractContextManager[str]:
-    """An Alertmanager with this configuration; yields its URL."""
+def alertmanager(folder: Path, configuration: str, web: str) -> contextlib.AbstractContextManager[str]:
+    """An Alertmanager with this configuration, which asks for the accounts of `web`; yields its URL."""
+    (folder / "web.yml").write_text(web)
     return configured(
         folder,
         "prometheus-alertmanager",
         "alertmanager",
         configuration,
         f"--storage.path={folder / 'alertmanager'}",
+        f"--web.config.file={folder / 'web.yml'}",
         "--cluster.listen-address=",
+        ready=401,
     )
 
 

@@ -250,7 +250,7 @@ def test_kubernetes(finished, apart, component, monkeypatch, tmp_path):
     assert (
         container["image"].startswith("registry.example/fraud-jobs@")
         and container["args"] == ["executor"]
-        and pod["metadata"]["namespace"] == "fraud"
+        and pod["metadata"]["namespace"] == "fraud-jobs"
     )
     assert (
         spec["serviceAccountName"] == "fraud-jobs"
@@ -296,7 +296,7 @@ def test_the_component_makes_drivers(component):
         )
         assert (
             given.features.spark_master == "k8s://https://kubernetes.default.svc:443"
-            and given.cluster.namespace == "fraud"
+            and given.cluster.namespace == "fraud-jobs"
         )
 
 

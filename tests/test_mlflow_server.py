@@ -1,17 +1,33 @@
-"""The registry as a server: MLflow on PostgreSQL, its artifacts in S3."""
+"""The registry as a server: MLflow on PostgreSQL, its artifacts in S3; and with accounts, as the cluster has it."""
 
+import contextlib
+import functools
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
+import httpx
+import psutil
 import pytest
 import servers
 import storage
+import yaml
+from test_k8s import PROJECT, mebibytes
+
+from fraud_pkg.model import example
 
 from fraud_pkg.model.bundle import load_bundle
 from fraud_pkg.model.locations import bundle_mark, fetch_bundle
 from fraud_pkg.core.errors import RegistryError
 from fraud_pkg.model.registry import promote, rollback
+from fraud_pkg.model.tracking import log_contender
 from fraud_pkg.train.samples import load_test
 from fraud_pkg.core.settings import Settings, load_settings
 
@@ -167,3 +183,113 @@ def test_no_champion_is_no_error_and_a_lost_server_is_one(team):
         and "[serve] bundle = registry://champion: expected [registry] tracking_uri to be an MLflow server"
         in done.stderr
     )
+
+
+# With accounts, as components/mlflow declares it
+
+
+PASSWORDS = {name: f"{name}-0123456789abcdef" for name in ("admin", "jobs", "forms")}  # of the Secret
+COMPONENT = PROJECT / "k8s/components/mlflow"
+
+
+def declared(container: dict, moved: dict[str, str], tmp: Path) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a container, with the places of this machine."""
+
+    def here(text: str) -> str:
+        for place, other in moved.items():
+            text = text.replace(place, other)
+        return text
+
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHONPATH"))}
+    for variable in container["env"]:
+        if source := variable.get("valueFrom"):
+            assert source["secretKeyRef"]["name"] == "fraud-mlflow"
+            environ[variable["name"]] = PASSWORDS[source["secretKeyRef"]["key"]]
+        else:
+            environ[variable["name"]] = here(variable["value"])
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/mlflow", "/etc/mlflow", "/tmp"]
+    program, *arguments = map(here, container["command"])
+    command = {"python": [sys.executable], "mlflow": [sys.executable, "-m", "mlflow"]}[program]
+    return [*command, *arguments], environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "HOME": str(tmp), "TMPDIR": str(tmp)}
+
+
+def with_metrics(*arguments, write=example.write_bundle, **named) -> None:
+    """A bundle with the metrics that the pipeline's have."""
+    write(*arguments, **named | {"metrics": {"average_precision": {"value": 0.5}}})
+
+
+def test_accounts_as_declared(tmp_path, monkeypatch):
+    """The component's own commands: without an account nothing, a job registers with its own, people look, and another
+    password in the Secret is another password.
+    """
+    pod = yaml.safe_load((COMPONENT / "deployment.yaml").read_text())["spec"]["template"]["spec"]
+    [first], [main] = pod["initContainers"], pod["containers"]
+    for name in ("data", "config", "tmp", "elsewhere"):
+        (tmp_path / name).mkdir()
+    port = servers.free_port()
+    moved = {"/etc/mlflow": f"{tmp_path}/config", "/mlflow/": f"{tmp_path}/data/", "0.0.0.0": servers.HOST}
+    moved["5000"] = str(port)
+    for name in ("basic_auth.ini", "accounts.py"):
+        text = (COMPONENT / name).read_text()
+        (tmp_path / "config" / name).write_text(text.replace("/mlflow/", f"{tmp_path}/data/"))
+    url = f"http://{servers.HOST}:{port}"
+
+    @contextlib.contextmanager
+    def started() -> Iterator[subprocess.Popen]:
+        command, environ = declared(first, moved, tmp_path / "tmp")
+        there = tmp_path / "elsewhere"
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, cwd=there)
+        assert done.returncode == 0, done.stderr
+        command, environ = declared(main, moved, tmp_path / "tmp")
+        path, log = main["readinessProbe"]["httpGet"]["path"], tmp_path / "mlflow.log"
+        more = {"seconds": 90, "env": environ, "cwd": there, "start_new_session": True}
+        # A probe comes by the pod's address, which is none of the allowed hosts.
+        probe = functools.partial(servers.status, url + path, Host="10.0.0.1:5000")
+        with servers.running(command, lambda: probe() == 200, log, **more) as server:
+            try:
+                yield server
+            finally:
+                os.killpg(server.pid, signal.SIGKILL)
+
+    def asked(method: str, path: str, account: tuple[str, str] | None, **body) -> int:
+        sent = httpx.request(method, f"{url}/api/2.0/mlflow/{path}", json=body, auth=account, timeout=60)
+        return sent.status_code
+
+    def account(name: str) -> tuple[str, str]:
+        return name, PASSWORDS[name]
+
+    search = ("POST", "experiments/search")
+    settings = load_settings(file=PROJECT / "settings.ini", environ={}, cli={"registry.tracking_uri": url})
+    bundle = tmp_path / "bundle"
+    with mock.patch.object(example, "write_bundle", with_metrics):
+        example.example_bundle(bundle)
+    with started() as server:
+        assert asked(*search, None, max_results=1) == asked(*search, ("jobs", "wrong"), max_results=1) == 401
+        assert servers.status(url) == 401  # its pages, too
+        assert httpx.get(url, headers={"Host": "elsewhere.example"}, auth=account("jobs")).status_code == 403
+        with pytest.raises(RegistryError, match=r"\[registry\] tracking_uri = .*(?i:401|unauthorized)"):
+            log_contender(bundle, settings)
+        for name, value in zip(("USERNAME", "PASSWORD"), account("jobs"), strict=True):
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+        version = log_contender(bundle, settings)
+        alias = {"name": settings.registry.model, "alias": "champion", "version": str(version.number)}
+        assert asked("POST", "registered-models/alias", account("jobs"), **alias) == 200
+        fetched = fetch_bundle(f"{url}#{settings.registry.model}@champion")
+        assert fetched.manifest == load_bundle(bundle).manifest
+        ann = {"username": "ann", "password": "ann-0123456789abcdef"}  # pragma: allowlist secret
+        assert asked("POST", "users/create", account("jobs"), **ann) == 403  # a job makes no accounts
+        assert asked("POST", "users/create", account("admin"), **ann) == 200
+        person = tuple(ann.values())
+        assert asked(*search, person, max_results=1) == 200
+        assert asked("POST", "registered-models/alias", person, **alias) == 403  # who looks makes no champion
+        memory = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        held = sum(process.memory_info().rss for process in memory) / 2**20
+        assert held < 0.8 * mebibytes(main["resources"]["limits"]["memory"]), f"{held:.0f} MiB"
+    former = account("jobs")
+    monkeypatch.setitem(PASSWORDS, "jobs", "jobs-another-0123456789")
+    with started():
+        assert asked(*search, former, max_results=1) == 401 and asked(*search, account("jobs"), max_results=1) == 200
+        assert asked(*search, person, max_results=1) == 200
+    # What it writes is on its volume; the rest of its file system is read-only.
+    assert {entry.name for entry in (tmp_path / "data").iterdir()} >= {"mlflow.db", "accounts.db", "artifacts"}
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -73,7 +73,8 @@ def resolved(receivers: str = f"http://{servers.HOST}:9") -> str:
 def test_rules_and_configurations_are_valid(tmp_path):
     check("promtool", "prometheus", "check", "rules", *RULE_FILES)
     text = (PROJECT / "compose/prometheus.yml").read_text()
-    (tmp_path / "metrics-key").touch()
+    for name in ("metrics-key", "alertmanager-password"):
+        (tmp_path / name).touch()
     (tmp_path / "prometheus.yml").write_text(text.replace("/run/secrets", str(tmp_path)))
     (tmp_path / "rules").symlink_to(MONITORING / "rules")
     assert f"{len(RULE_FILES)} rule files found" in check(
@@ -227,6 +228,7 @@ class System:
     prometheus: str
     alertmanager: str
     told: list[tuple[str, dict]]
+    tokens: dict[str, str | None]  # what the receivers were shown, by their path
 
     def query(self, expr: str) -> list[float]:
         """The values that an expression has now, those that are none left out."""
@@ -238,12 +240,13 @@ class System:
 
 
 @contextlib.contextmanager
-def receivers(told: list) -> Iterator[str]:
-    """Webhooks that keep what they are told, by their path."""
+def receivers(told: list, tokens: dict[str, str | None]) -> Iterator[str]:
+    """Webhooks that keep what they are told, by their path, and what the teller shows."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            tokens[self.path.strip("/")] = self.headers["Authorization"]
             told.extend((self.path.strip("/"), alert) for alert in body["alerts"])
             self.send_response(200)
             self.end_headers()
@@ -356,7 +359,7 @@ def traffic(ports: list[int], broker: str) -> Iterator[None]:
         thread.join()
 
 
-def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str) -> str:
+def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str, password: Path) -> str:
     """compose/prometheus.yml, every second and with where things are here."""
     content = yaml.safe_load((PROJECT / "compose/prometheus.yml").read_text())
     places = {job: [f"{servers.HOST}:{port}" for port in ports] for job, ports in targets.items()} | {
@@ -373,7 +376,32 @@ def scraping(targets: dict[str, list[int]], pushgateway: str, alertmanager: str)
         for name, there in places.items()
     ]
     content["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    content["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager.removeprefix("http://")]}]}]}
+    [manager] = content["alerting"]["alertmanagers"]
+    manager["static_configs"] = [{"targets": [alertmanager.removeprefix("http://")]}]
+    assert manager["basic_auth"]["password_file"] == "/run/secrets/alertmanager-password"
+    manager["basic_auth"]["password_file"] = str(password)
+    return yaml.safe_dump(content)
+
+
+TOKEN = "page-0123456789abcdef"  # pragma: allowlist secret
+
+
+def web_of(composed: dict) -> str:
+    """What Alertmanager finds where it looks for its accounts."""
+    service = composed["services"]["alertmanager"]
+    [given] = service["configs"]
+    assert f"--web.config.file={given['target']}" in service["command"]
+    assert "alertmanager-password" in composed["services"]["prometheus"]["secrets"]
+    return composed["configs"][given["source"]]["content"]
+
+
+def with_token(configuration: str, file: Path) -> str:
+    """The configuration of Alertmanager where `page` wants a token, as docs/monitoring.md says it."""
+    [told] = re.findall(r"http_config: {authorization: {credentials_file: \S+/page-token}}", DOCS)
+    content = yaml.safe_load(configuration)
+    [page] = [one for one in content["receivers"] if one["name"] == "page"]
+    told = re.sub(r"credentials_file: [^}]+", f"credentials_file: {file}", told)
+    page["webhook_configs"][0] |= yaml.safe_load(told)
     return yaml.safe_dump(content)
 
 
@@ -398,7 +426,7 @@ def system(tmp_path_factory) -> Iterator[System]:
     """Two services (one without its store), a consumer and a sink on a broker, the monitor's figures, and who watches
     them; alerts wait for nothing.
     """
-    folder, told = tmp_path_factory.mktemp("system"), []
+    folder, told, tokens = tmp_path_factory.mktemp("system"), [], {}
     (folder / "settings.ini").write_text((PROJECT / "settings.ini").read_text())
     (folder / "rules").mkdir()
     for file in RULE_FILES:
@@ -407,8 +435,19 @@ def system(tmp_path_factory) -> Iterator[System]:
         enter = running.enter_context
         for name in ("prometheus", "prometheus-alertmanager", "prometheus-pushgateway"):
             servers.program(name, name)
-        broker, pushed, hooks = enter(servers.kafka(folder)), enter(servers.pushgateway(folder)), enter(receivers(told))
-        manager = enter(servers.alertmanager(folder, re.sub(r"group_wait: \w+", "group_wait: 1s", resolved(hooks))))
+        broker, pushed, hooks = (
+            enter(servers.kafka(folder)),
+            enter(servers.pushgateway(folder)),
+            enter(receivers(told, tokens)),
+        )
+        # As docker-compose.yml has both: Alertmanager the hash, Prometheus the password.
+        composed = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
+        web, asked = re.subn(r"\$\{FRAUD_ALERTMANAGER_HASH:[^}]*\}", HASHED, web_of(composed))
+        assert asked == 1
+        (folder / "alertmanager-password").write_text(PUSHED)
+        (folder / "token").write_text(TOKEN)
+        config = with_token(re.sub(r"group_wait: \w+", "group_wait: 1s", resolved(hooks)), folder / "token")
+        manager = enter(servers.alertmanager(folder, config, web))
         stream = {"stream__bootstrap_servers": broker, "stream__partitions": 1}
         away = {
             "store__url": f"redis://{servers.HOST}:{servers.free_port()}/0",
@@ -425,8 +464,9 @@ def system(tmp_path_factory) -> Iterator[System]:
         }
         bad_monitor(folder, pushed)
         enter(traffic(ports["fraud-api"], broker))
-        watching = enter(servers.prometheus(folder, scraping(ports, pushed, manager)))
-        found = System(watching, manager, told)
+        configuration = scraping(ports, pushed, manager, folder / "alertmanager-password")
+        watching = enter(servers.prometheus(folder, configuration))
+        found = System(watching, manager, told, tokens)
         servers.until(
             lambda: (
                 found.query("sum by (reason) (fraud_stream_waits_total)")
@@ -591,10 +631,20 @@ def test_people_are_told(system):
         for place, alert in system.told
     )
 
+    assert system.tokens == {"page": f"Bearer {TOKEN}", "ticket": None}
+
     def muted() -> bool:
-        alerts = httpx.get(f"{system.alertmanager}/api/v2/alerts").json()
+        alerts = httpx.get(f"{system.alertmanager}/api/v2/alerts", auth=("fraud", PUSHED)).json()
         return any(
             alert["labels"]["alertname"] == "FraudStoreErrors" and alert["status"]["inhibitedBy"] for alert in alerts
         )
 
     servers.until(muted, 40, "FraudStoreErrors is not muted")
+
+
+def test_alertmanager_asks_for_an_account(system):
+    """Nobody silences or sends an alert without one; Prometheus has it, or no receiver was told."""
+    for auth in (None, ("fraud", "wrong")):
+        assert httpx.get(f"{system.alertmanager}/api/v2/alerts", auth=auth).status_code == 401
+        assert httpx.post(f"{system.alertmanager}/api/v2/silences", json={}, auth=auth).status_code == 401
+    assert httpx.get(f"{system.alertmanager}/api/v2/status", auth=("fraud", PUSHED)).status_code == 200

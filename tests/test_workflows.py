@@ -18,7 +18,7 @@ import pytest
 import servers
 import yaml
 from conftest import PROJECT
-from tools import environment, go_program, missing, terraform_init
+from tools import environment, go_main, go_program, missing, terraform_init
 
 WORKFLOWS = sorted((PROJECT / ".github/workflows").glob("*.yml"))
 SCRIPTS = PROJECT / ".github/scripts"
@@ -597,16 +597,17 @@ def test_checkov_has_nothing_against_it(tmp_path):
 
 
 def test_only_images_that_cd_has_signed_are_admitted():
-    """The policy for Kyverno names the images of the overlay and the workflow that signs; no Kyverno is run here."""
-    policy = yaml.safe_load((PROJECT / "k8s/admission/signed-images.yaml").read_text())
+    """The policy for Kyverno names the images of the overlay and the workflow that signs."""
+    policy = yaml.safe_load((PROJECT / "k8s/admission/kyverno/signed-images.yaml").read_text())
     overlay = yaml.safe_load((PROJECT / "k8s/overlays/production/kustomization.yaml").read_text())
     verify, named = policy["spec"]["rules"]
     assert policy["spec"]["validationFailureAction"] == "Enforce" and policy["spec"]["failurePolicy"] == "Fail"
     for rule in (verify, named):
         (match,) = rule["match"]["any"]
-        assert match["resources"] == {"kinds": ["Pod"], "namespaces": [overlay["namespace"]]}
+        assert match["resources"] == {"kinds": ["Pod"], "namespaces": ["fraud", "fraud-jobs"]}
     (check,) = verify["verifyImages"]
-    assert {f"{image['newName']}*" for image in overlay["images"]} == set(check["imageReferences"])
+    signed = {f"{image['newName']}*" for image in overlay["images"] if image["name"].startswith("fraud-")}
+    assert signed == set(check["imageReferences"])
     assert check["required"] and check["verifyDigest"]
     attestors = [*check["attestors"], *(one for said in check["attestations"] for one in said["attestors"])]
     keyless = [entry["keyless"] for attestor in attestors for entry in attestor["entries"]]
@@ -622,6 +623,47 @@ def test_only_images_that_cd_has_signed_are_admitted():
     assert not re.search(ours, "docker.io/library/redis:8")
 
 
+KYVERNO = "github.com/kyverno/kyverno@v1.13.4"
+KYVERNO_SUM = "h1:2zUi+eszlisLdCir+WIf2NtuUfFPvJtjUNpewdtLjVw="
+
+
+@pytest.mark.long(reason="Kyverno's command line is built from its module, the first time ten minutes of two cores")
+def test_kyverno_refuses_what_cd_has_not_signed(tmp_path):
+    """Kyverno itself, without a cluster: the policy is valid, refuses names that are not ours to use, and lets in no
+    image of ours whose signature nobody can verify.
+    """
+    kyverno = go_main(KYVERNO, "cmd/cli/kubectl-kyverno", KYVERNO_SUM)
+    policy = (PROJECT / "k8s/admission/kyverno/signed-images.yaml").read_text()
+    (tmp_path / "policy.yaml").write_text(policy.replace("REGISTRY", "registry.example").replace("OWNER/NAME", "a/b"))
+    digest = f"@sha256:{'0' * 64}"
+    good, wrong = f"registry.example/fraud-jobs{digest}", [{"name": "more", "image": "fraud-jobs:0.1.0"}]
+
+    def pod(name: str, image: str, namespace: str = "fraud-jobs", **spec: list) -> dict:
+        metadata = {"name": name, "namespace": namespace}
+        spec = {"containers": [{"name": "main", "image": image}], **spec}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+    pods = [
+        pod("unsigned", good),
+        pod("tagged", "registry.example/fraud-api:0.1.0", "fraud"),
+        pod("bare", "fraud-api:0.1.0"),
+        pod("foreign", f"evil.example/fraud-api{digest}"),
+        pod("init", good, initContainers=wrong),
+        pod("added", good, ephemeralContainers=wrong),
+        pod("other", "docker.io/library/redis:8"),
+        pod("elsewhere", "fraud-api:0.1.0", "default"),
+    ]
+    (tmp_path / "pods.yaml").write_text(yaml.safe_dump_all(pods))
+    command = [kyverno, "apply", tmp_path / "policy.yaml", "--resource", tmp_path / "pods.yaml", "--detailed-results"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    refused = set()
+    for name, lines in re.findall(r"resource \S+/Pod/(\S+) failed:\n((?:\d+ - .*\n)+)", done.stdout):
+        refused |= {(rule, name) for rule in re.findall(r"^\d+ - (\S+) ", lines, re.MULTILINE)}
+    named = {("nothing-else-of-ours", name) for name in ("tagged", "bare", "foreign", "init", "added")}
+    assert refused == named | {("signed-by-cd", name) for name in ("unsigned", "tagged", "init", "added")}, done.stdout
+    assert done.returncode == 1 and "error: 0" in done.stdout
+
+
 def test_argo_holds_the_cluster_to_the_overlay():
     project, application = yaml.safe_load_all((PROJECT / "k8s/argocd/application.yaml").read_text())
     source = application["spec"]["source"]
@@ -631,9 +673,8 @@ def test_argo_holds_the_cluster_to_the_overlay():
     if not shutil.which("kubectl"):
         missing("kubectl is not installed")
     objects = list(yaml.safe_load_all(run("kubectl", "kustomize", PROJECT / source["path"]).stdout))
-    assert {item["metadata"].get("namespace", "fraud") for item in objects} == {
-        project["spec"]["destinations"][0]["namespace"]
-    }
+    places = {one["namespace"] for one in project["spec"]["destinations"]}
+    assert {item["metadata"].get("namespace", "fraud") for item in objects} == places == {"fraud", "fraud-jobs"}
     assert {item["kind"] for item in objects if "namespace" not in item["metadata"]} <= {
         item["kind"] for item in project["spec"]["clusterResourceWhitelist"]
     }

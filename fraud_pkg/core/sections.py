@@ -238,7 +238,7 @@ class Cluster(Section):
     workers: Positive = 2
     cores: Positive = 1
     wait: Positive = 60
-    namespace: str = Field("fraud", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    namespace: str = Field("fraud-jobs", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     image: str = Field("fraud-jobs:0.1.0", min_length=1)
     service_account: str = Field("fraud-jobs", min_length=1)
     volume: str = Field("fraud-jobs", min_length=1)

@@ -443,9 +443,15 @@ def _inhibit_rule(rule: Mapping[str, Any]) -> dict[str, Any]:
     return converted | ({"equal": rule["equal"]} if "equal" in rule else {})
 
 # %% ../../nbs/monitor/04_dashboards.ipynb #599e3854
-def _receiver(name: str) -> dict[str, Any]:
-    "A webhook whose address is the key `name` of the Secret fraud-alerts."
-    return {"name": name, "webhookConfigs": [{"urlSecret": {"name": "fraud-alerts", "key": name}}]}
+def _receiver(receiver: Mapping[str, Any]) -> dict[str, Any]:
+    "A webhook whose address, and token where it has one, are keys of the Secret fraud-alerts, named like their files."
+    name = receiver["name"]
+    webhook: dict[str, Any] = {"urlSecret": {"name": "fraud-alerts", "key": name}}
+    for config in receiver.get("webhook_configs", ()):
+        if token := config.get("http_config", {}).get("authorization", {}).get("credentials_file"):
+            credentials = {"name": "fraud-alerts", "key": Path(token).name}
+            webhook["httpConfig"] = {"authorization": {"credentials": credentials}}
+    return {"name": name, "webhookConfigs": [webhook]}
 
 def alertmanager_config(
     text: str,  # of an alertmanager.yml whose receivers are webhooks
@@ -454,7 +460,7 @@ def alertmanager_config(
     content = yaml.safe_load(text)
     spec = {"route": _route(content["route"]),
             "inhibitRules": [_inhibit_rule(rule) for rule in content["inhibit_rules"]],
-            "receivers": [_receiver(receiver["name"]) for receiver in content["receivers"]]}
+            "receivers": [_receiver(receiver) for receiver in content["receivers"]]}
     return OperatorObject("AlertmanagerConfig", "v1alpha1", spec, "alertmanager.yml").to_yaml()
 
 # %% ../../nbs/monitor/04_dashboards.ipynb #ed28d947

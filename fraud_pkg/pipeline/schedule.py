@@ -153,7 +153,7 @@ def _cron_job_file(job: Scheduled, jobs: Sequence[Scheduled]) -> str:
     manifest = _cron_job(job, jobs)
     name = manifest["metadata"]["name"]
     when = "To run it now" if job.schedule else "Suspended, as it has no schedule. To run it"
-    by_hand = f"# {when}: kubectl -n fraud create job --from=cronjob/{name} {name}-1\n"
+    by_hand = f"# {when}: kubectl -n fraud-jobs create job --from=cronjob/{name} {name}-1\n"
     return GENERATED_HEADER + by_hand + _yaml(manifest)
 
 def kubernetes_files(jobs: Sequence[Scheduled]) -> dict[str, str]:
@@ -162,7 +162,6 @@ def kubernetes_files(jobs: Sequence[Scheduled]) -> dict[str, str]:
     listing = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "namespace": "fraud",
         "resources": [f"{job.name}.yaml" for job in jobs],
     }
     return cron_jobs | {"k8s/jobs/kustomization.yaml": GENERATED_HEADER + _yaml(listing)}
