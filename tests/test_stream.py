@@ -745,7 +745,7 @@ def test_labels_through_the_service(case, world, tmp_path):
     made.environ["FRAUD_API_KEY"] = "0123456789abcdef"
     made.fraud("produce", str(world.quiet), "--limit", "1000")
     with api(tmp_path, world.bundle, port), made.running("score") as scorer:
-        made.until(lambda: made.count("decisions") == 1000, process=scorer)
+        made.until(lambda: made.count("decisions") >= 1000, process=scorer)
         made.send(
             "labels",
             [
@@ -782,7 +782,7 @@ def test_labels_come_from_named_keys_only(case, world, tmp_path):
     other = signed("shop", ids[1], True)
     made.fraud("produce", str(world.quiet), "--limit", "1000")
     with made.running("score") as scorer:
-        made.until(lambda: made.count("decisions") == 1000, process=scorer)
+        made.until(lambda: made.count("decisions") >= 1000, process=scorer)
         sent = [confirmed, other, early, confirmed, (forged, []), (forged, confirmed[1]), signed("eve", ids[0], False)]
         sent += [(forged, [*early[1], *early[1]]), signed("desk", "nobody", True), signed("desk", ids[2], True)]
         with contextlib.closing(KafkaProducer(bootstrap_servers=made.broker.address)) as producer:
@@ -809,7 +809,7 @@ def test_avro_from_end_to_end(case, world, uninterrupted):
     made, rows = case(stream__format="avro", stream__compression="lz4"), 5_000
     made.fraud("produce", str(world.quiet), "--limit", str(rows))
     with made.running("score") as process:
-        made.until(lambda: made.count("decisions") == rows, process=process)
+        made.until(lambda: made.count("decisions") >= rows, process=process)
     decisions = made.read("decisions")
     check_decisions(once(decisions), world, rows)
     as_json = {read_record(r.value)["transaction_id"]: len(r.value) for r in uninterrupted.decisions[:rows]}
@@ -862,7 +862,7 @@ def test_a_topic_that_was_made_anew(case, world):
     made = case()
     made.fraud("produce", str(world.quiet), "--limit", "500")
     with made.running("score") as process:
-        made.until(lambda: made.count("decisions") == 500, process=process)
+        made.until(lambda: made.count("decisions") >= 500, process=process)
     with contextlib.closing(KafkaAdminClient(bootstrap_servers=made.broker.address)) as admin:
         admin.delete_topics([made.topic("transactions")])
         made.until(lambda: made.topic("transactions") not in admin.list_topics())
@@ -887,9 +887,9 @@ def test_replay_at_a_rate_with_labels(case, world):
     }
     assert f"{rows:,} transactions and {len(known):,} labels" in said
     with made.running("score") as process:
-        made.until(
+        made.until(  # or more: a consumer that lost its group for a moment sends again what may not have arrived
             lambda: (
-                made.count("decisions") == rows and metric(process, "fraud_stream_messages_total") == rows + len(known)
+                made.count("decisions") >= rows and metric(process, "fraud_stream_messages_total") >= rows + len(known)
             ),
             process=process,
         )
