@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,53 +42,57 @@ def environment(name: str, lock: str) -> Path:
     return folder / "bin"
 
 
-def go_program(module: str) -> Path:
-    """A Go program, built from its module; `PATH/cmd/NAME@VERSION`."""
-    name, folder = module.split("@")[0].split("/")[-1], PROJECT / ".venv/go"
+def by_go(name: str, version: str, build: Callable[[Path], None]) -> Path:
+    """A Go program of this version, which `build` writes where it is told."""
+    built = PROJECT / ".venv/go" / version / name
     with one_at_a_time(name):
-        built = folder / module.split("@")[1] / name
         if not built.exists():
             if not shutil.which("go"):
                 missing(f"{name} is built with go, which is not installed: sudo apt-get install golang-go")
-            done = subprocess.run(
-                ["go", "install", module],
-                env=os.environ | {"GOBIN": str(built.parent)},
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            assert done.returncode == 0, done.stderr
+            build(built)
     return built
+
+
+def go_program(module: str) -> Path:
+    """A Go program, built from its module; `PATH/cmd/NAME@VERSION`."""
+
+    def install(built: Path) -> None:
+        done = subprocess.run(
+            ["go", "install", module],
+            env=os.environ | {"GOBIN": str(built.parent)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+
+    path, version = module.split("@")
+    return by_go(path.split("/")[-1], version, install)
 
 
 def go_main(module: str, package: str, digest: str) -> Path:
     """A Go program whose module replaces others, which `go install` refuses: built in a copy of the module, which must
     have this digest (h1:...). With an empty cache it takes about ten minutes of two cores.
     """
-    name, folder = package.split("/")[-1], PROJECT / ".venv/go"
-    with one_at_a_time(name):
-        built = folder / module.split("@")[1] / name
-        if not built.exists():
-            if not shutil.which("go"):
-                missing(f"{name} is built with go, which is not installed: sudo apt-get install golang-go")
-            said = subprocess.run(
-                ["go", "mod", "download", "-json", module], capture_output=True, text=True, timeout=600
+
+    def build(built: Path) -> None:
+        said = subprocess.run(["go", "mod", "download", "-json", module], capture_output=True, text=True, timeout=600)
+        assert said.returncode == 0, said.stdout + said.stderr
+        found = json.loads(said.stdout)
+        assert found["Sum"] == digest, f"{module} is {found['Sum']}, not {digest}"
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(found["Dir"], copy, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            done = subprocess.run(
+                ["go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(built), f"./{package}"],
+                cwd=copy,
+                env=os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"},
+                capture_output=True,
+                text=True,
+                timeout=5400,
             )
-            assert said.returncode == 0, said.stdout + said.stderr
-            found = json.loads(said.stdout)
-            assert found["Sum"] == digest, f"{module} is {found['Sum']}, not {digest}"
-            with tempfile.TemporaryDirectory() as copy:
-                shutil.copytree(found["Dir"], copy, dirs_exist_ok=True, copy_function=shutil.copyfile)
-                done = subprocess.run(
-                    ["go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(built), f"./{package}"],
-                    cwd=copy,
-                    env=os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"},
-                    capture_output=True,
-                    text=True,
-                    timeout=5400,
-                )
-                assert done.returncode == 0, done.stderr[-3000:]
-    return built
+            assert done.returncode == 0, done.stderr[-3000:]
+
+    return by_go(package.split("/")[-1], module.split("@")[1], build)
 
 
 def terraform_init(folder: Path, configuration: Path) -> dict[str, str]:
